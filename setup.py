@@ -1,0 +1,162 @@
+"""Build the compiled kernels: every ext/<name>.pyx becomes srengine._native.<name>.
+
+Metadata stands in pyproject.toml; the C sources of LMDB and xxHash come by way of tools/vendor.py. Environment:
+
+``SRENGINE_VENDOR_DIR``   take the two sdists from this directory instead of downloading them
+``SRENGINE_SYSTEM_LIBS``  1: build on the system's lmdb.h, liblmdb and xxhash.h, unpatched (``srengine --version`` says so)
+``SRENGINE_BENCH``        1: also build benchmarks/*.pyx, in place, each with its own copy of the same LMDB
+
+LMDB is linked into the kernel `tablet` alone, with hidden symbols: a process has at most one LMDB of ours, and it never
+meets py-lmdb's. xxHash is a header that every kernel inlines. Instruction sets are the platform's portable ones.
+
+Generated C stands under build/cython/. Cython does not notice a changed header of the module itself in this arrangement
+(implementation in ext/, headers in srengine/_native/), so the C file is removed when any header is newer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from tools import vendor  # noqa: E402  (the root is not on the path of an isolated build)
+
+VENDOR = ROOT / "build" / "vendor"
+GENERATED = Path("build") / "cython"
+C_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-pthread", "-UNDEBUG", "-fno-strict-aliasing"]
+# LMDB keeps its asserts: a page that breaks them stops the process instead of the data.
+LMDB_FLAGS = [*C_FLAGS, "-w"]
+# Cython's generated code, not ours, triggers these.
+KERNEL_FLAGS = [*C_FLAGS, "-Wno-unused-function", "-Wno-unreachable-code"]
+XXHASH_MACROS = [("XXH_INLINE_ALL", "1"), ("XXH_STATIC_LINKING_ONLY", "1")]
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "auto_pickle": False,
+}
+SYSTEM_INCLUDES = ["/usr/local/include", "/usr/include", "/opt/homebrew/include", "/opt/local/include"]
+
+
+def wanted(name: str) -> bool:
+    """Return whether an environment switch is on."""
+    return os.environ.get(name, "") not in {"", "0"}
+
+
+def relative(pattern: str) -> list[str]:
+    """Return the matching files as sorted paths relative to the root, as setuptools wants them."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
+
+
+def extensions() -> list[Extension]:
+    """Return one extension for each kernel that is there, its sources still in Cython."""
+    headers = relative("ext/*.pxi") + relative("srengine/_native/*.pxd")
+    found = [Extension(f"srengine._native.{Path(p).stem}", [p], depends=headers) for p in relative("ext/*.pyx")]
+    if wanted("SRENGINE_BENCH"):
+        found += [Extension(f"benchmarks.{Path(p).stem}", [p], depends=headers) for p in relative("benchmarks/*.pyx")]
+    return found
+
+
+class BuildKernels(build_ext):
+    """Vendor, translate, compile; say in one sentence what is missing."""
+
+    def run(self) -> None:
+        """Build everything, or exit with one sentence."""
+        try:
+            vendor.check_platform()
+            vendor.check_toolchain()
+            self.prepare()
+        except vendor.VendorError as error:
+            raise SystemExit(f"srengine: {error}") from None
+        super().run()
+        self.write_build_info()
+
+    def prepare(self) -> None:
+        """Get the C sources and say which ones."""
+        self.system_libs = wanted("SRENGINE_SYSTEM_LIBS")
+        if self.system_libs:
+            places = [*(self.include_dirs or []), *SYSTEM_INCLUDES]
+            self.lmdb_header = vendor.system_header("lmdb.h", places, "liblmdb-dev")
+            xxhash_header = vendor.system_header("xxhash.h", places, "libxxhash-dev")
+            self.lmdb_dir, self.xxhash_dir = self.lmdb_header.parent, xxhash_header.parent
+        else:
+            where = os.environ.get("SRENGINE_VENDOR_DIR") or None
+            self.lmdb_dir = vendor.vendor(vendor.LMDB, VENDOR, where)
+            self.xxhash_dir = vendor.vendor(vendor.XXHASH, VENDOR, where)
+            self.lmdb_header = self.lmdb_dir / "lmdb.h"
+        self.lmdb_version = vendor.lmdb_version(self.lmdb_header.read_text(encoding="utf-8", errors="replace"))
+
+    def build_extensions(self) -> None:
+        """Translate and compile each kernel."""
+        lmdb_objects = [] if self.system_libs else self.compile_lmdb()
+        for extension in self.extensions:
+            self.complete(extension, lmdb_objects)
+        super().build_extensions()
+
+    def complete(self, extension: Extension, lmdb_objects: list[str]) -> None:
+        """Turn a declared extension into one that can be compiled."""
+        from Cython.Build import cythonize  # noqa: PLC0415  (metadata commands work without Cython)
+
+        source = extension.sources[0]
+        generated = GENERATED / Path(source).with_suffix(".c")
+        newest = max((ROOT / p).stat().st_mtime for p in [*extension.depends, source, "setup.py"])
+        if generated.exists() and generated.stat().st_mtime < newest:
+            generated.unlink()
+        (translated,) = cythonize(
+            [Extension(extension.name, [source])],
+            build_dir=str(GENERATED),
+            include_path=["."],
+            compiler_directives=DIRECTIVES,
+            quiet=True,
+        )
+        extension.sources = translated.sources
+        extension.include_dirs += [str(ROOT / "ext"), str(self.lmdb_dir), str(self.xxhash_dir)]
+        extension.define_macros += XXHASH_MACROS
+        extension.extra_compile_args += KERNEL_FLAGS
+        extension.extra_link_args += ["-pthread"]
+        extension.depends = [*extension.depends, str(self.lmdb_header), str(self.xxhash_dir / "xxhash.h"), *lmdb_objects]
+        if extension.name.endswith(".tablet") or extension.name.startswith("benchmarks."):
+            extension.extra_objects += lmdb_objects
+            if self.system_libs:
+                extension.libraries += ["lmdb"]
+
+    def compile_lmdb(self) -> list[str]:
+        """Compile the vendored LMDB once; a kernel that changes does not wait for it again."""
+        sources = [self.lmdb_dir / "mdb.c", self.lmdb_dir / "midl.c"]
+        # NB: position-independent code also depends on the interpreter's flags, hence one place for each build_temp.
+        place = Path(self.build_temp) / self.lmdb_dir.name
+        objects = [place / f"{source.stem}.o" for source in sources]
+        newest = max(path.stat().st_mtime for path in [*sources, self.lmdb_header, ROOT / "setup.py"])
+        if not all(path.is_file() and path.stat().st_mtime >= newest for path in objects):
+            place.mkdir(parents=True, exist_ok=True)
+            for source, target in zip(sources, objects, strict=True):
+                made = self.compiler.compile(
+                    [os.path.relpath(source, ROOT)],
+                    output_dir=str(place),
+                    include_dirs=[str(self.lmdb_dir)],
+                    extra_postargs=LMDB_FLAGS,
+                )
+                Path(made[0]).replace(target)
+        return [str(path) for path in objects]
+
+    def write_build_info(self) -> None:
+        """Write srengine/_native/build_info.py beside the kernels: facts for ``srengine --version`` and support."""
+        # NB: while setuptools' own run() builds in place, this path leads to build/; hence only after it.
+        target = Path(self.get_ext_fullpath("srengine._native.build_info")).with_name("build_info.py")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(
+            '"""Facts about this build; written by setup.py."""\n\n'
+            f"LMDB_VERSION = {self.lmdb_version!r}\n"
+            f"LMDB_PATCHED = {not self.system_libs!r}\n"
+            f"SYSTEM_LIBS = {self.system_libs!r}\n",
+            encoding="utf-8",
+        )
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

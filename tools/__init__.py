@@ -1,0 +1,1 @@
+"""Programs of the house: used by setup.py, the Makefile and the gate; never installed."""
