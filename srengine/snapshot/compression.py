@@ -1,0 +1,99 @@
+"""zstd at level 1 for chunks, and a reader that a hostile chunk cannot make greedy.
+
+Writing gives up by itself: a chunk that shrinks by less than a sixteenth is stored as it is, and after a few of those only
+every so many chunks are tried. Reading never trusts what the compressed bytes say of themselves: the frame is walked
+first (exactly one frame, nothing behind it, a bounded window, no other size than the head's), then decompressed as a
+stream into a buffer of the declared length + 1, so that one byte too many is noticed and none more is produced.
+``max_output_size`` of the binding is no cap: it is only a hint for frames without a size.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import zstandard
+
+from srengine import errors, limits
+from srengine._native import chunk
+from srengine.snapshot.format import Encoding
+
+LEVEL: Final = 1
+_PAUSE_CHUNKS_MAX: Final = 16
+
+
+class Compressor:
+    """Compresses chunks of one snapshot; for one thread."""
+
+    def __init__(self, *, active: bool) -> None:
+        self._zstd = zstandard.ZstdCompressor(level=LEVEL) if active else None
+        self._pause = 0
+        """Chunks that are still stored without a try."""
+        self._pause_next = 1
+        """How many are skipped after the next failure: doubles up to a bound, back to 1 after a success."""
+
+    def encode(self, rows: bytes) -> tuple[Encoding, bytes]:
+        """Return the encoding and the bytes to store. Releases the GIL while it compresses."""
+        if self._zstd is None or len(rows) < 64:
+            return Encoding.PLAIN, rows
+        if self._pause:
+            self._pause -= 1
+            return Encoding.PLAIN, rows
+        packed = self._zstd.compress(rows)
+        if len(packed) > len(rows) - len(rows) // 16:
+            self._pause = self._pause_next
+            self._pause_next = min(self._pause_next * 2, _PAUSE_CHUNKS_MAX)
+            return Encoding.PLAIN, rows
+        self._pause_next = 1
+        return Encoding.ZSTD, packed
+
+
+class Decompressor:
+    """Decompresses chunks of one snapshot within fixed bounds; for one thread."""
+
+    def __init__(self) -> None:
+        self._zstd = zstandard.ZstdDecompressor(max_window_size=limits.ZSTD_WINDOW_BYTES_MAX)
+
+    def decode(self, encoding: int, stored: bytes | memoryview, raw_bytes: int) -> memoryview:
+        """Return the rows behind ``stored``; raises `SnapshotDamaged` unless they are exactly ``raw_bytes`` long.
+
+        Allocates at most ``raw_bytes`` + 1, which the caller checked against its limit, and zstd's bounded window.
+        """
+        if encoding == Encoding.PLAIN:
+            if len(stored) != raw_bytes:
+                raise errors.SnapshotDamaged("a chunk's size is not the declared one", bytes=len(stored))
+            return memoryview(stored)
+        frame_bytes, window_bytes, content_bytes = chunk.zstd_frame(stored)
+        if frame_bytes != len(stored):
+            raise errors.SnapshotDamaged(
+                "bytes follow a chunk's zstd frame", frame_bytes=frame_bytes, stored_bytes=len(stored)
+            )
+        if window_bytes > limits.ZSTD_WINDOW_BYTES_MAX:
+            raise errors.SnapshotDamaged(
+                f"a chunk asks for a window of {window_bytes} bytes, {limits.ZSTD_WINDOW_BYTES_MAX} are allowed",
+                window_bytes=window_bytes,
+            )
+        if content_bytes not in {-1, raw_bytes}:
+            raise errors.SnapshotDamaged(
+                "a chunk's zstd frame declares another size than its head", frame=content_bytes, head=raw_bytes
+            )
+        return self._read(stored, raw_bytes)
+
+    def _read(self, stored: bytes | memoryview, raw_bytes: int) -> memoryview:
+        out = memoryview(bytearray(raw_bytes + 1))
+        filled = 0
+        try:
+            with self._zstd.stream_reader(stored, read_across_frames=False) as reader:
+                while filled < len(out):
+                    count = reader.readinto(out[filled:])
+                    if not count:
+                        break
+                    filled += count
+        except zstandard.ZstdError as error:
+            raise errors.SnapshotDamaged(f"a chunk cannot be decompressed: {error}") from error
+        if filled != raw_bytes:
+            longer = filled > raw_bytes
+            raise errors.SnapshotDamaged(
+                f"a chunk decompresses to {'more than ' if longer else ''}{min(filled, raw_bytes)} bytes, "
+                f"its head declares {raw_bytes}"
+            )
+        return out[:raw_bytes]
