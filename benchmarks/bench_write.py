@@ -1,0 +1,125 @@
+"""Durable batches: ours against the C loop, against py-lmdb, and with against without digests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.data import Data, Sizes, pack
+from benchmarks.race import race
+from benchmarks.stores import Loaded, PyLmdb, open_reference, open_tablet
+from benchmarks.table import Row, at_least, rate
+from srengine.storage import Tablet
+
+
+def switch_digests(tablet: Tablet) -> Callable[[bool], object] | None:
+    """Return the kernel's benchmark-only switch of this tablet's digests, if this build has one."""
+    kernel: Any = getattr(tablet, "_kernel", tablet)
+    found: Callable[[bool], object] | None = getattr(kernel, "_set_digests", None)
+    return found
+
+
+def bench_insert(benchmark: Any, report: Callable[[Row], None], scratch: Path, data: Data, sizes: Sizes) -> None:
+    """Insert everything in random order, batch by batch: the C loop, py-lmdb, ours, and again."""
+    store, tablet = open_tablet(scratch / "ours")
+    reference = open_reference(scratch / "reference")
+    pylmdb = PyLmdb(scratch / "pylmdb")
+    batches = [(start, min(start + sizes.batch, data.count)) for start in range(0, data.count, sizes.batch)]
+    work: dict[str, Any] = {}
+
+    def before(turn: int) -> None:
+        start, stop = batches[turn]
+        work["pairs"] = data.pairs(start, stop)
+        work["packed"] = data.packed(start, stop)
+        work["records"] = PyLmdb.records_of(work["pairs"])
+        work["log"] = pylmdb.log_of(work["pairs"])
+
+    times = race(
+        benchmark,
+        lambda _: tablet.put_many(work["pairs"]),
+        {
+            "C loop": lambda _: reference.put_batch(*work["packed"]),
+            "py-lmdb": lambda _: pylmdb.put(work["records"], work["log"]),
+        },
+        rounds=len(batches),
+        before=before,
+    )
+    assert tablet.count == data.count, (tablet.count, data.count)
+    for name, target in (("C loop", 0.85), ("py-lmdb", 1.0)):
+        report(
+            Row(
+                f"durable put_many, inserts / {name}",
+                at_least(target),
+                times.ratio(name),
+                rate(sizes.batch, times.ours_s, "rec"),
+                rate(sizes.batch, times.reference_s(name), "rec"),
+            )
+        )
+    tablet.close()
+    store.close()
+    reference.close()
+    pylmdb.close()
+
+
+def bench_overwrite(benchmark: Any, report: Callable[[Row], None], loaded: Loaded, data: Data, sizes: Sizes) -> None:
+    """Overwrite random records, batch by batch: the C loop, ours, and again."""
+    rounds = max(2, min(data.count // sizes.batch, 40))
+    order = random.Random(7)
+    work: dict[str, Any] = {}
+
+    def before(turn: int) -> None:
+        work["pairs"] = data.changed(order.sample(range(data.count), sizes.batch), seed=1000 + turn)
+        work["packed"] = pack(work["pairs"])
+
+    times = race(
+        benchmark,
+        lambda _: loaded.tablet.put_many(work["pairs"]),
+        {"C loop": lambda _: loaded.reference.put_batch(*work["packed"])},
+        rounds=rounds,
+        before=before,
+    )
+    assert loaded.tablet.count == data.count, (loaded.tablet.count, data.count)
+    report(
+        Row(
+            "durable put_many, overwrites / C loop",
+            at_least(0.85),
+            times.ratio("C loop"),
+            rate(sizes.batch, times.ours_s, "rec"),
+            rate(sizes.batch, times.reference_s("C loop"), "rec"),
+        )
+    )
+
+
+def bench_digests(benchmark: Any, report: Callable[[Row], None], scratch: Path, data: Data, sizes: Sizes) -> None:
+    """Insert the same batches into two tablets, one of which keeps no digests and no root."""
+    store, tablet = open_tablet(scratch / "with")
+    plain_store, plain = open_tablet(scratch / "without")
+    switch = switch_digests(plain)
+    assert switch is not None, "this kernel has no switch for its digests"
+    switch(False)
+    batches = [(start, min(start + sizes.batch, data.count)) for start in range(0, data.count, sizes.batch)][:50]
+    work: dict[str, Any] = {}
+
+    def before(turn: int) -> None:
+        work["pairs"] = data.pairs(*batches[turn])
+
+    times = race(
+        benchmark,
+        lambda _: tablet.put_many(work["pairs"]),
+        {"without": lambda _: plain.put_many(work["pairs"])},
+        rounds=len(batches),
+        before=before,
+    )
+    report(
+        Row(
+            "digests and root, same batch / without them",
+            at_least(0.95),
+            times.ratio("without"),
+            rate(sizes.batch, times.ours_s, "rec"),
+            rate(sizes.batch, times.reference_s("without"), "rec"),
+        )
+    )
+    for each in (tablet, store, plain, plain_store):
+        each.close()

@@ -1,0 +1,98 @@
+"""What the numbers were measured on: processor, memory, disk and its fsync, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+FSYNC_ROUNDS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """The place under test. ``fsync_s`` is the median cost of a 4 KiB overwrite made durable."""
+
+    directory: str
+    filesystem: str
+    device: str
+    fsync_s: float
+
+
+def fsync_cost(directory: Path) -> float:
+    """Return the median seconds that fdatasync takes after one overwritten page of a file that has its size."""
+    path = directory / "fsync.probe"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.pwrite(descriptor, bytes(1 << 20), 0)
+        os.fsync(descriptor)
+        times = []
+        for turn in range(FSYNC_ROUNDS):
+            os.pwrite(descriptor, bytes([turn % 256]) * 4096, (turn % 256) * 4096)
+            start = time.perf_counter()
+            os.fdatasync(descriptor)
+            times.append(time.perf_counter() - start)
+    finally:
+        os.close(descriptor)
+        path.unlink()
+    return statistics.median(times)
+
+
+def disk(directory: Path) -> Disk:
+    """Describe the filesystem that holds ``directory`` (Linux; elsewhere "unknown")."""
+    device, filesystem, best = "unknown", "unknown", -1
+    mounts = Path("/proc/self/mounts")
+    if mounts.is_file():
+        for line in mounts.read_text().splitlines():
+            source, point, kind, *_ = line.split()
+            if len(point) > best and directory.resolve().is_relative_to(point):
+                device, filesystem, best = source, kind, len(point)
+    return Disk(str(directory), filesystem, device, fsync_cost(directory))
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int:
+    """Return the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def describe(place: Disk) -> list[str]:
+    """Return the machine in a few lines."""
+    versions = [f"CPython {platform.python_version()}"]
+    for name in ("lmdb", "pyzmq", "zstandard", "rocksdict", "plyvel"):
+        try:
+            versions.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    fsync = f"{place.fsync_s * 1e6:.0f} us (median)"
+    return [
+        f"machine: {processor()}, {os.cpu_count()} cores, {memory_bytes() / 2**30:.0f} GiB, {system}",
+        f"disk: {place.filesystem} on {place.device}, fdatasync of an overwritten page {fsync}",
+        f"versions: {', '.join(versions)}",
+    ]
+
+
+def anonymous_bytes(pid: int | str = "self") -> int:
+    """Return the memory of a process that no file backs (its own, not LMDB's mapped pages). 0 where not known."""
+    status = Path(f"/proc/{pid}/status")
+    if sys.platform != "linux" or not status.is_file():
+        return 0
+    for line in status.read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0

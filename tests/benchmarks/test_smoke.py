@@ -1,0 +1,57 @@
+"""The benchmarks run and compare. How fast anything is, no test asserts: `make bench` on a quiet machine says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 120
+
+TARGETED = (
+    "durable put_many, inserts / C loop",
+    "durable put_many, inserts / py-lmdb",
+    "durable put_many, overwrites / C loop",
+    "digests and root, same batch / without them",
+    "get, warm / py-lmdb begin + get",
+    "scan verifying every checksum / C cursor loop",
+    "rejoin after 1 % changed: bytes / (records + 24 B each)",
+    "16 threads of single durable puts / one thread",
+)
+
+
+def test_every_benchmark_yields_a_ratio(tmp_path: Path) -> None:
+    """Every row that has a target yields a ratio and both values, with sizes that take seconds."""
+    result = tmp_path / "table.json"
+    environment = {
+        **os.environ,
+        "SRENGINE_BENCH_SIZE": "tiny",
+        "SRENGINE_BENCH_DIRECTORY": str(tmp_path),
+        "SRENGINE_BENCH_JSON": str(result),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks"],
+        cwd=ROOT,
+        env=environment,
+        check=False,
+        timeout=TIMEOUT_S,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    rows = {row["name"]: row for row in json.loads(result.read_text(encoding="utf-8"))}
+    missing = [name for name in TARGETED if name not in rows]
+    assert not missing, (missing, sorted(rows))
+    for name, row in rows.items():
+        assert row["ratio"] is not None and row["ratio"] > 0, (name, row)
+        assert row["ours"] and row["reference"], (name, row)
+    bytes_row = rows["rejoin after 1 % changed: bytes / (records + 24 B each)"]
+    assert bytes_row["ratio"] <= 1.1, bytes_row
