@@ -3,8 +3,7 @@
 Metadata stands in pyproject.toml; the C sources of LMDB and xxHash come by way of tools/vendor.py. Environment:
 
 ``SRENGINE_VENDOR_DIR``   take the two sdists from this directory instead of downloading them
-``SRENGINE_SYSTEM_LIBS``  1: build on the system's lmdb.h, liblmdb and xxhash.h, unpatched (``srengine --version`` says so)
-``SRENGINE_BENCH``        1: also build benchmarks/*.pyx, in place, each with its own copy of the same LMDB
+``SRENGINE_SYSTEM_LIBS``  1: build on the system's lmdb.h, liblmdb and xxhash.h, unpatched (``srengine --version`` says)
 
 LMDB is linked into the kernel `tablet` alone, with hidden symbols: a process has at most one LMDB of ours, and it never
 meets py-lmdb's. xxHash is a header that every kernel inlines. Instruction sets are the platform's portable ones.
@@ -15,6 +14,7 @@ Generated C stands under build/cython/. Cython does not notice a changed header 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -57,10 +57,7 @@ def relative(pattern: str) -> list[str]:
 def extensions() -> list[Extension]:
     """Return one extension for each kernel that is there, its sources still in Cython."""
     headers = relative("ext/*.pxi") + relative("srengine/_native/*.pxd")
-    found = [Extension(f"srengine._native.{Path(p).stem}", [p], depends=headers) for p in relative("ext/*.pyx")]
-    if wanted("SRENGINE_BENCH"):
-        found += [Extension(f"benchmarks.{Path(p).stem}", [p], depends=headers) for p in relative("benchmarks/*.pyx")]
-    return found
+    return [Extension(f"srengine._native.{Path(p).stem}", [p], depends=[*headers]) for p in relative("ext/*.pyx")]
 
 
 class BuildKernels(build_ext):
@@ -101,7 +98,7 @@ class BuildKernels(build_ext):
 
     def complete(self, extension: Extension, lmdb_objects: list[str]) -> None:
         """Turn a declared extension into one that can be compiled."""
-        from Cython.Build import cythonize  # noqa: PLC0415  (metadata commands work without Cython)
+        from Cython.Build import cythonize  # metadata commands work without Cython
 
         source = extension.sources[0]
         generated = GENERATED / Path(source).with_suffix(".c")
@@ -120,8 +117,8 @@ class BuildKernels(build_ext):
         extension.define_macros += XXHASH_MACROS
         extension.extra_compile_args += KERNEL_FLAGS
         extension.extra_link_args += ["-pthread"]
-        extension.depends = [*extension.depends, str(self.lmdb_header), str(self.xxhash_dir / "xxhash.h"), *lmdb_objects]
-        if extension.name.endswith(".tablet") or extension.name.startswith("benchmarks."):
+        extension.depends += [str(self.lmdb_header), str(self.xxhash_dir / "xxhash.h"), *lmdb_objects]
+        if extension.name == "srengine._native.tablet":
             extension.extra_objects += lmdb_objects
             if self.system_libs:
                 extension.libraries += ["lmdb"]
@@ -129,8 +126,9 @@ class BuildKernels(build_ext):
     def compile_lmdb(self) -> list[str]:
         """Compile the vendored LMDB once; a kernel that changes does not wait for it again."""
         sources = [self.lmdb_dir / "mdb.c", self.lmdb_dir / "midl.c"]
-        # NB: position-independent code also depends on the interpreter's flags, hence one place for each build_temp.
-        place = Path(self.build_temp) / self.lmdb_dir.name
+        # NB: the compiler's command line comes from the interpreter and the environment, so it is part of the place.
+        command = hashlib.sha256(repr((self.compiler.compiler_so, LMDB_FLAGS)).encode()).hexdigest()[:12]
+        place = Path("build") / "objects" / f"{self.lmdb_dir.name}-{command}"
         objects = [place / f"{source.stem}.o" for source in sources]
         newest = max(path.stat().st_mtime for path in [*sources, self.lmdb_header, ROOT / "setup.py"])
         if not all(path.is_file() and path.stat().st_mtime >= newest for path in objects):

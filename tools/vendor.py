@@ -1,8 +1,8 @@
 """Fetch, check, unpack and patch the C sources that srengine compiles in: LMDB and xxHash.
 
-The sources come out of the sdists of the PyPI packages `lmdb` and `xxhash`, pinned by version and SHA-256, because every
-machine that can install a Python package can get them, through the settings of pip that its owner made, and nothing else
-has to be reachable (docs/decisions/0002-vendored-sources.md)::
+The sources come out of the sdists of the PyPI packages `lmdb` and `xxhash`, pinned by version and SHA-256, because
+every machine that can install a Python package can get them, through the settings of pip that its owner made, and
+nothing else has to be reachable (docs/decisions/0002-vendored-sources.md)::
 
     pip download ----> sdist.tar.gz --hash--> named members --patch-ng--> build/vendor/lmdb-3.0.0-<key>/
     SRENGINE_VENDOR_DIR -^                                                 build/vendor/xxhash-4.1.0-<key>/
@@ -10,11 +10,12 @@ has to be reachable (docs/decisions/0002-vendored-sources.md)::
 Rules:
 
 * The hash is compared before one byte of an archive is interpreted, also for archives from disk.
-* Nothing is extracted by the archive's own names: each wanted member is read by its full name, must be a regular file of
-  bounded size, and is written to a name of ours.
-* The hardening patches are those that the sdist lists for its 0.9 engine, in its order; each must apply or the build fails.
-* A vendored directory appears by a rename, so an interrupted build leaves none; its name contains the hash of everything
-  that made it, so a stale one is never used.
+* Nothing is extracted by the archive's own names: each wanted member is read by its full name, must be a regular file
+  of bounded size, and is written to a name of ours.
+* The hardening patches are those that the sdist lists for its 0.9 engine, in its order; each must apply, or the build
+  fails.
+* A vendored directory appears by a rename, so an interrupted build leaves none; its name contains the hash of
+  everything that made it, so a stale one is never used.
 
 Everything here raises `VendorError` with one sentence that says what is missing and how to get it.
 
@@ -128,7 +129,9 @@ def check_platform(
     implementation = sys.implementation.name if implementation is None else implementation
     version = (sys.version_info[0], sys.version_info[1]) if version is None else version
     pointer_bits = sys.maxsize.bit_length() + 1 if pointer_bits is None else pointer_bits
-    supported = "srengine builds on Linux x86-64 and aarch64 with glibc (and, best effort, on macOS) with CPython 3.11 to 3.14"
+    supported = (
+        "srengine builds on Linux x86-64 and aarch64 with glibc (and, best effort, on macOS) with CPython 3.11 to 3.14"
+    )
     if implementation != "cpython" or not PYTHON_MIN <= version <= PYTHON_MAX:
         raise VendorError(f"{supported}; this is {implementation} {version[0]}.{version[1]}.")
     if pointer_bits != 64:
@@ -181,7 +184,7 @@ def check_archive(source: Source, path: Path) -> Path:
     found = file_sha256(path)
     if found != source.sha256:
         raise VendorError(
-            f"{path} is not the {source.archive} that srengine pins: its sha256 is {found}, expected {source.sha256}; "
+            f"{path} is not the {source.archive} that srengine pins (sha256 {found}, expected {source.sha256}); "
             "delete it and get that file from PyPI."
         )
     return path
@@ -219,7 +222,7 @@ def download_archive(source: Source, directory: Path) -> Path:
         lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if "ERROR" in line] or lines[-1:] or ["it said nothing"]
         raise VendorError(
-            f"pip could not download {source.archive} ({errors[0].strip()}); check pip's index settings and the network, "
+            f"pip could not download {source.archive} ({errors[0].strip()}); check pip's index and the network, "
             "or put the file into a directory and name that in SRENGINE_VENDOR_DIR."
         )
     return check_archive(source, path)
@@ -230,9 +233,9 @@ def read_member(archive: tarfile.TarFile, name: str) -> bytes:
     try:
         member = archive.getmember(name)
     except KeyError:
-        raise VendorError(f"{archive.name} has no {name}: it is not the sdist that srengine was made for.") from None
+        raise VendorError(f"The sdist has no {name}: it is not the one that srengine was made for.") from None
     if not member.isreg() or member.size > MEMBER_BYTES_MAX:
-        raise VendorError(f"{archive.name}: {name} is not a regular file of at most {MEMBER_BYTES_MAX} bytes.")
+        raise VendorError(f"In the sdist {name} is not a regular file of at most {MEMBER_BYTES_MAX} bytes.")
     file = archive.extractfile(member)
     assert file is not None, name
     with file:
@@ -290,7 +293,8 @@ def unpack(source: Source, archive_path: Path, target: Path) -> Path:
                 for name in names:
                     text = read_member(archive, f"{source.top}/{source.patches}/{name}.patch")
                     apply_patch(text, name, stage, source.patch_strip)
-        (stage / "VENDORED").write_text("\n".join([f"{source.top} {source.sha256}", *names]) + "\n", encoding="utf-8")
+        made_of = [f"{source.top} {source.sha256}", *names]
+        (stage / "VENDORED").write_text("\n".join(made_of) + "\n", encoding="utf-8")
         if target.exists():  # only an unfinished one of an older scheme can be there
             shutil.rmtree(target)
         stage.rename(target)

@@ -1,0 +1,103 @@
+# The one door to everything: `make` alone says what there is.
+#
+# A machine needs Python 3.11 to 3.14 with headers and venv, a C compiler, make, and PyPI by way of pip's own settings.
+# Everything else is put into $(VENV). Stamp files there make repeated runs fast; a change of ext/ rebuilds the kernels.
+#
+#   PYTHON=python3.12 make test       another interpreter (make clean first)
+#   make test SUITE=tests/storage     a part of the suite
+#   make test ARGS="-k crash -x"      anything that pytest takes
+#   make demo ARGS="--records 5000"   anything that `srengine demo` takes
+
+PYTHON ?= python3
+VENV ?= .venv
+SUITE ?= tests
+ARGS ?=
+BIN := $(VENV)/bin
+KERNELS := $(wildcard ext/*.pyx ext/*.pxi srengine/_native/*.pxd) setup.py tools/vendor.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint types layers bench crash fuzz docs wheel clean
+
+help:
+	@echo "make demo    three real nodes on loopback: kill one, write on, watch it catch up"
+	@echo "make test    every test (SUITE=tests/room, ARGS=\"-k word\")"
+	@echo "make check   ruff, mypy, stubtest, cython-lint, layers, docs: the gate without the tests"
+	@echo "make bench   the benchmark table against plain C loops and peers"
+	@echo "make crash   rebuild many crash images and open every one"
+	@echo "make fuzz    feed every decoder anything, for long"
+	@echo "make docs    run the examples of the documentation and check its links"
+	@echo "make wheel   build wheel and sdist, try each in a fresh environment"
+	@echo "make clean   remove what the others made"
+
+# --- environments ------------------------------------------------------------------------------------------------------
+
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { echo "srengine: there is no $(PYTHON); install Python 3.11 to 3.14 or name one in PYTHON." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "srengine: $(PYTHON) has no venv; install it (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# To run it: the package alone.
+$(VENV)/.run: $(VENV)/.made pyproject.toml $(KERNELS)
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+# To work on it: the tools as well.
+$(VENV)/.dev: $(VENV)/.made pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# setup.py compiles what is out of date and nothing else.
+$(VENV)/.kernels: $(VENV)/.dev $(KERNELS)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $(VENV)/.run $@
+
+$(VENV)/.bench: $(VENV)/.kernels
+	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
+	@touch $@
+
+# --- what a user does --------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.run
+	$(BIN)/srengine demo $(ARGS)
+
+test: $(VENV)/.kernels
+	$(BIN)/python -m pytest $(SUITE) $(ARGS)
+
+check: lint types layers docs
+
+lint: $(VENV)/.kernels
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/cython-lint ext
+
+types: $(VENV)/.kernels
+	$(BIN)/mypy
+	$(BIN)/python tools/check_stubs.py
+
+layers: $(VENV)/.kernels
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_kernels.py
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks $(ARGS)
+
+crash: $(VENV)/.kernels
+	SRENGINE_CRASH_IMAGES=$${SRENGINE_CRASH_IMAGES:-600} $(BIN)/python -m pytest tests -m crash $(ARGS)
+
+fuzz: $(VENV)/.kernels
+	SRENGINE_HYPOTHESIS=fuzz $(BIN)/python -m pytest tests -m fuzz -o faulthandler_timeout=0 $(ARGS)
+
+docs: $(VENV)/.kernels
+	$(BIN)/python tools/check_docs.py
+
+wheel: $(VENV)/.kernels
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python tools/try_dist.py dist
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find srengine benchmarks tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f srengine/_native/*.so srengine/_native/build_info.py benchmarks/*.so
