@@ -29,11 +29,11 @@ from tools import vendor  # noqa: E402  (the root is not on the path of an isola
 
 VENDOR = ROOT / "build" / "vendor"
 GENERATED = Path("build") / "cython"
-C_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-pthread", "-UNDEBUG", "-fno-strict-aliasing"]
+C_FLAGS = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", "-pthread", "-UNDEBUG", "-fno-strict-aliasing"]
 # LMDB keeps its asserts: a page that breaks them stops the process instead of the data.
 LMDB_FLAGS = [*C_FLAGS, "-w"]
 # Cython's generated code, not ours, triggers these.
-KERNEL_FLAGS = [*C_FLAGS, "-Wno-unused-function", "-Wno-unreachable-code"]
+KERNEL_FLAGS = [*C_FLAGS, "-Wno-unused-function", "-Wno-sign-compare", "-Wno-maybe-uninitialized"]
 XXHASH_MACROS = [("XXH_INLINE_ALL", "1"), ("XXH_STATIC_LINKING_ONLY", "1")]
 DIRECTIVES = {
     "language_level": 3,
