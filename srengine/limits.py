@@ -1,0 +1,121 @@
+"""Hard bounds, each with its reason. Relations between bounds are asserted at import.
+
+Unlike options (settings of one process), these never change at run time: formats and peers rely on them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+# --- records ---------------------------------------------------------------------------------------------------------
+KEY_BYTES_MIN: Final = 1
+KEY_BYTES_MAX: Final = 511
+"""LMDB's own limit with its default page size; a larger one would need another build that nobody else can read."""
+VALUE_BYTES_MAX: Final = 64 * MIB
+"""A value is held in memory by its reader and its writer; larger things belong into files."""
+VERSION_ENTRIES_MAX: Final = 64
+"""Isolated writers named by one record; beyond it the oldest must have been merged."""
+
+# --- batches and entries ---------------------------------------------------------------------------------------------
+ENTRY_OPERATIONS_MAX: Final = 1_000_000
+ENTRY_BYTES_MAX: Final = 128 * MIB
+"""One entry, one transaction: it holds at least one record of the largest size."""
+GROUP_BYTES_MAX: Final = 256 * MIB
+"""Entries that share a transaction; bounds LMDB's list of dirty pages."""
+SESSIONS_MAX: Final = 1024
+REQUESTS_KEPT_MAX: Final = 4096
+"""Kept answers for each tablet. A repeated request older than that is refused, never executed."""
+ROOT_RING_ENTRIES: Final = 65_536
+"""(sequence, root) pairs in memory for each tablet: 24 bytes each, allocated as they come."""
+
+# --- names -----------------------------------------------------------------------------------------------------------
+NAME_BYTES_MAX: Final = 128
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+
+# --- snapshot --------------------------------------------------------------------------------------------------------
+CHUNK_BYTES_TARGET: Final = MIB
+"""Rows are gathered up to this; one larger record makes a chunk of its own."""
+CHUNK_BYTES_MAX: Final = VALUE_BYTES_MAX + 64 * KIB
+CHUNK_COMPRESSED_BYTES_MAX: Final = CHUNK_BYTES_MAX + CHUNK_BYTES_MAX // 128 + 64 * KIB
+ZSTD_WINDOW_BYTES_MAX: Final = 8 * MIB
+MANIFEST_BYTES_MAX: Final = MIB
+TRAILER_BYTES_MAX: Final = 64 * MIB
+"""Meta rows, request rows and chunk digests of the largest tablet that one snapshot ships."""
+
+# --- transport -------------------------------------------------------------------------------------------------------
+CLIENT_FRAME_BYTES_MAX: Final = MIB
+PEER_FRAME_BYTES_MAX: Final = 8 * MIB
+BULK_FRAME_BYTES_MAX: Final = MIB + 64 * KIB
+PART_BYTES_MAX: Final = 256 * KIB
+"""A larger value travels in parts, so that no frame delays a heartbeat."""
+MESSAGE_DEPTH_MAX: Final = 64
+PARTS_MAX: Final = 8
+HIGH_WATER_FRAMES: Final = 256
+CREDIT_FRAMES: Final = 16
+
+# --- sync ------------------------------------------------------------------------------------------------------------
+PULL_BYTES_MAX: Final = 4 * MIB
+"""A delta that fits is sent in the answer and applied in one transaction; a larger one is shipped in bulk."""
+
+# --- client ----------------------------------------------------------------------------------------------------------
+READ_KEYS_MAX: Final = 4096
+READ_KEYS_BYTES_MAX: Final = 256 * KIB
+"""Keys asked for in one message: they travel inside it, so they stay well under a client frame."""
+READ_REPLY_BYTES_MAX: Final = 4 * MIB
+SCAN_REPLY_BYTES_MAX: Final = MIB
+"""A page of a scan; a client holds at most one of each tablet."""
+REDIRECTS_MAX: Final = 4
+"""Redirects followed without a pause; more of them mean that two nodes point at each other."""
+RETRY_DELAY_S_MIN: Final = 0.02
+RETRY_DELAY_S_MAX: Final = 0.5
+ENDPOINTS_MAX: Final = 64
+FAILED_KEYS_NAMED_MAX: Final = 100
+"""Keys that the error of a partly failed batch names; the rest is counted."""
+
+assert KEY_BYTES_MIN >= 1 and KEY_BYTES_MAX <= 511, (KEY_BYTES_MIN, KEY_BYTES_MAX)
+assert ENTRY_BYTES_MAX >= VALUE_BYTES_MAX + 64 * KIB, (ENTRY_BYTES_MAX, VALUE_BYTES_MAX)
+assert CHUNK_BYTES_MAX >= VALUE_BYTES_MAX + KEY_BYTES_MAX, (CHUNK_BYTES_MAX, VALUE_BYTES_MAX)
+assert CHUNK_BYTES_TARGET <= CHUNK_BYTES_MAX, (CHUNK_BYTES_TARGET, CHUNK_BYTES_MAX)
+assert PULL_BYTES_MAX + 64 * KIB <= PEER_FRAME_BYTES_MAX, (PULL_BYTES_MAX, PEER_FRAME_BYTES_MAX)
+assert PART_BYTES_MAX <= CLIENT_FRAME_BYTES_MAX, (PART_BYTES_MAX, CLIENT_FRAME_BYTES_MAX)
+assert READ_KEYS_BYTES_MAX + READ_KEYS_MAX * 8 <= CLIENT_FRAME_BYTES_MAX // 2, (READ_KEYS_BYTES_MAX, READ_KEYS_MAX)
+assert 0 < RETRY_DELAY_S_MIN <= RETRY_DELAY_S_MAX, (RETRY_DELAY_S_MIN, RETRY_DELAY_S_MAX)
+
+# --- contact (seconds) -----------------------------------------------------------------------------------------------
+PULL_HOLD_S: Final = 0.5
+"""How long a leader keeps a pull waiting for something new: the longest silence between two healthy nodes."""
+PULL_TIMEOUT_S: Final = 2.5
+"""How long a replica waits for the answer to a pull before it asks again."""
+STALENESS_S_MAX: Final = 3.0
+"""A replica answers `local` reads only if what it applied was the leader's newest when asked at most this long ago."""
+CONTACT_S: Final = 3.0
+"""A node not heard of for longer does not count as reachable."""
+DUPLICATE_PATIENCE_S: Final = 9.0
+"""How long a node that seems to be a copy of a living one keeps asking before it gives up: its predecessor may have just died."""
+START_GRACE_S: Final = 1.0
+"""A leader that knows enough waits this long for the rest: one that knows better may just be starting."""
+HALT_RETRY_S: Final = 1.0
+"""A replica that was refused (diverged, foreign) or that failed asks again after this."""
+
+ASK_RETRY_S: Final = 0.2
+"""Pause after a question that got no answer."""
+
+# --- admission -------------------------------------------------------------------------------------------------------
+WRITE_QUEUE_BYTES_MAX: Final = 256 * MIB
+"""Operations waiting at one tablet's leader; beyond it writers wait for room."""
+WRITE_GROUP_ENTRIES_MAX: Final = 4096
+"""Entries that one transaction takes."""
+READ_KEYS_MAX: Final = 100_000
+TABLETS_PER_TABLE_MAX: Final = 1024
+JOURNAL_ENTRY_BYTES_MAX: Final = 4 * MIB
+JOURNAL_PULL_BYTES_MAX: Final = 4 * MIB
+
+assert PULL_HOLD_S < PULL_TIMEOUT_S < CONTACT_S, (PULL_HOLD_S, PULL_TIMEOUT_S, CONTACT_S)
+assert PULL_HOLD_S < STALENESS_S_MAX / 2, (PULL_HOLD_S, STALENESS_S_MAX)
+assert DUPLICATE_PATIENCE_S >= 2 * CONTACT_S, (DUPLICATE_PATIENCE_S, CONTACT_S)
+assert GROUP_BYTES_MAX >= ENTRY_BYTES_MAX, (GROUP_BYTES_MAX, ENTRY_BYTES_MAX)
+assert JOURNAL_PULL_BYTES_MAX >= JOURNAL_ENTRY_BYTES_MAX, (JOURNAL_PULL_BYTES_MAX, JOURNAL_ENTRY_BYTES_MAX)

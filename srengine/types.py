@@ -1,0 +1,60 @@
+"""The words of the project as types: ids, positions, records.
+
+See docs/architecture.md for the vocabulary. Everything here is a value: no behaviour beyond rendering and comparing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple, NewType
+
+from srengine import errors, limits
+
+NodeId = NewType("NodeId", str)
+"""32 hexadecimal digits, random, kept in the data directory. Names and addresses are attributes of it."""
+ClusterId = NewType("ClusterId", str)
+TabletId = NewType("TabletId", str)
+"""32 hexadecimal digits, random, minted when the tablet is created."""
+Lineage = NewType("Lineage", str)
+"""32 hexadecimal digits: a tablet's history."""
+Sequence = NewType("Sequence", int)
+"""Place of an operation in a tablet's history; 0 means "before the first"."""
+
+_NAME = re.compile(limits.NAME_PATTERN, re.ASCII)
+
+
+def check_name(name: str, what: str) -> str:
+    """Return ``name`` if it may name a cluster, node, database, table, tablet or snapshot.
+
+    Raises `InvalidValue` otherwise; ``what`` is the noun for the message.
+    """
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+        shown = repr(name) if len(repr(name)) < 80 else repr(name)[:76] + "..."
+        raise errors.InvalidValue(
+            f"{what} {shown} is not a valid name: 1 to 128 of A-Z a-z 0-9 . _ -, the first a letter or digit",
+            what=what,
+        )
+    return name
+
+
+class Position(NamedTuple):
+    """Where a tablet stands: equal lineage and sequence mean equal root, anything else is damage.
+
+    ``sequence`` counts from 1 (0: nothing applied yet); ``root`` is 16 bytes, the sum modulo 2^128 of the digests of
+    all records and deterministic rows; ``count`` is the number of records, tombstones included.
+    """
+
+    lineage: str
+    sequence: int
+    root: bytes
+    count: int
+
+
+class Record(NamedTuple):
+    """One record as stored. ``version`` is the sequence of the operation that wrote it."""
+
+    key: bytes
+    value: bytes
+    version: int
+    hybrid_clock: int
+    tombstone: bool = False
