@@ -1,0 +1,57 @@
+"""bench: run the benchmark suite of a source checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+import srengine
+from srengine import errors
+from srengine.cli.application import Command
+from srengine.cli.settings import Settings, pass_settings
+
+
+def benchmarks_directory() -> Path:
+    """Return where the benchmarks are; `NotFound` in an installation without them."""
+    directory = Path(srengine.__file__).resolve().parent.parent / "benchmarks"
+    if not any(directory.glob("test_*.py")) and not any(directory.glob("bench_*.py")):
+        raise errors.NotFound(
+            "the benchmarks are not part of an installed srengine: run this in a checkout of its source",
+            path=str(directory),
+        )
+    return directory
+
+
+@click.command(cls=Command)
+@click.argument("name", required=False)
+@click.pass_context
+@pass_settings
+def bench(settings: Settings, context: click.Context, name: str | None) -> None:
+    """Run all benchmarks, or those whose names contain NAME (pytest-benchmark)."""
+    directory = benchmarks_directory()
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise errors.NotFound("pytest-benchmark is not installed: pip install 'srengine[bench]'", package="pytest-benchmark")
+    with tempfile.TemporaryDirectory(prefix="srengine-bench-") as scratch:
+        result = Path(scratch) / "result.json"
+        files = sorted(str(path) for pattern in ("test_*.py", "bench_*.py") for path in directory.glob(pattern))
+        command = [sys.executable, "-m", "pytest", "-q", "--benchmark-only", f"--benchmark-json={result}", *files]
+        if name:
+            command += ["-k", name]
+        out = settings.out
+        # The table is the result only as text; otherwise it would spoil the document.
+        code = subprocess.run(
+            command, check=False, cwd=directory.parent, stdout=None if out.format == "text" else sys.stderr
+        ).returncode
+        if code == 5:  # noqa: PLR2004 - pytest: nothing was selected
+            raise errors.NotFound(f"no benchmark's name contains {name!r}", name=name)
+        if code == 0 and out.format != "text":
+            found = json.loads(result.read_text(encoding="utf-8"))["benchmarks"]
+            rows = ({"name": row["name"], "stats": row["stats"], "extra_info": row["extra_info"]} for row in found)
+            out.many(rows, ())
+    context.exit(1 if code else 0)

@@ -1,0 +1,226 @@
+"""`AsyncClient`: a cluster seen from one event loop.
+
+Nothing is sent by constructing one: the first request connects, to the first endpoint that answers. All methods are
+coroutines of one loop; `srengine.Client` is the same for threads and drives an `AsyncClient`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from srengine import errors, types
+from srengine.client import messages, routing
+from srengine.client.calls import Call, Caller, ChannelSource, expect
+from srengine.client.link import open_source, parse_key
+from srengine.client.sessions import Sessions
+from srengine.client.tables import AsyncTable
+
+TIMEOUT_S_DEFAULT = 10.0
+
+
+class AsyncClient:
+    """A cluster client for asyncio.
+
+    ``endpoints``: ``"tcp://host:port[,…]"`` or several of them; each may carry the node's key as ``#HEXKEY``.
+    ``token``: text that names the user. ``key_file``: file with the client's CURVE key. ``server_key``: the nodes' CURVE key,
+    hexadecimal, for endpoints that do not carry one. ``timeout_s``: seconds that one call may take, retries and failover
+    included. ``source``: where channels come from instead of the network (tests, a node inside this process).
+
+    Every call raises the typed errors of `srengine.errors`; those of the way are `Unreachable`, `TimedOut`, `NoQuorum`
+    (with `NoLeader` and `NotReady` below it). Raises `InvalidValue` for endpoints and keys that are none.
+    """
+
+    def __init__(
+        self,
+        endpoints: str | Iterable[str] = routing.DEFAULT_ENDPOINT,
+        *,
+        token: str | None = None,
+        key_file: str | None = None,
+        server_key: str | None = None,
+        timeout_s: float = TIMEOUT_S_DEFAULT,
+        source: ChannelSource | None = None,
+    ) -> None:
+        if not timeout_s > 0:
+            raise errors.InvalidValue(f"timeout_s is {timeout_s!r}; it must be a positive number of seconds")
+        addresses, keys = routing.parse_endpoints(endpoints)
+        self.timeout_s = timeout_s
+        self._routes = routing.Routes(addresses, keys)
+        self._server_key = parse_key(server_key) if server_key else None
+        self._token = token
+        self._key_file = key_file
+        self._source = source
+        self._caller: Caller | None = None
+        self._sessions = Sessions(self)
+        self._closed = False
+
+    # --- tables and catalog ------------------------------------------------------------------------------------------
+
+    def table(self, name: str) -> AsyncTable:
+        """Return the table ``database.table``. Nothing is asked yet: a missing table shows at its first use (`NotFound`)."""
+        return AsyncTable(self, check_table_name(name))
+
+    async def create_database(self, name: str, *, if_missing: bool = False) -> None:
+        """Create a database. `Conflict` when it exists, unless ``if_missing``; `InvalidValue` for a bad name."""
+        types.check_name(name, "database")
+        call = self._any_call(lambda _: messages.CreateDatabase(name))
+        try:
+            await self._call(call)
+        except errors.Conflict:
+            if not (if_missing or call.may_have_happened):
+                raise
+
+    async def list_databases(self) -> list[str]:
+        """Return the names of all databases in order."""
+        reply = await self._call(self._any_call(lambda _: messages.ListDatabases()))
+        return list(expect(reply.message, messages.DatabaseList).names)
+
+    async def create_table(
+        self, name: str, *, tablets: int = 8, replicas: int = 3, if_missing: bool = False
+    ) -> messages.TableInfo:
+        """Create ``database.table`` with a fixed number of tablets, each on ``replicas`` nodes; return it.
+
+        `NotFound` without the database, `Conflict` when the table exists (unless ``if_missing``), `InvalidValue` for bad
+        names and numbers.
+        """
+        check_table_name(name)
+        for number, what in ((tablets, "tablets"), (replicas, "replicas")):
+            if not isinstance(number, int) or number < 1:
+                raise errors.InvalidValue(f"{what} is {number!r}; it must be a positive whole number")
+        call = self._any_call(lambda wait_s: messages.CreateTable(name, tablets, replicas, wait_s))
+        try:
+            reply = await self._call(call)
+        except errors.Conflict:
+            if not (if_missing or call.may_have_happened):
+                raise
+            return await self.describe_table(name)
+        info = expect(reply.message, messages.TableInfo)
+        self._routes.add_table(info)
+        return info
+
+    async def list_tables(self, database: str = "") -> list[messages.TableInfo]:
+        """Return all tables, or those of one database, in order of their names."""
+        reply = await self._call(self._any_call(lambda _: messages.ListTables(database)))
+        return list(expect(reply.message, messages.TableList).tables)
+
+    async def describe_table(self, name: str) -> messages.TableInfo:
+        """Return one table with its tablets and where they are; `NotFound` when there is none."""
+        check_table_name(name)
+        reply = await self._call(self._any_call(lambda _: messages.DescribeTable(name)))
+        info = expect(reply.message, messages.TableInfo)
+        self._routes.add_table(info)
+        return info
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    async def status(self, node: str = "") -> dict[str, Any]:
+        """Return the cluster at a glance, the same as ``srengine status -o json``; with ``node`` its own view of itself."""
+        reply = await self._call(self._any_call(lambda _: messages.Status(node)))
+        return _json(expect(reply.message, messages.StatusReply).status, dict)
+
+    async def members(self) -> list[dict[str, Any]]:
+        """Return the members as `status` shows them: name, id, address, role, state, alive, …"""
+        return list((await self.status())["nodes"])
+
+    async def sync_status(self, table: str = "") -> list[dict[str, Any]]:
+        """Return the state of each replica of each tablet (of one table), as ``srengine sync status -o json``."""
+        reply = await self._call(self._any_call(lambda _: messages.SyncStatus(table)))
+        return _json(expect(reply.message, messages.SyncStatusReply).replicas, list)
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Close all connections; calls under way end with `Closed`. A second close does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._source is not None:
+            source, self._source, self._caller = self._source, None, None
+            await source.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _use(self, source: ChannelSource) -> None:
+        assert self._source is None, self._source
+        self._source = source
+
+    # --- for the tables of this client -------------------------------------------------------------------------------
+
+    def _deadline(self, timeout_s: float | None = None) -> float:
+        return asyncio.get_running_loop().time() + (self.timeout_s if timeout_s is None else timeout_s)
+
+    def _any_call(self, build: Callable[[float], msgspec.Struct]) -> Call:
+        return Call(build=build, candidates=self._routes.anybody, deadline=self._deadline())
+
+    def _tablet_call(
+        self,
+        table: str,
+        tablet: int,
+        consistency: str,
+        deadline: float,
+        build: Callable[[float], msgspec.Struct],
+        attachments: Sequence[bytes | memoryview] = (),
+        *,
+        is_write: bool = False,
+    ) -> Call:
+        return Call(
+            build=build,
+            candidates=lambda: self._routes.candidates(table, tablet, consistency),
+            deadline=deadline,
+            attachments=attachments,
+            tablet=None if consistency == "local" else (table, tablet),
+            is_write=is_write,
+        )
+
+    async def _call(self, call: Call) -> Any:
+        if self._closed:
+            raise errors.Closed("the client is closed")
+        if self._caller is None:
+            if self._source is None:
+                self._source = open_source(key_file=self._key_file, token=self._token)
+            self._caller = Caller(self._source, self._routes, self._server_key)
+        return await self._caller.call(call)
+
+    async def _tablets(self, table: str, deadline: float) -> int:
+        """Return the number of tablets of a table; it never changes while the table exists."""
+        known = self._routes.table(table)
+        if known is not None:
+            return len(known.tablets)
+        call = self._any_call(lambda _: messages.ClusterInfo())
+        call.deadline = deadline
+        self._routes.learn(expect((await self._call(call)).message, messages.ClusterInfoReply))
+        known = self._routes.table(table)
+        if known is None:  # A node that lags does not know a new table yet; the one that leads does.
+            return len((await self.describe_table(table)).tablets)
+        return len(known.tablets)
+
+
+def check_table_name(name: str) -> str:
+    """Return ``name`` if it is ``database.table``; `InvalidValue` otherwise."""
+    database, dot, table = name.partition(".") if isinstance(name, str) else ("", "", "")
+    if not dot:
+        raise errors.InvalidValue(f"{name!r} is not a table's name: it is written database.table", what="table")
+    types.check_name(database, "database")
+    types.check_name(table, "table")
+    return name
+
+
+def _json(text: bytes, kind: type[Any]) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise errors.FrameError("the answer is not JSON") from error
+    if not isinstance(value, kind):
+        raise errors.FrameError(f"the answer is a {type(value).__name__} where a {kind.__name__} belongs")
+    return value
