@@ -13,6 +13,8 @@ VENV ?= .venv
 SUITE ?= tests
 ARGS ?=
 BIN := $(VENV)/bin
+# cython-lint and others look for their helpers on the PATH.
+export PATH := $(abspath $(BIN)):$(PATH)
 KERNELS := $(wildcard ext/*.pyx ext/*.pxi srengine/_native/*.pxd) setup.py tools/vendor.py
 
 .DEFAULT_GOAL := help
@@ -70,7 +72,7 @@ check: lint types layers docs
 lint: $(VENV)/.kernels
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/cython-lint ext
+	$(BIN)/cython-lint ext benchmarks/ext
 
 types: $(VENV)/.kernels
 	$(BIN)/mypy

@@ -26,12 +26,13 @@ class Sizes:
     rounds: int
     thread_puts: int
     rival_records: int
+    cluster_records: int
 
 
 SIZES = {
-    "full": Sizes("full", 1_000_000, 10_000, 100_000, 50_000, 11, 200, 300_000),
-    "quick": Sizes("quick", 100_000, 10_000, 50_000, 20_000, 7, 100, 100_000),
-    "tiny": Sizes("tiny", 2_000, 500, 1_000, 200, 2, 4, 1_000),
+    "full": Sizes("full", 1_000_000, 10_000, 100_000, 50_000, 11, 200, 300_000, 100_000),
+    "quick": Sizes("quick", 100_000, 10_000, 50_000, 20_000, 7, 100, 100_000, 100_000),
+    "tiny": Sizes("tiny", 2_000, 500, 1_000, 200, 2, 4, 1_000, 2_000),
 }
 
 

@@ -103,6 +103,12 @@ class AlreadyOpen(Conflict):
     code = "ALREADY_OPEN"
 
 
+class AddressInUse(Conflict):
+    """Another process listens at the address."""
+
+    code = "ADDRESS_IN_USE"
+
+
 class ForeignData(Conflict):
     """The data belongs to another cluster, node or tablet."""
 

@@ -56,6 +56,36 @@ MESSAGE_DEPTH_MAX: Final = 64
 PARTS_MAX: Final = 8
 HIGH_WATER_FRAMES: Final = 256
 CREDIT_FRAMES: Final = 16
+"""Pieces of one transfer that may be on their way unasked; hides a round trip at full speed."""
+BODY_BYTES_MAX: Final = 512 * KIB
+"""A message without its attachments; what is larger belongs into an attachment."""
+ENVELOPES_MAX: Final = 256
+"""Messages that share a frame."""
+ENVELOPES_BYTES_TARGET: Final = 64 * KIB
+"""No further message joins a frame that has grown to this."""
+ATTACHMENTS_MAX: Final = 64
+REQUESTS_IN_FLIGHT_MAX: Final = 512
+"""Unanswered requests of one connection; the caller queues what is more. Times PART_BYTES_MAX: what may come unasked."""
+CONNECTION_BYTES_MAX: Final = ENTRY_BYTES_MAX
+"""Attachments of one connection held in memory; more is granted when there is room."""
+ENDPOINT_BYTES_MAX: Final = 2 * CONNECTION_BYTES_MAX
+FAILURE_BYTES_MAX: Final = 16 * KIB
+"""Sentence and facts of an error on the wire; longer ones are cut."""
+CONNECTIONS_MAX: Final = 256
+"""Accepted connections of one port, half-done handshakes included; beyond it new ones are closed at once."""
+REQUEST_WINDOW: Final = 4096
+"""Request ids remembered behind the highest one, so that a repeated frame is not answered twice."""
+HANDSHAKE_MS: Final = 2000
+HELLO_S_MAX: Final = 5.0
+"""An accepted connection that has not said hello by then is closed."""
+HEARTBEAT_MS: Final = 1000
+HEARTBEAT_TIMEOUT_MS: Final = 3000
+RECONNECT_MS_MIN: Final = 100
+RECONNECT_MS_MAX: Final = 5000
+CONNECT_MS_MAX: Final = 3000
+LINGER_MS: Final = 200
+PROGRESS_S_MAX: Final = 30.0
+"""A connection with unfinished transfers that moves no byte for so long is closed."""
 
 # --- sync ------------------------------------------------------------------------------------------------------------
 PULL_BYTES_MAX: Final = 4 * MIB
@@ -119,3 +149,7 @@ assert PULL_HOLD_S < STALENESS_S_MAX / 2, (PULL_HOLD_S, STALENESS_S_MAX)
 assert DUPLICATE_PATIENCE_S >= 2 * CONTACT_S, (DUPLICATE_PATIENCE_S, CONTACT_S)
 assert GROUP_BYTES_MAX >= ENTRY_BYTES_MAX, (GROUP_BYTES_MAX, ENTRY_BYTES_MAX)
 assert JOURNAL_PULL_BYTES_MAX >= JOURNAL_ENTRY_BYTES_MAX, (JOURNAL_PULL_BYTES_MAX, JOURNAL_ENTRY_BYTES_MAX)
+assert REQUESTS_IN_FLIGHT_MAX * PART_BYTES_MAX <= CONNECTION_BYTES_MAX, (REQUESTS_IN_FLIGHT_MAX, PART_BYTES_MAX)
+assert REQUEST_WINDOW >= 2 * REQUESTS_IN_FLIGHT_MAX, (REQUEST_WINDOW, REQUESTS_IN_FLIGHT_MAX)
+assert BODY_BYTES_MAX + ENVELOPES_BYTES_TARGET + 64 * KIB <= CLIENT_FRAME_BYTES_MAX, (BODY_BYTES_MAX, CLIENT_FRAME_BYTES_MAX)
+assert CONNECTION_BYTES_MAX >= ENTRY_BYTES_MAX, (CONNECTION_BYTES_MAX, ENTRY_BYTES_MAX)

@@ -91,7 +91,7 @@ def read_head(data: bytes | bytearray | memoryview) -> Head:
     return Head._make(chunk.read_head(data))
 
 
-Unsigned = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+Unsigned = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Name = Annotated[str, msgspec.Meta(max_length=limits.NAME_BYTES_MAX)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 

@@ -88,12 +88,13 @@ def decode_catalog(content: bytes, where: str) -> dict[str, Entry]:
     """Return the entries of a catalog's bytes; raises as `read_catalog`. ``where`` is the file for messages."""
     try:
         found = json.loads(content)
+        body = {name: value for name, value in found.items() if name != "check"} if isinstance(found, dict) else {}
+        check = _check(body)
     except (ValueError, RecursionError) as error:
         raise errors.CorruptionError(f"{where} is no JSON", file=where) from error
     if not isinstance(found, dict) or "check" not in found:
         raise errors.CorruptionError(f"{where} is no catalog of a store", file=where)
-    body = {name: value for name, value in found.items() if name != "check"}
-    if found["check"] != _check(body):
+    if found["check"] != check:
         raise errors.CorruptionError(f"{where} does not match its checksum", file=where)
     if body.get("format") != FORMAT:
         raise errors.UnsupportedFeature(

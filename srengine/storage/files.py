@@ -320,9 +320,7 @@ def move(source: Directory, name: str, target: Directory, new_name: str) -> None
     check_component(new_name)
     try:
         if target.exists(new_name):
-            raise errors.Conflict(
-                f"{target.path / new_name} is already there", path=str(target.path / new_name)
-            )
+            raise errors.Conflict(f"{target.path / new_name} is already there", path=str(target.path / new_name))
         os.rename(name, new_name, src_dir_fd=source.fileno(), dst_dir_fd=target.fileno())
     except OSError as error:
         raise from_os_error(error, f"cannot rename {source.path / name} to {target.path / new_name}") from error
@@ -372,24 +370,28 @@ class DirectoryLock:
     Two kernel locks are held: on the directory itself, which decides, and on the file ``LOCK`` in it, whose content
     names the owner for messages. Both die with the process, however it dies; a left-over file means nothing.
 
+    With ``named`` False only the directory is locked and nothing is written: for readers.
+
     A forked child inherits the descriptors; `release_after_fork` closes the child's copies, so that a child that
     outlives its parent does not hold the directory.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, named: bool = True) -> None:
         self._directory_fd = -1
         self._file_fd = -1
         with Directory(path) as directory:
             self._directory_fd = os.dup(directory.fileno())
             try:
-                self._acquire(directory)
+                self._acquire(directory, named=named)
             except BaseException:
                 self.release()
                 raise
 
-    def _acquire(self, directory: Directory) -> None:
+    def _acquire(self, directory: Directory, *, named: bool) -> None:
         if not _try_flock(self._directory_fd):
             raise _already_open(directory)
+        if not named:
+            return
         self._file_fd = directory.open(LOCK_NAME, os.O_RDWR | os.O_CREAT)
         if not _try_flock(self._file_fd):
             raise _already_open(directory)

@@ -695,7 +695,10 @@ def _check_metas(report: PageReport, metas: tuple[Meta, Meta]) -> None:
             report.add("meta", meta.page, "", f"meta page {meta.page} states a map of {meta.map_bytes} bytes")
         if meta.main.flags or not meta.free.flags & _DB_INTEGER_KEY:
             report.add(
-                "meta", meta.page, "", f"meta page {meta.page} has tree flags {meta.free.flags:#x}, {meta.main.flags:#x}"
+                "meta",
+                meta.page,
+                "",
+                f"meta page {meta.page} has tree flags {meta.free.flags:#x}, {meta.main.flags:#x}",
             )
     if older.last_page > newest.last_page or older.map_bytes > newest.map_bytes:
         report.add("meta", newest.page, "", f"meta page {newest.page} states less than the older one")

@@ -1,0 +1,115 @@
+"""A frame: several envelopes and their raw bytes, proved by checksums. One frame is one ZeroMQ message.
+
+::
+
+    part 0   header (32 bytes) | envelopes: one msgpack array of `envelopes.Envelope`
+    part 1   data: the bytes that belong to the envelopes, in their order, nothing between (absent when there are none)
+
+    header, little-endian
+    0   4  b"srEf"
+    4   2  frame format, 1
+    6   2  zero
+    8   4  bytes of the envelopes
+    12  4  bytes of the data
+    16  8  XXH3-64 of the data
+    24  8  XXH3-64 of the envelopes, seeded with the XXH3-64 of bytes 0 to 24 of the header
+
+Both checksums are verified before anything is believed. They find damage, not malice: authenticity is CURVE's business.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import xxhash
+
+from srengine import errors, limits
+from srengine.codec import scanner
+from srengine.codec.envelopes import Answer, Ask, Data, Envelope
+
+PROTOCOL_VERSION: Final = 1
+"""Said at hello; raised with every change that an older release would misunderstand."""
+PROTOCOL_VERSION_MIN: Final = 1
+"""The oldest that this release still speaks."""
+FRAME_FORMAT: Final = 1
+MAGIC: Final = b"srEf"
+_HEADER: Final = struct.Struct("<4sHHIIQQ")
+_HEAD: Final = struct.Struct("<4sHHIIQ")
+HEADER_BYTES: Final = _HEADER.size
+_CHECKED_BYTES: Final = _HEAD.size
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final = msgspec.msgpack.Decoder(list[Envelope])
+
+Chunk = bytes | bytearray | memoryview
+
+
+def pack(envelopes: Sequence[Envelope], chunks: Sequence[Chunk] = ()) -> list[Chunk]:
+    """Return the parts of a frame. ``chunks`` are the data of the envelopes in order; a single one is not copied."""
+    body = _encoder.encode(envelopes)
+    if len(body) > 0xFFFFFFFF:  # pragma: no cover
+        raise errors.InvalidValue(f"{len(body)} bytes of envelopes in one frame")
+    data: Chunk = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    data_checksum = xxhash.xxh3_64_intdigest(data) if len(data) else 0
+    head = _HEAD.pack(MAGIC, FRAME_FORMAT, 0, len(body), len(data), data_checksum)
+    checksum = xxhash.xxh3_64_intdigest(body, seed=xxhash.xxh3_64_intdigest(head))
+    first = head + checksum.to_bytes(8, "little") + body
+    return [first, data] if len(data) else [first]
+
+
+def unpack(parts: Sequence[Chunk], *, data_bytes_max: int) -> tuple[list[Envelope], memoryview]:
+    """Return the envelopes and the data of a frame; nothing is copied out of the data.
+
+    ``data_bytes_max`` bounds part 1, as the receiving port does. Raises `FrameError`; `UnsupportedFeature` for another
+    frame format, naming both.
+    """
+    if not 1 <= len(parts) <= 2:
+        raise errors.FrameError(f"a frame of {len(parts)} parts")
+    first = bytes(parts[0])
+    data = memoryview(parts[1]) if len(parts) == 2 else memoryview(b"")
+    if len(first) < HEADER_BYTES or first[:4] != MAGIC:
+        raise errors.FrameError(f"{len(first)} bytes that are no frame of ours")
+    _, form, zero, body_bytes, data_bytes, data_checksum, checksum = _HEADER.unpack_from(first)
+    if form != FRAME_FORMAT:
+        raise errors.UnsupportedFeature(
+            f"the peer sends frame format {form}, this version reads {FRAME_FORMAT}", theirs=form, ours=FRAME_FORMAT
+        )
+    body = first[HEADER_BYTES:]
+    if zero or body_bytes != len(body) or data_bytes != data.nbytes or data_bytes > data_bytes_max:
+        raise errors.FrameError(
+            f"a frame declares {body_bytes} and {data_bytes} bytes, and has {len(body)} and {data.nbytes}"
+        )
+    if xxhash.xxh3_64_intdigest(body, seed=xxhash.xxh3_64_intdigest(first[:_CHECKED_BYTES])) != checksum:
+        raise errors.FrameError("the checksum of a frame's envelopes does not fit")
+    if (xxhash.xxh3_64_intdigest(data) if data_bytes else 0) != data_checksum:
+        raise errors.FrameError("the checksum of a frame's data does not fit")
+    # The list and the envelope around a message are two levels more than the message has.
+    scanner.check(body, depth_max=limits.MESSAGE_DEPTH_MAX + 2)
+    try:
+        envelopes = _decoder.decode(body)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
+        raise errors.FrameError(f"a frame's envelopes cannot be read: {error}") from error
+    if not 1 <= len(envelopes) <= limits.ENVELOPES_MAX:
+        raise errors.FrameError(f"{len(envelopes)} envelopes in one frame")
+    if data_bytes != sum(inline_bytes(envelope) for envelope in envelopes):
+        raise errors.FrameError(f"a frame's {data_bytes} bytes of data are not what its envelopes declare")
+    return envelopes, data
+
+
+def inline_bytes(envelope: Envelope) -> int:
+    """Return how many bytes of the frame's data belong to ``envelope``.
+
+    Attachments travel in the frame of their envelope when together they are at most ``limits.PART_BYTES_MAX``; larger
+    ones follow as `Data`.
+    """
+    match envelope:
+        case Data(size=size):
+            return size
+        case Ask(sizes=sizes) | Answer(sizes=sizes):
+            total = sum(sizes)
+            return total if total <= limits.PART_BYTES_MAX else 0
+        case _:
+            return 0

@@ -1,0 +1,78 @@
+"""What the nodes of a group say to each other: one question, one answer, the same for the journal and for every tablet.
+
+A replica sends `Pull` to the leader: an acknowledgement of what it holds durably, and the question for more. The leader of a
+group that starts and lacks something sends `Fetch` to a replica. Both are answered by `PullReply`; rows travel as attachments
+(journal: one, the entries; tablet: three, rows, meta and state of a `Delta`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from srengine.codec import registry
+from srengine.types import Position
+
+JOURNAL_GROUP = "journal"
+"""Name of the journal's group; tablets' groups are named by their id."""
+
+
+class ProcessId(msgspec.Struct, frozen=True):
+    """One run of a node, see `roster_machine.Process`."""
+
+    node_id: str
+    boot_number: int
+    nonce: str
+
+
+class Pull(msgspec.Struct, frozen=True):
+    """"I hold this durably; what comes next?"
+
+    ``number`` grows with every question of a process, so that a duplicated or late frame is recognised. ``leader_seen``: the
+    highest process of the leader's node that this replica has ever seen, which tells a restored leader that it is one.
+    """
+
+    group: str
+    replica: str
+    process: ProcessId
+    number: int
+    position: Position
+    term: int = 1
+    copied: bool = False
+    trusted: bool = True
+    filling: bool = False
+    committed_known: int = 0
+    leader_seen: ProcessId | None = None
+
+
+class Fetch(msgspec.Struct, frozen=True):
+    """"Give me what comes after this": read-only, counts for nothing; a leader that recovers asks it."""
+
+    group: str
+    replica: str
+    position: Position
+    filling: bool = False
+
+
+class PullReply(msgspec.Struct, frozen=True):
+    """The answer.
+
+    ``state`` is a value of `follower_machine.SourceState`, or ``stale_boot`` or ``duplicate`` (`roster_machine.Verdict`;
+    ``highest`` is the boot number to get above). ``source``: the answering copy's position. With ``delta``: it starts at
+    (``base_sequence``, ``base_root``) and ends at ``target``.
+    """
+
+    state: str
+    source: Position
+    process: ProcessId
+    committed: int = 0
+    term: int = 1
+    target: Position | None = None
+    base_sequence: int = 0
+    base_root: bytes | None = None
+    highest: int = 0
+    reason: str = ""
+
+
+registry.register("ha.pull", Pull)
+registry.register("ha.fetch", Fetch)
+registry.register("ha.pull_reply", PullReply)

@@ -1,0 +1,341 @@
+"""Write the items of a snapshot into a tablet: the receiver's driver.
+
+Each item is proved (items.py), placed (transfer_machine.py), and its rows gathered until a transaction is worth its fsync;
+one thread fills while the next rows arrive. The mark goes into the same transaction as the rows it speaks of, so after
+any crash the tablet says itself where to go on. The last transaction writes meta rows, purges, compares root and count
+and takes the mark away: only then is the copy more than a copy in the making.
+
+Where to write is a `Target`: a stage beside the real tablet, which takes its place when proved (full copies of a node), or
+the tablet in place (deltas; an empty tablet).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from srengine import errors, failpoints, limits
+from srengine.snapshot import format as words
+from srengine.snapshot import items
+from srengine.snapshot.compression import Decompressor
+from srengine.snapshot.source import seed_id
+from srengine.snapshot.transfer_machine import Begin, Complete, Fill, Finish, ReceiveMachine
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from srengine.snapshot.format import Head, Manifest, Mark, Trailer
+    from srengine.types import Position
+
+FILL_BYTES: Final = 16 * limits.MIB
+"""Rows of one transaction. Held up to three times: gathered, being written, and as LMDB's dirty pages."""
+FILL_ROWS_MAX: Final = 100_000
+
+
+class FillTablet(Protocol):
+    """What a sink needs of `srengine.storage.Tablet`."""
+
+    @property
+    def id(self) -> str:
+        """The tablet's id."""
+
+    @property
+    def seed(self) -> bytes:
+        """The secret seed, 8 bytes."""
+
+    @property
+    def position(self) -> Position:
+        """Where it stands."""
+
+    @property
+    def fill_mark(self) -> bytes | None:
+        """The mark of a half-applied copy."""
+
+    def fill(self, rows: bytes | bytearray | memoryview, mark: bytes) -> None:
+        """Put rows and mark in one transaction."""
+
+    def finish_fill(self, meta: bytes, state: bytes, *, rows: bytes | bytearray | memoryview = b"") -> Position:
+        """Put the last rows and meta rows, purge, prove, drop the mark."""
+
+
+class StoreLike(Protocol):
+    """What a staged target needs of `srengine.storage.Store`."""
+
+    def find_stage(self, tablet_id: str) -> FillTablet | None:
+        """Return an unfinished stage."""
+
+    def stage_tablet(self, tablet_id: str, *, seed: bytes) -> FillTablet:
+        """Begin or resume a stage."""
+
+    def drop_stage(self, tablet_id: str) -> None:
+        """Throw a stage away."""
+
+    def switch_tablet(self, staged: FillTablet) -> FillTablet:
+        """Let the stage take its tablet's place."""
+
+
+class Target(Protocol):
+    """Where a snapshot goes."""
+
+    def mark(self) -> bytes | None:
+        """Return what an earlier attempt left, if it can be resumed."""
+
+    def begin(self, manifest: Manifest, *, resumed: bool) -> FillTablet:
+        """Return the tablet to fill, proved fit for this snapshot and untouched if it is not."""
+
+    def complete(self, tablet: FillTablet) -> FillTablet:
+        """Make the proved copy the tablet; return it open."""
+
+
+class InPlace:
+    """A delta onto its base, or a full snapshot onto an empty tablet of the same seed."""
+
+    def __init__(self, tablet: FillTablet) -> None:
+        self._tablet = tablet
+
+    def mark(self) -> bytes | None:
+        """Return the tablet's fill mark."""
+        return self._tablet.fill_mark
+
+    def begin(self, manifest: Manifest, *, resumed: bool) -> FillTablet:
+        """Check the tablet against the manifest; nothing is written. Raises `Diverged`, `Conflict`, `ForeignData`."""
+        tablet = self._tablet
+        if manifest.seed_id != seed_id(tablet.seed):
+            raise errors.ForeignData(
+                "the snapshot is of a tablet with another seed; only an empty one can take it over", tablet=tablet.id
+            )
+        if resumed:
+            return tablet
+        if tablet.fill_mark is not None:
+            raise errors.Conflict(
+                f"tablet {tablet.id} is half filled from another snapshot; apply that one again or drop the tablet",
+                tablet=tablet.id,
+            )
+        here = tablet.position
+        if manifest.base is None:
+            if here.sequence or here.count:
+                raise errors.Conflict(
+                    f"a full snapshot needs an empty tablet; {tablet.id} has {here.count} records", tablet=tablet.id
+                )
+        elif manifest.base.value() != here:
+            base = manifest.base
+            raise errors.Diverged(
+                f"the delta starts at {base.lineage}:{base.sequence} with root {base.root.hex()}, the tablet is at "
+                f"{here.lineage}:{here.sequence} with root {bytes(here.root).hex()}",
+                base=base.sequence,
+                sequence=here.sequence,
+            )
+        return tablet
+
+    def complete(self, tablet: FillTablet) -> FillTablet:
+        """Nothing is left to do: the last transaction proved it."""
+        return tablet
+
+
+class Staged:
+    """A full copy beside the real tablet ``tablet_id`` of ``store``; deltas go to ``tablet`` in place, if it is given.
+
+    The real tablet stays as it is until the copy is proved, then the stage takes its place (`Store.switch_tablet`).
+    """
+
+    def __init__(self, store: StoreLike, tablet_id: str, *, tablet: FillTablet | None = None) -> None:
+        self._store = store
+        self._tablet_id = tablet_id
+        self._in_place = None if tablet is None else InPlace(tablet)
+        self._staged: FillTablet | None = None
+
+    def mark(self) -> bytes | None:
+        """Return the mark of an unfinished stage, or of a tablet half filled in place."""
+        staged = self._store.find_stage(self._tablet_id)
+        if staged is not None and staged.fill_mark is not None:
+            return staged.fill_mark
+        return None if self._in_place is None else self._in_place.mark()
+
+    def begin(self, manifest: Manifest, *, resumed: bool) -> FillTablet:
+        """Open the stage, a new one unless ``resumed``. Raises as `InPlace.begin` for a delta."""
+        if manifest.base is not None:
+            if self._in_place is None:
+                raise errors.Conflict(f"tablet {self._tablet_id} has no base for a delta", tablet=self._tablet_id)
+            return self._in_place.begin(manifest, resumed=resumed)
+        if manifest.seed is None:
+            raise errors.SnapshotDamaged("the snapshot does not carry its seed; a replica cannot be made of it")
+        if manifest.tablet != self._tablet_id:
+            raise errors.ForeignData(
+                f"the snapshot is of tablet {manifest.tablet}, {self._tablet_id} was asked for", tablet=self._tablet_id
+            )
+        if not resumed:
+            self._store.drop_stage(self._tablet_id)
+        self._staged = self._store.stage_tablet(self._tablet_id, seed=manifest.seed)
+        if resumed and self._staged.fill_mark is None:
+            raise errors.SnapshotDamaged("the stage to go on with is gone", tablet=self._tablet_id)
+        return self._staged
+
+    def complete(self, tablet: FillTablet) -> FillTablet:
+        """Switch a stage; a delta was applied in place."""
+        return self._store.switch_tablet(tablet) if tablet is self._staged else tablet
+
+
+class Progress(NamedTuple):
+    """How far a sink is."""
+
+    chunks: int
+    rows: int
+    raw_bytes: int
+    complete: bool
+
+
+class SnapshotSink:
+    """Takes items in order (`accept`), writes them, and proves the end (`finish`). For one thread at a time.
+
+    ``target`` says where to. ``mark`` is what a source needs to go on where an earlier sink stopped: send it with the
+    request (None: nothing to go on with). `accept` blocks for the disk now and then and releases the GIL while it works.
+    A failure leaves what was filled and its mark; a new sink on the same target resumes. `close` it in any case.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._tablet: FillTablet | None = None
+        left = target.mark()
+        mark: Mark | None = None
+        if left is not None:
+            try:
+                mark = words.decode_mark(left)
+            except errors.Error:
+                # NB: a mark of another version: the copy begins again, and the target decides whether it may.
+                left = None
+        self.mark = left
+        self._machine = ReceiveMachine(mark)
+        self._decompressor = Decompressor()
+        self._batch = bytearray()
+        self._batch_rows = 0
+        self._batch_order: tuple[bool, int] | None = None
+        """(by key, view) of the gathered rows: a batch never holds a key twice, so it never mixes these."""
+        self._batch_mark = b""
+        self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+        self._filling: concurrent.futures.Future[None] | None = None
+        self._position: Position | None = None
+
+    def __enter__(self) -> SnapshotSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def progress(self) -> Progress:
+        """Return how far it is, rows of earlier attempts included."""
+        mark = self._machine.mark
+        complete = isinstance(self._machine.state, Complete)
+        return Progress(0, 0, 0, complete) if mark is None else Progress(mark.chunks, mark.rows, mark.raw_bytes, complete)
+
+    @property
+    def resume_mark(self) -> bytes | None:
+        """Return the mark of what is durably filled: the one to ask another source with, after `close`."""
+        return None if self._tablet is None else self._tablet.fill_mark
+
+    @property
+    def tablet(self) -> FillTablet | None:
+        """Return the filled tablet: after `finish` the one that took its place."""
+        return self._tablet
+
+    def accept(self, item: bytes | bytearray | memoryview) -> Progress:
+        """Take the next item whole. Raises `SnapshotDamaged`, or what the target or the tablet says."""
+        head, stored = items.split(item)
+        self.take(items.open_item(head, stored, self._decompressor))
+        return self.progress
+
+    def take(self, opened: items.Opened) -> None:
+        """Take the next item, already proved in itself."""
+        self._machine.step(opened.message)
+        effects = self._machine.drain()
+        for effect in effects.apply:
+            match effect:
+                case Begin(manifest, resumed):
+                    self._tablet = self._target.begin(manifest, resumed=resumed)
+                case Fill(head):
+                    assert effects.persist is not None, "a chunk moves the mark"
+                    self._gather(head, opened.rows, effects.persist)
+                case Finish(trailer):
+                    self._finish(trailer)
+
+    def finish(self) -> Position:
+        """Return the position reached; raises `SnapshotDamaged` when items are missing."""
+        if self._position is None:
+            raise errors.SnapshotDamaged("the snapshot ends before its trailer", **self.progress._asdict())
+        return self._position
+
+    def close(self) -> None:
+        """Write what was gathered, if its copy is not complete, and stop the thread. Errors of the disk pass silently:
+        what was not written is sent again."""
+        try:
+            if self._position is None and self._batch:
+                self._flush()
+            self._wait()
+        except errors.Error:
+            pass
+        finally:
+            self._batch = bytearray()
+            if self._thread is not None:
+                self._thread.shutdown(wait=True)
+                self._thread = None
+
+    # --- filling ---------------------------------------------------------------------------------------------------
+
+    def _gather(self, head: Head, rows: memoryview, mark: Mark) -> None:
+        # Rows by sequence of two views may name a key twice; rows by key never do.
+        order = (head.by_key, 0 if head.by_key else head.view_sequence)
+        full = len(self._batch) + len(rows) > FILL_BYTES or self._batch_rows + head.row_count > FILL_ROWS_MAX
+        if self._batch and (full or order != self._batch_order):
+            self._flush()
+        self._batch_order = order
+        self._batch_mark = words.encode_mark(mark)
+        if len(rows) > FILL_BYTES // 2:
+            # Alone and uncopied, with nothing else in the making: it may be of the largest size.
+            if self._batch:
+                self._flush()
+            self._wait()
+            assert self._tablet is not None, "rows come after the manifest"
+            self._fill(self._tablet, rows, self._batch_mark)
+            return
+        self._batch += rows
+        self._batch_rows += head.row_count
+
+    def _flush(self) -> None:
+        self._wait()
+        assert self._tablet is not None, "rows come after the manifest"
+        batch, self._batch, self._batch_rows = self._batch, bytearray(), 0
+        if self._thread is None:
+            self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="srengine-snapshot-fill")
+        self._filling = self._thread.submit(self._fill, self._tablet, batch, self._batch_mark)
+
+    @staticmethod
+    def _fill(tablet: FillTablet, rows: bytearray | memoryview, mark: bytes) -> None:
+        failpoints.hit("snapshot.fill.before")
+        tablet.fill(rows, mark)
+        failpoints.hit("snapshot.fill.after")
+
+    def _wait(self) -> None:
+        filling, self._filling = self._filling, None
+        if filling is not None:
+            filling.result()
+
+    def _finish(self, trailer: Trailer) -> None:
+        self._wait()
+        tablet = self._tablet
+        assert tablet is not None, "a trailer comes after the manifest"
+        failpoints.hit("snapshot.finish.before")
+        position = tablet.finish_fill(trailer.meta, trailer.state, rows=self._batch)
+        failpoints.hit("snapshot.finish.after")
+        self._batch = bytearray()
+        if position != trailer.target.value():
+            raise errors.SnapshotDamaged(
+                f"the trailer promised {trailer.target.lineage}:{trailer.target.sequence}, the tablet is at "
+                f"{position.lineage}:{position.sequence}",
+                promised=trailer.target.sequence,
+                found=position.sequence,
+            )
+        self._tablet = self._target.complete(tablet)
+        failpoints.hit("snapshot.finish.complete")
+        self._position = position

@@ -1,0 +1,349 @@
+"""Read a tablet into the items of a snapshot: the sender's driver.
+
+The machine (transfer_machine.SendMachine) says what to read next; here views are opened, rows read, compressed and sealed,
+scan, compression and the reader of the items each in a thread of its own. A view serves a few chunks and is given back,
+so neither a slow receiver nor a large tablet pins one; one that expired is replaced by the next, which loses nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from srengine import errors, limits
+from srengine.snapshot import format as words
+from srengine.snapshot import items
+from srengine.snapshot.compression import Compressor
+from srengine.snapshot.format import Ancestor, Manifest, Mark, StoredPosition, Trailer
+from srengine.snapshot.overlap import overlapped
+from srengine.snapshot.transfer_machine import (
+    BatchRead,
+    ChunkPlan,
+    Close,
+    ReadKeys,
+    ReadSequences,
+    SendMachine,
+    advance,
+    first_mark,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    from srengine.snapshot.items import Sealed
+    from srengine.types import Position
+
+VIEW_CHUNKS_MAX: Final = 16
+"""Chunks read from one view before the next is opened."""
+WRITER: Final = "srengine 1"
+
+
+class BatchLike(Protocol):
+    """What a view returns for a range of rows."""
+
+    @property
+    def rows(self) -> bytes:
+        """Encoded rows."""
+
+    @property
+    def count(self) -> int:
+        """How many."""
+
+    @property
+    def last(self) -> bytes | int | None:
+        """Key or sequence of the last one; None without rows."""
+
+    @property
+    def done(self) -> bool:
+        """No row is left behind it."""
+
+
+class ViewLike(Protocol):
+    """A pinned reader, as `srengine.storage.View`."""
+
+    @property
+    def position(self) -> Position:
+        """Where the view stands."""
+
+    @property
+    def state(self) -> bytes:
+        """The state row."""
+
+    def rows_by_key(self, after: bytes | None, *, bytes_max: int) -> BatchLike:
+        """Read rows by key."""
+
+    def rows_since(self, sequence: int, *, bytes_max: int) -> BatchLike:
+        """Read live rows by sequence; `BelowPurgeMark` when the log does not reach back so far."""
+
+    def meta_rows(self, since: int) -> bytes:
+        """Read meta rows."""
+
+    def close(self) -> None:
+        """Give the view back."""
+
+
+class TabletLike(Protocol):
+    """What a source needs of `srengine.storage.Tablet`."""
+
+    @property
+    def id(self) -> str:
+        """The tablet's id."""
+
+    @property
+    def seed(self) -> bytes:
+        """The secret seed, 8 bytes."""
+
+    @property
+    def position(self) -> Position:
+        """Where it stands."""
+
+    def root_at(self, sequence: int) -> bytes | None:
+        """Return the root at an earlier sequence, if it is still known."""
+
+    def view(self) -> ViewLike:
+        """Open a view."""
+
+
+class _Closing(NamedTuple):
+    """What the last view says at the end."""
+
+    position: Position
+    meta: bytes
+    state: bytes
+
+
+class _Read(NamedTuple):
+    """One batch on its way to become a chunk; ``plan`` None: nothing to send; ``closing``: it was the last."""
+
+    plan: ChunkPlan | None
+    rows: bytes
+    closing: _Closing | None
+
+
+class _Made(NamedTuple):
+    sealed: Sealed | None
+    closing: _Closing | None
+
+
+def seed_id(seed: bytes) -> bytes:
+    """Return a name for ``seed`` that tells equal seeds apart from others without telling the seed."""
+    return hashlib.blake2b(seed, digest_size=8, person=b"srengine-seed").digest()
+
+
+class SnapshotSource:
+    """One snapshot of ``tablet``, as an iterator of items (bytes): manifest, chunks, trailer.
+
+    Iterate once, from one thread. ``since``: a delta behind that position (`Diverged` when it is not of this history,
+    `BelowPurgeMark` when the log does not reach back so far). ``resume``: a receiver's mark; if this tablet can go on
+    from it, ``resumed`` is true and the items are the manifest again and then the chunks behind the mark, else a new full
+    snapshot follows and ``reason`` says why. ``compression``: "zstd" or "none".
+
+    Fields: ``manifest``; ``resumed``; ``reason`` (empty when all went as asked); ``position`` (None until the trailer was
+    produced); ``mark`` (what was produced so far).
+    """
+
+    def __init__(
+        self,
+        tablet: TabletLike,
+        *,
+        since: Position | None = None,
+        resume: bytes | Mark | None = None,
+        compression: str = "zstd",
+        node: bytes = words.NO_SOURCE,
+        chunk_bytes: int = limits.CHUNK_BYTES_TARGET,
+        share_seed: bool = True,
+    ) -> None:
+        if compression not in {"none", "zstd"}:
+            raise errors.InvalidValue(f"compression {compression!r} is not none or zstd")
+        if not 1 <= chunk_bytes <= limits.CHUNK_BYTES_MAX:
+            raise errors.InvalidValue(f"a chunk of {chunk_bytes} bytes is not within 1 to {limits.CHUNK_BYTES_MAX}")
+        self._tablet = tablet
+        self._node = node
+        self.resumed = False
+        self.reason = ""
+        self.position: Position | None = None
+        mark: Mark | None = None
+        if resume is not None:
+            mark = self._resume(words.decode_mark(resume) if not isinstance(resume, Mark) else resume, share_seed)
+        if mark is not None:
+            self.manifest = mark.manifest
+        else:
+            self.manifest = self._new_manifest(since, compression, chunk_bytes, share_seed)
+        self._first = items.seal_manifest(self.manifest, node)
+        self.mark = mark or first_mark(self.manifest, self._first.head.digest)
+        self._compressor = Compressor(active=self.manifest.compression == "zstd")
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the items as single pieces, ready to ship."""
+        made = self.sealed()
+        try:
+            for item in made:
+                joined = [item.joined()]
+                del item
+                yield joined.pop()
+        finally:
+            made.close()
+
+    def sealed(self) -> Generator[Sealed, None, None]:
+        """Yield the items with head and stored bytes apart, for a file."""
+        yield self._first
+        stages = overlapped(self._read(), self._seal, bytes_of=lambda read: len(read.rows))
+        try:
+            for sealed, closing in stages:
+                if sealed is not None:
+                    self.mark = advance(self.mark, sealed.head)
+                    box = [sealed]
+                    del sealed
+                    yield box.pop()
+                if closing is not None:
+                    yield self._trailer(closing)
+                    self.position = closing.position
+        finally:
+            stages.close()
+
+    # --- beginning -------------------------------------------------------------------------------------------------
+
+    def _resume(self, mark: Mark, share_seed: bool) -> Mark | None:  # noqa: FBT001  (a private pass-through)
+        """Return the mark to go on from, or None with ``reason`` set."""
+        here, manifest = self._tablet.position, mark.manifest
+        if manifest.lineage != here.lineage or manifest.seed_id != seed_id(self._tablet.seed):
+            self.reason = "the mark is of another lineage"
+        elif share_seed and manifest.seed != self._tablet.seed:
+            self.reason = "the mark does not hold the seed"
+        elif here.sequence < mark.view_sequence:
+            self.reason = f"this replica is at {here.sequence}, the copy has seen {mark.view_sequence}"
+        else:
+            try:
+                self._check_floor(mark.sequence)
+            except errors.BelowPurgeMark as error:
+                self.reason = error.message
+        if self.reason:
+            return None
+        self.resumed = True
+        # NB: the seed in a manifest that leaves is ours or none, never what the asker wrote.
+        if manifest.seed is not None and manifest.seed != self._tablet.seed:
+            self.resumed, self.reason = False, "the mark holds another seed"
+            return None
+        return mark
+
+    def _check_floor(self, sequence: int) -> None:
+        view = self._tablet.view()
+        try:
+            view.rows_since(sequence, bytes_max=1)
+        finally:
+            view.close()
+
+    def _new_manifest(
+        self,
+        since: Position | None,
+        compression: str,
+        chunk_bytes: int,
+        share_seed: bool,  # noqa: FBT001  (a private pass-through)
+    ) -> Manifest:
+        here = self._tablet.position
+        if since is not None:
+            self._check_base(since, here)
+        return Manifest(
+            format=words.FORMAT,
+            snapshot=secrets.token_bytes(16),
+            tablet=self._tablet.id,
+            kind="full" if since is None else "delta",
+            lineage=here.lineage,
+            ancestry=tuple(
+                Ancestor(lineage=lineage, sequence=sequence)
+                for lineage, sequence in getattr(self._tablet, "ancestry", ())
+            ),
+            seed=self._tablet.seed if share_seed else None,
+            seed_id=seed_id(self._tablet.seed),
+            base=None if since is None else StoredPosition.of(since),
+            scan_base=here.sequence if since is None else since.sequence,
+            compression=compression,
+            chunk_bytes=chunk_bytes,
+            features=("zstd",) if compression == "zstd" else (),
+            writer=WRITER,
+        )
+
+    def _check_base(self, since: Position, here: Position) -> None:
+        if since.lineage != here.lineage or since.sequence > here.sequence:
+            raise errors.Diverged(
+                f"a delta since {since.lineage}:{since.sequence} cannot be made: the tablet is at "
+                f"{here.lineage}:{here.sequence}",
+                base=since.sequence,
+                sequence=here.sequence,
+            )
+        root = self._tablet.root_at(since.sequence)
+        if root is not None and bytes(root) != bytes(since.root):
+            raise errors.Diverged(
+                f"at sequence {since.sequence} this tablet had another root", base=since.sequence, root=bytes(root)
+            )
+        self._check_floor(since.sequence)
+
+    # --- reading, in the first thread ------------------------------------------------------------------------------
+
+    def _read(self) -> Generator[_Read, None, None]:
+        machine = SendMachine(self.mark)
+        view: ViewLike | None = None
+        used = 0
+        wanted = machine.drain().apply
+        try:
+            while not isinstance(wanted, Close):
+                assert wanted is not None, "the machine asks for a batch until it closes"
+                if view is None or used >= VIEW_CHUNKS_MAX:
+                    if view is not None:
+                        view.close()
+                    view, used = self._tablet.view(), 0
+                try:
+                    batch, closing = self._batch(view, wanted)
+                except errors.ViewExpired:
+                    used = VIEW_CHUNKS_MAX
+                    continue
+                used += 1
+                rows = batch.rows
+                machine.step(BatchRead(batch.count, len(rows), batch.last, batch.done, view.position.sequence))
+                effects = machine.drain()
+                wanted = effects.apply
+                box = [_Read(effects.send, rows, closing)]
+                del batch, rows
+                yield box.pop()
+        finally:
+            if view is not None:
+                view.close()
+
+    def _batch(self, view: ViewLike, wanted: ReadKeys | ReadSequences) -> tuple[BatchLike, _Closing | None]:
+        bytes_max = self.manifest.chunk_bytes
+        if isinstance(wanted, ReadKeys):
+            return view.rows_by_key(wanted.after, bytes_max=bytes_max), None
+        if view.position.lineage != self.manifest.lineage:
+            raise errors.Diverged(
+                f"the tablet began lineage {view.position.lineage} while a snapshot of {self.manifest.lineage} was made"
+            )
+        batch = view.rows_since(wanted.after, bytes_max=bytes_max)
+        if not batch.done:
+            return batch, None
+        # All three from the view that ends the snapshot: together they are its position.
+        since = self.manifest.scan_base if self.manifest.base is not None else 0
+        return batch, _Closing(view.position, view.meta_rows(since), view.state)
+
+    # --- sealing, in the second ------------------------------------------------------------------------------------
+
+    def _seal(self, read: _Read) -> _Made:
+        if read.plan is None:
+            return _Made(None, read.closing)
+        sealed = items.seal_chunk(
+            read.plan, read.rows, compressor=self._compressor, snapshot=self.manifest.snapshot, source=self._node
+        )
+        return _Made(sealed, read.closing)
+
+    def _trailer(self, closing: _Closing) -> Sealed:
+        mark = self.mark
+        trailer = Trailer(
+            target=StoredPosition.of(closing.position),
+            chunks=mark.chunks,
+            rows=mark.rows,
+            raw_bytes=mark.raw_bytes,
+            digest=mark.digest,
+            meta=closing.meta,
+            state=closing.state,
+        )
+        return items.seal_trailer(trailer, mark.chunks + 1, self.manifest.snapshot, self._node)

@@ -1,0 +1,524 @@
+"""The metadata store: named tables of a node (catalog, boot numbers, the journal's log) in an LMDB environment of their own.
+
+Used through py-lmdb, never for tablets: two bindings must not meet on one environment. One store, one directory::
+
+    meta/                0700
+      data.mdb           one named LMDB database for each table; value = bytes + XXH3-64 of (table, key, bytes)
+      lock.mdb
+
+* **Durable.** When the with-block of `MetadataStore.transaction` ends without an exception, everything in it is on the
+  disk, and all of it or nothing. An exception inside takes all of it back.
+* **Checked.** Each value carries a checksum over table, key and value, tested at every read; what does not match is
+  `CorruptionError` naming table and key.
+* **Growing.** The memory map is doubled between transactions, and inside one by replaying what it did so far; readers
+  never see it, because every read is one short LMDB transaction of at most `SCAN_ROWS` rows. LMDB ends readers that are
+  open when its map moves, so none may be.
+* **Honest about faults.** A full disk is `DiskFull` and the store goes on reading, and writing when space returns. An
+  input/output error while writing fences the store (`TabletFenced`) until it is opened again, and durably: see fences.py.
+
+Thread-safe: one transaction at a time, others wait; reads outside a transaction never wait for one. A forked child gets
+`ForkedEnvironment`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import lmdb
+import xxhash
+
+from srengine import errors, limits, types
+from srengine.storage import fences, files, pages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+FORMAT: Final = b"1"
+TABLES_MAX: Final = 64
+SCAN_ROWS: Final = 256
+"""Rows read in one LMDB transaction by a scan, so that no reader holds old pages or the map for long."""
+VALUE_BYTES_MAX: Final = limits.ENTRY_BYTES_MAX
+MAP_BYTES_MIN: Final = 16 * limits.MIB
+MAP_BYTES_MAX: Final = 1 << 40
+TRANSACTION_ROWS_MAX: Final = 1_000_000
+
+_CHECK_BYTES: Final = 8
+_OWN_TABLE: Final = "srengine"
+_FORMAT_KEY: Final = b"format"
+
+
+class MetadataStore:
+    """Named tables in the directory ``path``, which is made (its parent must exist) unless ``create`` is False.
+
+    ``map_bytes`` is the initial memory map (tests use small ones). Raises `NotFound`, `UnsafePermissions`,
+    `UnsupportedFileSystem`, `TruncatedTablet`, `CorruptionError`, `ForeignData`, `TabletFenced` (a fault earlier).
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = True,
+        map_bytes: int = MAP_BYTES_MIN,
+        insecure: bool = False,
+        allow_remote_fs: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.closed = False
+        self._pid = os.getpid()
+        self._insecure = insecure
+        self._write_lock = threading.RLock()
+        self._transaction: Transaction | None = None
+        self._reads = threading.Condition()
+        self._readers = 0
+        self._moving = False
+        self._fault: str | None = None
+        self._tables: dict[str, lmdb._Database] = {}
+        files.check_local_file_system(self.path.parent, allow_remote_fs=allow_remote_fs)
+        if create and not self.path.exists():
+            _build(self.path, map_bytes, insecure=insecure)
+        files.check_private(self.path, directory=True, insecure=insecure)
+        fences.refuse_if_fenced(self.path, self.path.name)
+        meta = pages.check_before_open(self.path / pages.DATA_NAME)
+        files.check_private(self.path / pages.DATA_NAME, directory=False, insecure=insecure)
+        self._map_bytes = _map_bytes_for(max(map_bytes, meta.bytes_claimed), meta.page_bytes)
+        self._environment = _open_environment(self.path, self._map_bytes)
+        try:
+            self._open_tables()
+            self._check_format()
+        except BaseException:
+            self._environment.close()
+            raise
+
+    def __enter__(self) -> MetadataStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the environment after the running transaction; a second call does nothing."""
+        if os.getpid() != self._pid:
+            self.closed = True
+            return
+        with self._write_lock, self._all_readers_gone():
+            if not self.closed:
+                self.closed = True
+                self._environment.close()
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise errors.ForkedEnvironment(
+                f"{self.path} was opened by process {self._pid} and this is its child; open it again here",
+                path=str(self.path),
+            )
+        if self.closed:
+            raise errors.Closed(f"the metadata store {self.path} is closed", path=str(self.path))
+        if self._fault is not None:
+            raise errors.TabletFenced(
+                f"the metadata store {self.path} is fenced after a fault: {self._fault}",
+                path=str(self.path),
+                reason="io-error",
+            )
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """Return the committed value, or None; an unknown table is an empty one."""
+        with self._reading() as reader:
+            return self._get(reader, self._tables.get(table), table, key)
+
+    def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """Yield committed (key, value) with ``start`` <= key < ``stop`` in order of the keys' bytes.
+
+        Not one point in time: rows that other transactions commit meanwhile may show up behind the place reached.
+        """
+        position, first = start, True
+        while True:
+            with self._reading() as reader:
+                rows = self._rows(reader, self._tables.get(table), table, position, stop, after=not first)
+            yield from rows
+            if len(rows) < SCAN_ROWS:
+                return
+            position, first = rows[-1][0], False
+
+    def tables(self) -> list[str]:
+        """Return the names of the tables that were ever written to, sorted."""
+        self._check_usable()
+        return sorted(name for name in self._tables if name != _OWN_TABLE)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[lmdb.Transaction]:
+        self._check_usable()
+        counted = False
+        try:
+            with self._reads:
+                while self._moving:
+                    self._reads.wait()
+                self._check_usable()
+                self._readers += 1
+                counted = True
+            with self._translated("cannot read"), self._environment.begin() as reader:
+                yield reader
+        finally:
+            if counted:
+                with self._reads:
+                    self._readers -= 1
+                    self._reads.notify_all()
+
+    @contextlib.contextmanager
+    def _all_readers_gone(self) -> Iterator[None]:
+        with self._reads:
+            self._moving = True
+            while self._readers:
+                self._reads.wait()
+        try:
+            yield
+        finally:
+            with self._reads:
+                self._moving = False
+                self._reads.notify_all()
+
+    def _get(
+        self, transaction: lmdb.Transaction, database: lmdb._Database | None, table: str, key: bytes
+    ) -> bytes | None:
+        if database is None:
+            return None
+        stored = transaction.get(_checked_key(key), db=database)
+        return None if stored is None else self._unsealed(table, key, stored)
+
+    def _rows(
+        self,
+        transaction: lmdb.Transaction,
+        database: lmdb._Database | None,
+        table: str,
+        start: bytes | None,
+        stop: bytes | None,
+        *,
+        after: bool,
+    ) -> list[tuple[bytes, bytes]]:
+        if database is None:
+            return []
+        rows: list[tuple[bytes, bytes]] = []
+        with transaction.cursor(db=database) as cursor:
+            found = cursor.first() if not start else cursor.set_range(_checked_key(start))
+            if found and after and cursor.key() == start:
+                found = cursor.next()
+            while found and len(rows) < SCAN_ROWS:
+                key = cursor.key()
+                if stop is not None and key >= stop:
+                    break
+                rows.append((key, self._unsealed(table, key, cursor.value())))
+                found = cursor.next()
+        return rows
+
+    def _unsealed(self, table: str, key: bytes, stored: bytes) -> bytes:
+        value, check = stored[:-_CHECK_BYTES], stored[-_CHECK_BYTES:]
+        if len(stored) < _CHECK_BYTES or check != _check(table, key, value):
+            raise errors.CorruptionError(
+                f"the value of {key[:64]!r} in table {table} of {self.path} is damaged",
+                file=str(self.path / pages.DATA_NAME),
+                table=table,
+                key=key,
+            )
+        return value
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Change tables: all of the with-block durably at its end, or nothing if it raises.
+
+        Blocks while another thread's transaction runs. Raises `DiskFull`, `QuotaExceeded` (the map's bound),
+        `TabletFenced` (input/output error; nothing was changed), `InvalidValue` for a nested one.
+        """
+        with self._write_lock:
+            self._check_usable()
+            if self._transaction is not None:
+                raise errors.InvalidValue("a transaction of the metadata store is open in this thread already")
+            self._maybe_grow()
+            self._transaction = transaction = Transaction(self)
+            try:
+                yield transaction
+                transaction._commit()
+            finally:
+                transaction._end()
+                self._transaction = None
+
+    def _maybe_grow(self) -> bool:
+        """Double the map once three quarters are used, so that a transaction rarely meets its end."""
+        used = self._environment.info()["last_pgno"] + 1
+        if used * self._environment.stat()["psize"] <= self._map_bytes * 3 // 4:
+            return False
+        self._grow(self._map_bytes * 2)
+        return True
+
+    def _grow(self, wanted: int) -> None:
+        if self._map_bytes >= MAP_BYTES_MAX:
+            raise errors.QuotaExceeded(f"the metadata store {self.path} has reached {MAP_BYTES_MAX} bytes")
+        size = min(_map_bytes_for(wanted, self._environment.stat()["psize"]), MAP_BYTES_MAX)
+        with self._all_readers_gone(), self._translated("cannot grow"):
+            self._environment.set_mapsize(size)
+            self._map_bytes = size
+
+    # --- set-up and faults -------------------------------------------------------------------------------------------
+
+    def _open_tables(self) -> None:
+        with self._translated("cannot open"):
+            with self._environment.begin() as reader, reader.cursor() as cursor:
+                names = [bytes(key) for key in cursor.iternext(keys=True, values=False)]
+            for name in names:
+                text = name.decode("ascii", "backslashreplace")
+                self._tables[text] = self._environment.open_db(name, create=False)
+
+    def _check_format(self) -> None:
+        with self._reading() as reader:
+            found = self._get(reader, self._tables.get(_OWN_TABLE), _OWN_TABLE, _FORMAT_KEY)
+        if found is None:
+            raise errors.ForeignData(f"{self.path} is no metadata store of srengine", path=str(self.path))
+        if found != FORMAT:
+            raise errors.UnsupportedFeature(
+                f"{self.path} has format {found[:16]!r}; this version reads {FORMAT!r}", path=str(self.path)
+            )
+
+    @contextlib.contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except lmdb.Error as error:
+            self._raise_ours(error, doing)
+
+    def _raise_ours(self, error: lmdb.Error, doing: str) -> NoReturn:
+        text = f"{doing} the metadata store {self.path}: {error}"
+        facts = {"path": str(self.path)}
+        match error:
+            case lmdb.DiskError():
+                raise errors.DiskFull(text, **facts) from error
+            case lmdb.MapFullError():
+                raise errors.QuotaExceeded(text, **facts) from error
+            case lmdb.CorruptedError() | lmdb.PageNotFoundError() | lmdb.InvalidError():
+                raise errors.CorruptionError(text, file=str(self.path / pages.DATA_NAME)) from error
+            case lmdb.VersionMismatchError():
+                raise errors.ForeignData(text, **facts) from error
+            case lmdb.ReadonlyError():
+                raise errors.Denied(text, **facts) from error
+            case lmdb.PanicError():
+                self._fence(text)
+                raise errors.TabletFenced(text, reason="io-error", **facts) from error
+            case _ if os.strerror(errno.EIO) in str(error):
+                # py-lmdb has a class for some system errors only; EIO arrives as text.
+                self._fence(text)
+                raise errors.TabletFenced(text, reason="io-error", **facts) from error
+            case _:
+                raise errors.Error(text, **facts) from error
+
+    def _fence(self, text: str) -> None:
+        self._fault = text
+        with contextlib.suppress(errors.Error):
+            # The disk is failing: if not even the mark can be written, this process still refuses.
+            fences.set_fence(self.path, "io-error", text)
+
+
+class Transaction:
+    """Reads and changes inside `MetadataStore.transaction`; reads see the transaction's own changes."""
+
+    def __init__(self, store: MetadataStore) -> None:
+        self._store = store
+        self._done: list[tuple[str, bytes, bytes | None]] = []
+        with store._translated("cannot write"):
+            self._writer = store._environment.begin(write=True)
+        self._new_tables: dict[str, lmdb._Database] = {}
+        self._is_open = True
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """Return the value as this transaction sees it, or None."""
+        self._check_open()
+        with self._store._translated("cannot read"):
+            return self._store._get(self._writer, self._database(table), table, key)
+
+    def put(self, table: str, key: bytes, value: bytes) -> None:
+        """Set the value of ``key`` in ``table``, which is made when it is new.
+
+        Keys are 1 to 511 bytes, values up to `VALUE_BYTES_MAX`. Raises `InvalidValue`.
+        """
+        self._check_open()
+        if len(value) > VALUE_BYTES_MAX:
+            raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
+        self._remember(table, _checked_key(key), bytes(value))
+
+    def delete(self, table: str, key: bytes) -> bool:
+        """Delete ``key``; return whether it was there."""
+        self._check_open()
+        if self.get(table, key) is None:
+            return False
+        self._remember(table, key, None)
+        return True
+
+    def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """Yield (key, value) with ``start`` <= key < ``stop`` in order; rows changed behind the place reached show."""
+        position, first = start, True
+        while True:
+            self._check_open()
+            with self._store._translated("cannot read"):
+                rows = self._store._rows(self._writer, self._database(table), table, position, stop, after=not first)
+            yield from rows
+            if len(rows) < SCAN_ROWS:
+                return
+            position, first = rows[-1][0], False
+
+    def delete_range(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> int:
+        """Delete every key with ``start`` <= key < ``stop``; return how many there were."""
+        count = 0
+        for key, _ in self.scan(table, start, stop):
+            self._remember(table, key, None)
+            count += 1
+        return count
+
+    def _check_open(self) -> None:
+        self._store._check_usable()
+        if not self._is_open:
+            raise errors.Closed("this transaction of the metadata store is over")
+
+    def _remember(self, table: str, key: bytes, value: bytes | None) -> None:
+        types.check_name(table, "table")
+        if len(self._done) >= TRANSACTION_ROWS_MAX:
+            raise errors.InvalidValue(f"a transaction changes at most {TRANSACTION_ROWS_MAX} rows")
+        self._done.append((table, key, value))
+        self._do_growing(len(self._done) - 1)
+
+    def _database(self, table: str) -> lmdb._Database | None:
+        # A table made by this transaction is no other reader's before it is committed.
+        return self._new_tables.get(table) or self._store._tables.get(table)
+
+    def _do_growing(self, start: int) -> None:
+        """Do the changes from ``start`` on; when the map is full, grow it and do all of them again in a new writer."""
+        while True:
+            try:
+                with self._store._translated("cannot write"):
+                    for table, key, value in self._done[start:]:
+                        self._do(table, key, value)
+            except errors.QuotaExceeded:
+                self._restart_in_larger_map()
+                start = 0
+            else:
+                return
+
+    def _do(self, table: str, key: bytes, value: bytes | None) -> None:
+        database = self._database(table)
+        if database is None:
+            if len(self._store._tables) + len(self._new_tables) >= TABLES_MAX:
+                raise errors.InvalidValue(f"a metadata store has at most {TABLES_MAX} tables")
+            database = self._new_tables[table] = self._store._environment.open_db(table.encode(), txn=self._writer)
+        if value is None:
+            self._writer.delete(key, db=database)
+        else:
+            self._writer.put(key, value + _check(table, key, value), db=database)
+
+    def _restart_in_larger_map(self) -> None:
+        self._abort()
+        waiting = sum(len(key) + len(value or b"") for _, key, value in self._done)
+        self._store._grow(self._store._map_bytes * 2 + 2 * waiting)
+        with self._store._translated("cannot write"):
+            self._writer = self._store._environment.begin(write=True)
+
+    def _commit(self) -> None:
+        while True:
+            try:
+                with self._store._translated("cannot commit to"):
+                    self._writer.commit()
+            except errors.QuotaExceeded:
+                # The commit itself needs pages for the list of free pages.
+                self._restart_in_larger_map()
+                self._do_growing(0)
+            else:
+                self._is_open = False
+                self._store._tables.update(self._new_tables)
+                return
+
+    def _abort(self) -> None:
+        # Handles of tables that this transaction made end with it.
+        self._new_tables.clear()
+        self._writer.abort()
+
+    def _end(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            if os.getpid() == self._store._pid:
+                self._abort()
+
+
+def _checked_key(key: bytes) -> bytes:
+    if not limits.KEY_BYTES_MIN <= len(key) <= limits.KEY_BYTES_MAX:
+        raise errors.InvalidValue(
+            f"a key of {len(key)} bytes is not within {limits.KEY_BYTES_MIN} to {limits.KEY_BYTES_MAX}"
+        )
+    return bytes(key)
+
+
+def _check(table: str, key: bytes, value: bytes) -> bytes:
+    name = table.encode()
+    digest = xxhash.xxh3_64(len(name).to_bytes(2, "little") + name + len(key).to_bytes(2, "little") + key)
+    digest.update(value)
+    return digest.digest()
+
+
+def _map_bytes_for(wanted: int, page_bytes: int) -> int:
+    unit = max(page_bytes, 65536)
+    return -(-max(wanted, unit) // unit) * unit
+
+
+def _open_environment(path: Path, map_bytes: int) -> lmdb.Environment:
+    try:
+        # sync and metasync on, writemap and map_async off, meminit and lock on: fixed, see docs/architecture.md.
+        return lmdb.open(
+            str(path),
+            map_size=map_bytes,
+            max_dbs=TABLES_MAX + 1,
+            mode=files.FILE_MODE,
+            create=False,
+            sync=True,
+            metasync=True,
+            map_async=False,
+            writemap=False,
+            meminit=True,
+            lock=True,
+        )
+    except lmdb.LockError as error:
+        raise errors.AlreadyOpen(f"{path} is open in another place: {error}", path=str(path)) from error
+    except lmdb.DiskError as error:
+        raise errors.DiskFull(f"cannot open {path}: {error}", path=str(path)) from error
+    except lmdb.Error as error:
+        raise errors.CorruptionError(f"cannot open {path}: {error}", file=str(path / pages.DATA_NAME)) from error
+
+
+def _build(path: Path, map_bytes: int, *, insecure: bool) -> None:
+    """Make an empty store aside and rename it, so that ``path`` is never half a store."""
+    aside = f"{files.TEMPORARY_PREFIX}{path.name[:200]}-{secrets.token_hex(8)}"
+    building = path.parent / aside
+    with files.Directory(path.parent) as parent:
+        files.make_private_directory(building, insecure=insecure)
+        try:
+            environment = _open_environment(building, _map_bytes_for(map_bytes, 65536))
+            try:
+                database = environment.open_db(_OWN_TABLE.encode())
+                with environment.begin(write=True) as writer:
+                    writer.put(_FORMAT_KEY, FORMAT + _check(_OWN_TABLE, _FORMAT_KEY, FORMAT), db=database)
+            except lmdb.DiskError as error:
+                raise errors.DiskFull(f"cannot make {path}: {error}", path=str(path)) from error
+            finally:
+                environment.close()
+            for entry in files.walk_files(building):
+                files.sync_file(entry)
+            files.sync_directory(building)
+            files.move(parent, aside, parent, path.name)
+        finally:
+            parent.remove_tree(aside)

@@ -1,0 +1,148 @@
+"""Rebuild crash images of a recorded workload and open every one of them with the real engine.
+
+`record_workload` runs the workload under the recorder; `choose` picks images over all its events; `check_images` opens
+them in a child process, so that a crash of the engine is a finding with the image's name and not the end of the test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.crash import record, workload
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Recording(NamedTuple):
+    """A finished workload: its directory, the events, and the number of the tablet's file in them."""
+
+    directory: Path
+    events_path: Path
+    file: int
+    first: int
+    count: int
+
+
+def record_workload(scratch: Path, batches: int) -> Recording:
+    """Run the workload under the recorder to its end."""
+    library = record.build_recorder(scratch)
+    directory = scratch / "data"
+    events_path = scratch / "events"
+    with open(os.devnull, "wb") as sink:
+        fd = sink.fileno()
+        environment = record.recording_environment(library, record=events_path, ack_fd=fd)
+        command = [sys.executable, "-m", "tests.crash.workload", str(directory), str(batches), str(fd)]
+        subprocess.run(command, check=True, cwd=ROOT, env=environment, pass_fds=[fd])
+    events = record.read_events(events_path)
+    # Before the first acknowledgement ("open") the tablet is not one that anybody was promised.
+    first = next(number for number, event in enumerate(events) if event.kind == record.ACKNOWLEDGE)
+    file = next(event.file for event in events[first:] if event.kind == record.WRITE)
+    acknowledged = sum(event.kind == record.ACKNOWLEDGE for event in events)
+    assert acknowledged == batches + 1, (acknowledged, batches)
+    return Recording(directory, events_path, file, first, len(events))
+
+
+def choose(recording: Recording, count: int, seed: int) -> list[tuple[int, str]]:
+    """Return ``count`` images spread over all events, every mode and every event in turn where there are enough."""
+    random_ = random.Random(seed)
+    everything = [(number, mode) for number in range(recording.first + 1, recording.count) for mode in record.MODES]
+    if count >= len(everything):
+        return everything
+    return sorted(random_.sample(everything, count))
+
+
+class Finding(NamedTuple):
+    """One image that did not open with what it must hold."""
+
+    event: int
+    mode: str
+    why: str
+
+
+def check_images(recording: Recording, chosen: list[tuple[int, str]], scratch: Path, seed: int) -> list[Finding]:
+    """Open every chosen image in a child process and return what is wrong with which."""
+    findings: list[Finding] = []
+    rest = list(chosen)
+    while rest:
+        done = 0
+        for line in _child(recording, rest, scratch, seed):
+            told = json.loads(line)
+            if "why" not in told:
+                done += 1
+            elif told["why"] is not None:
+                findings.append(Finding(told["event"], told["mode"], told["why"]))
+        if done and done == len(rest):
+            break
+        event, mode = rest[max(done - 1, 0)]
+        findings.append(Finding(event, mode, "the process that opened it died"))
+        rest = rest[max(done, 1) :]
+    return findings
+
+
+def _child(recording: Recording, chosen: list[tuple[int, str]], scratch: Path, seed: int) -> Iterator[str]:
+    plan = scratch / "plan.json"
+    plan.write_text(json.dumps([recording.file, str(recording.directory), str(recording.events_path), seed, chosen]))
+    command = [sys.executable, "-m", "tests.crash.images", str(plan), str(scratch)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        lines = list(child.stdout)
+    complete = [line for line in lines if line.endswith("\n")]
+    if child.returncode == 0:
+        assert sum("why" not in json.loads(line) for line in complete) == len(chosen), lines[-3:]
+        return iter(complete)
+    # The last image was begun and not ended: it is the one that killed the child.
+    return iter(complete)
+
+
+def _main() -> None:
+    plan, scratch = Path(sys.argv[1]), Path(sys.argv[2])
+    file, directory, events_path, seed, chosen = json.loads(plan.read_text())
+    wanted = {(number, mode) for number, mode in chosen}
+    worlds: dict[int, dict[bytes, bytes]] = {}
+    for image in record.images(record.read_events(Path(events_path)), file, wanted, seed):
+        print(json.dumps({"event": image.event, "mode": image.mode}), flush=True)
+        why = _check(image, Path(directory), scratch / "image", worlds)
+        print(json.dumps({"event": image.event, "mode": image.mode, "why": why}), flush=True)
+
+
+def _check(image: record.Image, directory: Path, place: Path, worlds: dict[int, dict[bytes, bytes]]) -> str | None:
+    """Return what is wrong with an image, or None."""
+    from srengine import errors, storage
+
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(directory, place)
+    (data,) = place.glob("tablets/*/data.mdb")
+    data.write_bytes(image.content)
+    started = image.acknowledged  # "open" counts, so this is the batches that were acknowledged, and one under way
+    try:
+        with storage.Store(place) as store:
+            tablet = store.tablet(workload.TABLET, create=False)
+            batches = int(tablet.get(workload.COUNTER) or b"0")
+            if not image.acknowledged - 1 <= batches <= started:
+                return f"{batches} batches are there, {image.acknowledged - 1} were acknowledged"
+            if batches not in worlds:
+                worlds[batches] = workload.world(batches)
+            if dict(tablet.scan()) != worlds[batches]:
+                return f"the records are not those after {batches} batches"
+            report = tablet.verify()
+            if report.damages:
+                return f"verify: {report.damages[0]}"
+            tablet.put(b"afterwards", b"still writable")
+        with storage.Store(place) as store:
+            if store.tablet(workload.TABLET, create=False).get(b"afterwards") != b"still writable":
+                return "a write after the crash is not there"
+    except errors.Error as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+if __name__ == "__main__":
+    _main()
