@@ -86,7 +86,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 crash: $(VENV)/.kernels
-	SRENGINE_CRASH_IMAGES=$${SRENGINE_CRASH_IMAGES:-600} $(BIN)/python -m pytest tests -m crash $(ARGS)
+	$(BIN)/python -m tests.crash --images 600 $(ARGS)
 
 fuzz: $(VENV)/.kernels
 	SRENGINE_HYPOTHESIS=fuzz $(BIN)/python -m pytest tests -m fuzz -o faulthandler_timeout=0 $(ARGS)
