@@ -538,10 +538,6 @@ cdef class Environment:
         pthread_mutex_unlock(&self.queue_lock)
         return PyBytes_FromStringAndSize(<char *>&root, 16) if found else None
 
-    def entry_end_after(self, uint64_t sequence):
-        """Return whether ``sequence`` is a kept entry boundary."""
-        return self.root_at(sequence) is not None
-
     # --- reads -----------------------------------------------------------------------------------------------------
 
     cdef int find(self, object key, MDB_val *data, Header *header) except -1:
@@ -942,6 +938,15 @@ cdef class Environment:
             self.finish(&job)
         finally:
             free(made)
+
+    def adopt_seed(self, bytes seed not None):
+        """Take over another tablet's seed, durably; only while nothing was ever written. See `Tablet.adopt_seed`."""
+        if len(seed) != 8:
+            raise errors.InvalidValue("a seed has 8 bytes")
+        if self.state.sequence or self.state.count:
+            raise errors.Conflict("only an empty tablet can take over a seed", sequence=self.state.sequence)
+        self.put_meta({b"seed": seed})
+        memcpy(&self.seed, PyBytes_AS_STRING(seed), 8)
 
     def get_meta(self, bytes name not None):
         """Return a meta row's value, or None; raises CorruptionError if its check fails."""
