@@ -57,7 +57,7 @@ _HOME = {
     "verify_directory": "verify",
 }
 
-__all__ = sorted(_HOME)
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

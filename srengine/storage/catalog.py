@@ -3,7 +3,7 @@
 A name stands for a tablet id, and an id for a directory that a crash may have left half made or half removed. So each
 entry has a state, and every change is two durable steps that may be repeated::
 
-    (no entry) -- create --> creating -- directory is there --> ready -- drop --> dropping -- directory is gone --> (none)
+    (none) -- create --> creating -- directory there --> ready -- drop --> dropping -- directory gone --> (none)
 
 An entry that is ``ready`` and has no directory is damage (`NotFound` at use), never an invitation to make a new one.
 

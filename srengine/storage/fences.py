@@ -8,7 +8,7 @@ of two ways: the replica is seeded again from another, or `prove` has read the f
     FENCED there? -- no --> open
          | yes
          v
-    read with O_DIRECT == read through the page cache? -- no --> drop the cached pages, compare once more -- no --> stays
+    read with O_DIRECT == read through the page cache? -- no --> drop the cached pages, compare again -- no --> stays
          | yes                                                            | yes
          v <--------------------------------------------------------------'
     every page and every record verified? -- no --> stays fenced
@@ -135,21 +135,20 @@ def first_difference(path: Path) -> int | None:
     cannot be read.
     """
     flag = getattr(os, "O_DIRECT", 0)
+    if not flag:
+        raise _cannot_read_past(path, "this platform has no O_DIRECT")
     with files.Directory(path.parent) as directory:
         cached = directory.open(path.name, os.O_RDONLY)
+        direct = -1
         try:
-            if not flag:
-                raise _cannot_read_past(path, "this platform has no O_DIRECT")
-            try:
-                direct = os.open(path.name, os.O_RDONLY | flag | os.O_CLOEXEC, dir_fd=directory.fileno())
-            except OSError as error:
-                raise _cannot_read_past(path, error.strerror or str(error)) from error
-            try:
-                return _compare(path, cached, direct)
-            finally:
-                os.close(direct)
+            direct = os.open(path.name, os.O_RDONLY | flag | os.O_CLOEXEC, dir_fd=directory.fileno())
+            return _compare(path, cached, direct)
+        except OSError as error:
+            raise _cannot_read_past(path, error.strerror or str(error)) from error
         finally:
             os.close(cached)
+            if direct >= 0:
+                os.close(direct)
 
 
 def _compare(path: Path, cached: int, direct: int) -> int | None:
@@ -170,13 +169,17 @@ def _compare(path: Path, cached: int, direct: int) -> int | None:
             seen = os.pread(cached, _STEP_BYTES, offset)
             found = buffer[:got]
             if found != seen:
-                same = len(os.path.commonprefix([found, seen]))
-                return offset + same
+                return offset + _common_bytes(found, seen)
             if got == 0:
                 return None
             offset += got
             if got % 512:
                 return None
+
+
+def _common_bytes(one: bytes, other: bytes) -> int:
+    length = min(len(one), len(other))
+    return next((i for i in range(length) if one[i] != other[i]), length)
 
 
 def drop_cached_pages(path: Path) -> None:

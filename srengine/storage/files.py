@@ -26,7 +26,7 @@ import re
 import secrets
 import stat
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from srengine import errors
 
@@ -162,7 +162,7 @@ class Directory:
         except OSError as error:
             raise from_os_error(error, f"cannot open the directory {path}") from error
 
-    def __enter__(self) -> Directory:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

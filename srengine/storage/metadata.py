@@ -1,4 +1,4 @@
-"""The metadata store: named tables of a node (catalog, boot numbers, the journal's log) in an LMDB environment of their own.
+"""The metadata store: named tables of a node (catalog, boot numbers, the log) in an LMDB environment of their own.
 
 Used through py-lmdb, never for tablets: two bindings must not meet on one environment. One store, one directory::
 
@@ -13,10 +13,10 @@ Used through py-lmdb, never for tablets: two bindings must not meet on one envir
 * **Growing.** The memory map is doubled between transactions, and inside one by replaying what it did so far; readers
   never see it, because every read is one short LMDB transaction of at most `SCAN_ROWS` rows. LMDB ends readers that are
   open when its map moves, so none may be.
-* **Honest about faults.** A full disk is `DiskFull` and the store goes on reading, and writing when space returns. An
-  input/output error while writing fences the store (`TabletFenced`) until it is opened again, and durably: see fences.py.
+* **Honest about faults.** A full disk is `DiskFull`; reading goes on, and writing when space returns. An
+  input/output error while writing fences the store (`TabletFenced`), durably: see fences.py.
 
-Thread-safe: one transaction at a time, others wait; reads outside a transaction never wait for one. A forked child gets
+Thread-safe: one transaction at a time, others wait; reads outside of it never wait for one. A forked child gets
 `ForkedEnvironment`.
 """
 
@@ -28,7 +28,7 @@ import os
 import secrets
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 import lmdb
 import xxhash
@@ -97,7 +97,7 @@ class MetadataStore:
             self._environment.close()
             raise
 
-    def __enter__(self) -> MetadataStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -194,7 +194,7 @@ class MetadataStore:
         if database is None:
             return None
         stored = transaction.get(_checked_key(key), db=database)
-        return None if stored is None else self._unsealed(table, key, stored)
+        return None if stored is None else self._unsealed(table, key, bytes(stored))
 
     def _rows(
         self,
@@ -214,23 +214,22 @@ class MetadataStore:
             if found and after and cursor.key() == start:
                 found = cursor.next()
             while found and len(rows) < SCAN_ROWS:
-                key = cursor.key()
+                key = bytes(cursor.key())
                 if stop is not None and key >= stop:
                     break
-                rows.append((key, self._unsealed(table, key, cursor.value())))
+                rows.append((key, self._unsealed(table, key, bytes(cursor.value()))))
                 found = cursor.next()
         return rows
 
     def _unsealed(self, table: str, key: bytes, stored: bytes) -> bytes:
-        value, check = stored[:-_CHECK_BYTES], stored[-_CHECK_BYTES:]
-        if len(stored) < _CHECK_BYTES or check != _check(table, key, value):
+        if not is_sealed(table, key, stored):
             raise errors.CorruptionError(
                 f"the value of {key[:64]!r} in table {table} of {self.path} is damaged",
                 file=str(self.path / pages.DATA_NAME),
                 table=table,
                 key=key,
             )
-        return value
+        return stored[:-_CHECK_BYTES]
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -462,6 +461,11 @@ def _checked_key(key: bytes) -> bytes:
             f"a key of {len(key)} bytes is not within {limits.KEY_BYTES_MIN} to {limits.KEY_BYTES_MAX}"
         )
     return bytes(key)
+
+
+def is_sealed(table: str, key: bytes, stored: bytes) -> bool:
+    """Return whether a stored value ends in the checksum of its table, key and bytes."""
+    return len(stored) >= _CHECK_BYTES and stored[-_CHECK_BYTES:] == _check(table, key, stored[:-_CHECK_BYTES])
 
 
 def _check(table: str, key: bytes, value: bytes) -> bytes:

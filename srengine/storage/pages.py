@@ -33,11 +33,12 @@ bitmap of the file, and its work is bounded by the file's size whatever the byte
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar
 
 from srengine import errors
 from srengine.storage import files
@@ -192,7 +193,7 @@ class PageFile:
             self.close()
             raise errors.InvalidValue(f"{path} is not a plain file", path=str(path))
 
-    def __enter__(self) -> PageFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -616,7 +617,7 @@ class _Walker:
 
 def _disordered(ranks: list[_Rank], low: _Rank | None, high: _Rank | None) -> bool:
     """Return whether the keys of a page do not rise, or leave the half-open range that the page above gives them."""
-    for left, right in zip(ranks, ranks[1:], strict=False):
+    for left, right in itertools.pairwise(ranks):
         if not left < right:
             return True
     return bool(ranks) and ((low is not None and ranks[0] < low) or (high is not None and not ranks[-1] < high))
@@ -629,7 +630,7 @@ def _count_subpage(number: int, raw: bytes) -> int:
     _, pad, flags, lower, upper = _HEADER.unpack_from(raw)
     if not flags & _P_SUBPAGE or not flags & _P_LEAF or lower < _HEADER_BYTES or lower & 1 or lower > len(raw):
         raise _BadPageError("node", number, f"page {number} has a damaged page in a node")
-    count = (lower - _HEADER_BYTES) // 2
+    count: int = (lower - _HEADER_BYTES) // 2
     if flags & _P_LEAF2:
         if count * pad > len(raw) - _HEADER_BYTES:
             raise _BadPageError("node", number, f"page {number} has a damaged page in a node")

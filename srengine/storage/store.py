@@ -4,7 +4,7 @@
 
     data/                       0700, locked by its owner for as long as it is open
       LOCK                      names the owner for messages
-      store.json                embedded use: name -> tablet id (catalog.py); a node has identity.json, meta/, ... instead
+      store.json                embedded use: name -> tablet id (catalog.py); a node has identity.json, meta/ instead
       tablets/<32 hex>/         one LMDB environment each, 0700: data.mdb, lock.mdb, after a fault FENCED
       tmp/
         new-<id>/               a tablet in the making                               } swept when
@@ -19,7 +19,7 @@ Every change of the directory is a row of durable steps, each of which may be re
 A crash between any two leaves a directory that the next open finishes (switch, drop) or undoes (create):
 
 * create:  build in tmp/new-ID -> rename to tablets/ID
-* switch:  write tmp/switch-ID -> tablets/ID to tmp/old-ID -> tmp/stage-ID to tablets/ID -> remove tmp/switch-ID -> remove old
+* switch:  write tmp/switch-ID -> tablets/ID to tmp/old-ID -> tmp/stage-ID to tablets/ID -> remove switch-ID, old-ID
 * drop:    rename tablets/ID to tmp/drop-ID -> remove
 
 A read-only store (`open_store` on a node's directory) takes the lock, too, but makes, changes and finishes nothing.
@@ -36,7 +36,7 @@ import secrets
 import threading
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from srengine import errors, failpoints, types
 from srengine.storage import catalog, fences, files, pages
@@ -138,7 +138,7 @@ class Store:
             raise
         _stores.add(self)
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -365,9 +365,10 @@ class Store:
                 raise errors.Conflict(f"{staged!r} is no stage of the store {self.path}", tablet=tablet_id)
             if staged.fill_mark is not None:
                 raise errors.Conflict(f"the copy of tablet {tablet_id} is not complete", tablet=tablet_id)
-            for tablet in (self._stages.pop(tablet_id), self._open.pop(tablet_id, None)):
-                if tablet is not None:
-                    tablet.close()
+            self._stages.pop(tablet_id).close()
+            old = self._open.pop(tablet_id, None)
+            if old is not None:
+                old.close()
             with files.Directory(self._temporary) as temporary:
                 temporary.remove_tree(f"old-{tablet_id}")
                 temporary.write_durably(f"{SWITCH_PREFIX}{tablet_id}", b"the stage takes over\n")
@@ -420,7 +421,7 @@ class Store:
             temporary.remove_tree(name)
             files.make_private_directory(path)
             try:
-                _create_kernel(self, tablet_id, path, lineage=lineage, seed=seed).close()
+                self._create_in_kernel(tablet_id, path, lineage=lineage, seed=seed).close()
                 for entry in files.walk_files(path):
                     files.sync_file(entry)
                 files.sync_directory(path)
@@ -498,10 +499,10 @@ class Store:
         data = path / pages.DATA_NAME
         pages.check_before_open(data, extend=not self.read_only)
         files.check_private(data, directory=False, insecure=self._insecure)
-        return _open_kernel(self, tablet_id, name, path)
+        return self._open_in_kernel(tablet_id, name, path)
 
     def _verify_closed(self, tablet_id: str, path: Path) -> None:
-        tablet = _open_kernel(self, tablet_id, tablet_id, path)
+        tablet = self._open_in_kernel(tablet_id, tablet_id, path)
         try:
             report = tablet.verify()
         finally:
@@ -513,34 +514,33 @@ class Store:
                 damages=len(report.damages),
             )
 
+    def _create_in_kernel(self, tablet_id: str, path: Path, *, lineage: str | None, seed: bytes | None) -> Tablet:
+        from srengine.storage.tablet import Tablet
 
-# --- the kernel's tablet ---------------------------------------------------------------------------------------------
+        return Tablet.create(
+            path,
+            tablet_id,
+            lineage=lineage,
+            seed=seed,
+            map_bytes=self._map_bytes,
+            view_age_s_max=self._view_age_s_max,
+        )
 
+    def _open_in_kernel(self, tablet_id: str, name: str, path: Path) -> Tablet:
+        from srengine.storage.tablet import Tablet
 
-def _create_kernel(store: Store, tablet_id: str, path: Path, *, lineage: str | None, seed: bytes | None) -> Tablet:
-    from srengine.storage.tablet import Tablet  # noqa: PLC0415  (the kernel is loaded when a tablet is)
+        return Tablet.open(
+            path,
+            tablet_id,
+            name=name,
+            map_bytes=self._map_bytes,
+            view_age_s_max=self._view_age_s_max,
+            read_only=self.read_only,
+        )
 
-    return Tablet.create(
-        path,
-        tablet_id,
-        lineage=lineage,
-        seed=seed,
-        map_bytes=store._map_bytes,
-        view_age_s_max=store._view_age_s_max,
-    )
-
-
-def _open_kernel(store: Store, tablet_id: str, name: str, path: Path) -> Tablet:
-    from srengine.storage.tablet import Tablet  # noqa: PLC0415
-
-    return Tablet.open(
-        path,
-        tablet_id,
-        name=name,
-        map_bytes=store._map_bytes,
-        view_age_s_max=store._view_age_s_max,
-        read_only=store.read_only,
-    )
+    def _release_after_fork(self) -> None:
+        if self._lock is not None:
+            self._lock.release_after_fork()
 
 
 # --- fork ------------------------------------------------------------------------------------------------------------
@@ -550,8 +550,7 @@ _stores: weakref.WeakSet[Store] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for store in list(_stores):
-        if store._lock is not None:
-            store._lock.release_after_fork()
+        store._release_after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -21,8 +21,10 @@ def main() -> int:
         chosen = images.choose(recording, arguments.images, arguments.seed)
         findings = images.check_images(recording, chosen, Path(scratch), arguments.seed)
     for finding in findings:
-        print(f"event {finding.event}, {finding.mode}: {finding.why}")
-    print(f"{len(chosen)} images of {recording.count} events, seed {arguments.seed}: {len(findings)} wrong")
+        sys.stdout.write(f"event {finding.event}, {finding.mode}: {finding.why}\n")
+    sys.stdout.write(
+        f"{len(chosen)} images of {recording.count} events, seed {arguments.seed}: {len(findings)} wrong\n"
+    )
     return 1 if findings or len(chosen) < arguments.images else 0
 
 

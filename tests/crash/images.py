@@ -36,7 +36,7 @@ def record_workload(scratch: Path, batches: int) -> Recording:
     library = record.build_recorder(scratch)
     directory = scratch / "data"
     events_path = scratch / "events"
-    with open(os.devnull, "wb") as sink:
+    with Path(os.devnull).open("wb") as sink:
         fd = sink.fileno()
         environment = record.recording_environment(library, record=events_path, ack_fd=fd)
         command = [sys.executable, "-m", "tests.crash.workload", str(directory), str(batches), str(fd)]
@@ -108,9 +108,14 @@ def _main() -> None:
     wanted = {(number, mode) for number, mode in chosen}
     worlds: dict[int, dict[bytes, bytes]] = {}
     for image in record.images(record.read_events(Path(events_path)), file, wanted, seed):
-        print(json.dumps({"event": image.event, "mode": image.mode}), flush=True)
+        _tell({"event": image.event, "mode": image.mode})
         why = _check(image, Path(directory), scratch / "image", worlds)
-        print(json.dumps({"event": image.event, "mode": image.mode, "why": why}), flush=True)
+        _tell({"event": image.event, "mode": image.mode, "why": why})
+
+
+def _tell(what: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
 
 
 def _check(image: record.Image, directory: Path, place: Path, worlds: dict[int, dict[bytes, bytes]]) -> str | None:

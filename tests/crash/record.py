@@ -8,8 +8,8 @@ what it recorded; `images` walks through it and yields files as they may look af
                           '- A and B are there for certain
 
 What the model promises to the engine is what Linux promises: a write is durable after a later successful fsync or
-fdatasync of the same file, or at once when made through an O_DSYNC descriptor (its own bytes only); until then any subset
-of its 512-byte sectors may be on the disk, and the file may already have its new length with zeros in it, or not.
+fdatasync of the same file, or at once when made through an O_DSYNC descriptor (its own bytes only). Until then any
+subset of its 512-byte sectors may be on the disk, and the file may have its new length already, with zeros, or not.
 """
 
 from __future__ import annotations
@@ -117,9 +117,8 @@ class Disk:
         for event in [*self.open, *([flying] if flying is not None else [])]:
             if event.kind == WRITE:
                 length = max(length, event.offset + len(event.data))
-            if event.kind == WRITE and event.synchronous and event is not flying:
-                _apply(content, event, None)
-            elif mode == "kept":
+            certain = event.kind == WRITE and event.synchronous and event is not flying
+            if certain or mode == "kept":
                 _apply(content, event, None)
             elif mode == "torn":
                 torn = random_.randrange(_sectors(event) + 1)
