@@ -551,6 +551,8 @@ cdef class Environment:
         if rc == MDB_NOTFOUND:
             return 0
         failure.code = 0
+        if rc == 0:
+            sr_prefetch_record(data.mv_data, data.mv_size)
         if rc == 0 and not record_read(<const uint8_t *>k.mv_data, k.mv_size, <const uint8_t *>data.mv_data,
                                        data.mv_size, header):
             rc = CODE_CORRUPT

@@ -42,6 +42,7 @@ cdef int find_page(Environment env, MDB_txn *txn, const uint8_t *start, size_t s
     cdef MDB_val key, data
     cdef size_t size = 0
     cdef size_t used = 0
+    cdef size_t page = 0
     cdef int rc
     done[0] = False
     count[0] = 0
@@ -71,6 +72,9 @@ cdef int find_page(Environment env, MDB_txn *txn, const uint8_t *start, size_t s
     else:
         rc = mdb_cursor_get(cursor, &key, &data, MDB_LAST)
     while rc == 0:
+        if <size_t>key.mv_data >> 12 != page:
+            page = <size_t>key.mv_data >> 12
+            sr_prefetch_page(key.mv_data)
         if key.mv_size > KEY_MAX:
             rc = fail(failure, CODE_CORRUPT, b"key size", NULL, 0)
             break
@@ -113,6 +117,7 @@ cdef int rows_in_key_order(Environment env, MDB_txn *txn, const uint8_t *after, 
     cdef MDB_val key, data
     cdef Header header
     cdef size_t size
+    cdef size_t page = 0
     cdef const uint8_t *last_key = NULL
     cdef size_t last_size = 0
     cdef int rc
@@ -130,6 +135,9 @@ cdef int rows_in_key_order(Environment env, MDB_txn *txn, const uint8_t *after, 
     else:
         rc = mdb_cursor_get(cursor, &key, &data, MDB_FIRST)
     while rc == 0:
+        if <size_t>key.mv_data >> 12 != page:
+            page = <size_t>key.mv_data >> 12
+            sr_prefetch_page(key.mv_data)
         if not record_read(<const uint8_t *>key.mv_data, key.mv_size, <const uint8_t *>data.mv_data, data.mv_size,
                            &header):
             rc = fail(failure, CODE_CORRUPT, b"record", <const uint8_t *>key.mv_data, key.mv_size)
@@ -423,6 +431,7 @@ cdef class Reader:
         cdef Failure failure
         cdef size_t count = 0
         cdef size_t size = 0
+        cdef size_t page = 0
         cdef int rc
         cdef MDB_txn *txn = self.begin()
         failure.code = 0
@@ -432,6 +441,9 @@ cdef class Reader:
                 if rc == 0:
                     rc = mdb_cursor_get(cursor, &key, &data, MDB_FIRST)
                     while rc == 0:
+                        if <size_t>key.mv_data >> 12 != page:
+                            page = <size_t>key.mv_data >> 12
+                            sr_prefetch_page(key.mv_data)
                         if not record_read(<const uint8_t *>key.mv_data, key.mv_size, <const uint8_t *>data.mv_data,
                                            data.mv_size, &header):
                             rc = fail(&failure, CODE_CORRUPT, b"record", <const uint8_t *>key.mv_data, key.mv_size)
