@@ -92,8 +92,8 @@ PULL_BYTES_MAX: Final = 4 * MIB
 """A delta that fits is sent in the answer and applied in one transaction; a larger one is shipped in bulk."""
 
 # --- client ----------------------------------------------------------------------------------------------------------
-READ_KEYS_MAX: Final = 4096
-READ_KEYS_BYTES_MAX: Final = 256 * KIB
+READ_MESSAGE_KEYS_MAX: Final = 4096
+READ_MESSAGE_KEYS_BYTES_MAX: Final = 256 * KIB
 """Keys asked for in one message: they travel inside it, so they stay well under a client frame."""
 READ_REPLY_BYTES_MAX: Final = 4 * MIB
 SCAN_REPLY_BYTES_MAX: Final = MIB
@@ -112,7 +112,7 @@ assert CHUNK_BYTES_MAX >= VALUE_BYTES_MAX + KEY_BYTES_MAX, (CHUNK_BYTES_MAX, VAL
 assert CHUNK_BYTES_TARGET <= CHUNK_BYTES_MAX, (CHUNK_BYTES_TARGET, CHUNK_BYTES_MAX)
 assert PULL_BYTES_MAX + 64 * KIB <= PEER_FRAME_BYTES_MAX, (PULL_BYTES_MAX, PEER_FRAME_BYTES_MAX)
 assert PART_BYTES_MAX <= CLIENT_FRAME_BYTES_MAX, (PART_BYTES_MAX, CLIENT_FRAME_BYTES_MAX)
-assert READ_KEYS_BYTES_MAX + READ_KEYS_MAX * 8 <= CLIENT_FRAME_BYTES_MAX // 2, (READ_KEYS_BYTES_MAX, READ_KEYS_MAX)
+assert READ_MESSAGE_KEYS_BYTES_MAX + READ_MESSAGE_KEYS_MAX * 8 <= CLIENT_FRAME_BYTES_MAX // 2, (READ_MESSAGE_KEYS_BYTES_MAX, READ_MESSAGE_KEYS_MAX)
 assert 0 < RETRY_DELAY_S_MIN <= RETRY_DELAY_S_MAX, (RETRY_DELAY_S_MIN, RETRY_DELAY_S_MAX)
 
 # --- contact (seconds) -----------------------------------------------------------------------------------------------

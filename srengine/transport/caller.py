@@ -1,0 +1,307 @@
+"""The asking side of a connection: requests, and streams that it reads.
+
+At most `limits.REQUESTS_IN_FLIGHT_MAX` requests are unanswered at a time; further ones wait here. A request whose caller has
+given up still counts until the peer answers it, because the peer still works on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+
+import msgspec
+
+from srengine import errors, limits
+from srengine.codec import registry
+from srengine.codec.envelopes import Answer, Ask, Cancel, Credit, Data, End, Envelope, Failure, Open
+from srengine.metrics import Metrics
+from srengine.transport.connection import Connection, Wire, encode_message, slices
+from srengine.transport.failures import error_of
+from srengine.transport.peers import Buffer, Reply
+from srengine.transport.transfers import GRANT_PIECES, Assembly, Budget, Outgoing, Reservation, check_sizes
+
+
+class _Pending:
+    """One unanswered request."""
+
+    __slots__ = ("assembly", "future", "outgoing", "reply")
+
+    def __init__(self, future: asyncio.Future[Reply]) -> None:
+        self.future = future
+        self.outgoing: Outgoing | None = None
+        """Attachments of the question that wait for credit."""
+        self.assembly: Assembly | None = None
+        """Attachments of the answer that are on their way."""
+        self.reply: msgspec.Struct | None = None
+
+
+class _Incoming:
+    """One stream that is being read. Credit returns when an item is taken, or a piece of an unfinished item has come."""
+
+    __slots__ = ("ended", "items", "number", "parts", "since_grant", "waiter")
+
+    def __init__(self) -> None:
+        self.items: deque[tuple[memoryview, int]] = deque()
+        """(item, pieces to grant when it is taken)"""
+        self.parts: bytearray | None = None
+        self.number = 0
+        self.since_grant = 0
+        self.ended: errors.Error | bool = False
+        """False: goes on; True: complete; an error: failed."""
+        self.waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+class Caller(Connection):
+    """Ask over one connection."""
+
+    def __init__(self, wire: Wire, metrics: Metrics, budget: Budget, port: str) -> None:
+        super().__init__(wire, metrics, budget, port)
+        self._next_request = 1
+        self._pending: dict[int, _Pending] = {}
+        self._streams: dict[int, _Incoming] = {}
+        self._room = asyncio.Semaphore(limits.REQUESTS_IN_FLIGHT_MAX)
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    async def request(self, message: msgspec.Struct, attachments: Sequence[Buffer], deadline: float) -> Reply:
+        """Ask, and return the answer. ``deadline`` is in the loop's time; see `Channel.request` for the errors."""
+        kind, body = encode_message(message)
+        sizes = tuple(len(attachment) for attachment in attachments)
+        total = check_sizes(sizes)
+        if self._room.locked():
+            await self._wait_for_room(deadline)
+        else:
+            await self._room.acquire()
+        if self.closed is not None:
+            self._room.release()
+            raise self._unsent()
+        number = self._next_request
+        self._next_request += 1
+        pending = self._pending[number] = _Pending(self.loop.create_future())
+        timeout_s = max(0.0, deadline - self.loop.time())
+        inline = total <= limits.PART_BYTES_MAX
+        if not inline:
+            pending.outgoing = Outgoing(number, attachments)
+        self.post(Ask(number, kind, body, sizes, int(timeout_s * 1000)), attachments if inline else ())
+        timer = self.loop.call_at(deadline, self._time_out, number, timeout_s)
+        try:
+            return await pending.future
+        except asyncio.CancelledError:
+            self._abandon(number)
+            raise
+        finally:
+            timer.cancel()
+
+    async def _wait_for_room(self, deadline: float) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._room.acquire()
+        except TimeoutError as error:
+            raise errors.TimedOut(
+                f"{limits.REQUESTS_IN_FLIGHT_MAX} requests are unanswered; this one was not sent", sent=False
+            ) from error
+
+    def _time_out(self, number: int, timeout_s: float) -> None:
+        pending = self._pending.get(number)
+        if pending is not None and not pending.future.done():
+            where = self.peer.address if self.peer is not None else "the peer"
+            pending.future.set_exception(errors.TimedOut(f"no answer from {where} in {timeout_s:.3g} s", sent=True))
+            self._abandon(number)
+
+    def _abandon(self, number: int) -> None:
+        pending = self._pending.get(number)
+        if pending is not None:
+            pending.outgoing = None
+            self.post(Cancel(number))
+            if pending.reply is not None:  # the answer has begun: the peer drops the rest, nothing more is owed
+                self._finish(number)
+
+    def _finish(self, number: int) -> None:
+        pending = self._pending.pop(number, None)
+        if pending is None:
+            return
+        self._room.release()
+        if pending.assembly is not None and pending.assembly.reservation is not None:
+            pending.assembly.reservation.release()
+
+    # --- streams -----------------------------------------------------------------------------------------------------
+
+    async def stream(self, message: msgspec.Struct, timeout_s: float) -> AsyncGenerator[memoryview, None]:
+        """Yield the items of a stream; see `Channel.stream`."""
+        kind, body = encode_message(message)
+        if self.closed is not None:
+            raise self._unsent()
+        number = self._next_request
+        self._next_request += 1
+        incoming = self._streams[number] = _Incoming()
+        self.post(Open(number, kind, body, limits.CREDIT_FRAMES))
+        try:
+            while True:
+                while incoming.items:
+                    item, pieces = incoming.items.popleft()
+                    self._grant(number, incoming, pieces)
+                    yield item
+                if incoming.ended is True:
+                    return
+                if isinstance(incoming.ended, errors.Error):
+                    raise incoming.ended
+                await self._wait_for_item(incoming, timeout_s)
+        finally:
+            if self._streams.pop(number, None) is not None and not incoming.ended:
+                self.post(Cancel(number))
+
+    async def _wait_for_item(self, incoming: _Incoming, timeout_s: float) -> None:
+        """Wait until an item or the end is there; a piece of an unfinished item counts as progress."""
+        while not incoming.items and not incoming.ended:
+            seen = incoming.number
+            incoming.waiter = self.loop.create_future()
+            timer = self.loop.call_later(timeout_s, incoming.wake)
+            try:
+                await incoming.waiter
+            finally:
+                timer.cancel()
+                incoming.waiter = None
+            if not incoming.items and not incoming.ended and incoming.number == seen:
+                raise errors.TimedOut(f"a stream brought nothing for {timeout_s:.3g} s")
+
+    def _grant(self, number: int, incoming: _Incoming, pieces: int) -> None:
+        incoming.since_grant += pieces
+        if incoming.since_grant >= GRANT_PIECES and not incoming.ended:
+            self.post(Credit(number, incoming.since_grant))
+            incoming.since_grant = 0
+
+    def _take_piece(self, number: int, incoming: _Incoming, data: Data, piece: memoryview) -> None:
+        if data.number < incoming.number:
+            return  # a repeated frame
+        if data.number != incoming.number:
+            raise errors.FrameError(f"piece {data.number} of a stream where {incoming.number} belongs")
+        incoming.number += 1
+        if incoming.parts is None and data.last:
+            incoming.items.append((piece, 1))
+        else:
+            if incoming.parts is None:
+                incoming.parts = bytearray()
+            incoming.parts += piece
+            if len(incoming.parts) > limits.CHUNK_COMPRESSED_BYTES_MAX:
+                raise errors.FrameError(f"an item of more than {limits.CHUNK_COMPRESSED_BYTES_MAX} bytes in a stream")
+            if data.last:
+                incoming.items.append((memoryview(incoming.parts).toreadonly(), 1))
+                incoming.parts = None
+            else:
+                self._grant(number, incoming, 1)
+        if len(incoming.items) > limits.CREDIT_FRAMES + GRANT_PIECES:
+            raise errors.FrameError("a stream goes on beyond its credit")
+        incoming.wake()
+
+    # --- arriving ----------------------------------------------------------------------------------------------------
+
+    def handle(self, envelope: Envelope, data: memoryview) -> None:
+        match envelope:
+            case Answer(request=number):
+                self._answered(envelope, data)
+            case Failure(request=number):
+                self._failed(number, error_of(envelope))
+            case Data(request=number):
+                self.progress_at = self.loop.time()
+                incoming = self._streams.get(number)
+                pending = self._pending.get(number)
+                if incoming is not None:
+                    self._take_piece(number, incoming, envelope, data)
+                elif pending is not None and pending.assembly is not None:
+                    credit = pending.assembly.add(envelope, data)
+                    if credit:
+                        self.post(Credit(number, credit))
+            case Credit(request=number, pieces=pieces):
+                self.progress_at = self.loop.time()
+                pending = self._pending.get(number)
+                if pending is not None and pending.outgoing is not None:
+                    for step, piece in pending.outgoing.grant(pieces):
+                        self.post(step, (piece,))
+                    if pending.outgoing.finished:
+                        pending.outgoing = None
+            case End(request=number):
+                incoming = self._streams.get(number)
+                if incoming is not None and not incoming.ended:
+                    if incoming.parts is not None:
+                        raise errors.FrameError("a stream ended inside an item")
+                    incoming.ended = True
+                    incoming.wake()
+            case Ask() | Open() | Cancel():
+                raise errors.FrameError("a question where only answers are expected")
+
+    def _answered(self, answer: Answer, data: memoryview) -> None:
+        pending = self._pending.get(answer.request)
+        if pending is None or pending.reply is not None:
+            self.metrics.add("srengine_transport_duplicates_total", port=self.port)
+            return
+        try:
+            total = check_sizes(answer.sizes)
+        except errors.InvalidValue as error:
+            raise errors.FrameError(str(error)) from error
+        reply = registry.decode_scanned(answer.kind, answer.body)
+        if total <= limits.PART_BYTES_MAX:
+            if not pending.future.done():
+                pending.future.set_result(Reply(reply, slices(answer.sizes, data)))
+            self._finish(answer.request)
+            return
+        number = answer.request
+        pending.reply = reply
+        if pending.future.done():  # nobody waits: refuse the rest
+            self.post(Cancel(number))
+            self._finish(number)
+            return
+        pending.assembly = Assembly(answer.sizes, lambda parts: self._assembled(number, parts))
+        pending.assembly.reservation = Reservation(
+            total, self.budgets, lambda: self.post(Credit(number, limits.CREDIT_FRAMES))
+        )
+
+    def _assembled(self, number: int, parts: list[memoryview]) -> None:
+        pending = self._pending.get(number)
+        if pending is not None and pending.reply is not None and not pending.future.done():
+            pending.future.set_result(Reply(pending.reply, parts))
+        self._finish(number)
+
+    def _failed(self, number: int, error: errors.Error) -> None:
+        incoming = self._streams.get(number)
+        if incoming is not None:
+            if not incoming.ended:
+                incoming.ended = error
+                incoming.wake()
+            return
+        pending = self._pending.get(number)
+        if pending is None:
+            self.metrics.add("srengine_transport_duplicates_total", port=self.port)
+            return
+        if not pending.future.done():
+            pending.future.set_exception(error)
+        self._finish(number)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def _unsent(self) -> errors.Error:
+        return errors.Unreachable(f"the connection has ended: {self.closed}", sent=False)
+
+    def ended(self, error: errors.Error) -> None:
+        for number, pending in list(self._pending.items()):
+            if not pending.future.done():
+                pending.future.set_exception(
+                    errors.Unreachable(f"the connection ended before the answer came: {error}", sent=True)
+                )
+            self._finish(number)
+        for incoming in self._streams.values():
+            if not incoming.ended:
+                incoming.ended = errors.Unreachable(f"the connection ended inside a stream: {error}", sent=True)
+                incoming.wake()
+
+    def transfers_pending(self) -> bool:
+        return any(
+            pending.outgoing is not None
+            or (pending.assembly is not None and pending.assembly.reservation is not None
+                and pending.assembly.reservation.state == "held")
+            for pending in self._pending.values()
+        )
