@@ -9,16 +9,8 @@ from typing import Any
 
 from benchmarks.data import Data, Sizes, pack
 from benchmarks.race import race
-from benchmarks.stores import Loaded, PyLmdb, open_reference, open_tablet
+from benchmarks.stores import Loaded, PyLmdb, open_environment, open_reference, open_tablet
 from benchmarks.table import Row, at_least, rate
-from srengine.storage import Tablet
-
-
-def switch_digests(tablet: Tablet) -> Callable[[bool], object] | None:
-    """Return the kernel's benchmark-only switch of this tablet's digests, if this build has one."""
-    kernel: Any = getattr(tablet, "_kernel", tablet)
-    found: Callable[[bool], object] | None = getattr(kernel, "_set_digests", None)
-    return found
 
 
 def bench_insert(benchmark: Any, report: Callable[[Row], None], scratch: Path, data: Data, sizes: Sizes) -> None:
@@ -94,11 +86,8 @@ def bench_overwrite(benchmark: Any, report: Callable[[Row], None], loaded: Loade
 
 def bench_digests(benchmark: Any, report: Callable[[Row], None], scratch: Path, data: Data, sizes: Sizes) -> None:
     """Insert the same batches into two tablets, one of which keeps no digests and no root."""
-    store, tablet = open_tablet(scratch / "with")
-    plain_store, plain = open_tablet(scratch / "without")
-    switch = switch_digests(plain)
-    assert switch is not None, "this kernel has no switch for its digests"
-    switch(False)
+    tablet = open_environment(scratch / "with", digests=True)
+    plain = open_environment(scratch / "without", digests=False)
     batches = [(start, min(start + sizes.batch, data.count)) for start in range(0, data.count, sizes.batch)][:50]
     work: dict[str, Any] = {}
 
@@ -121,5 +110,5 @@ def bench_digests(benchmark: Any, report: Callable[[Row], None], scratch: Path, 
             rate(sizes.batch, times.reference_s("without"), "rec"),
         )
     )
-    for each in (tablet, store, plain, plain_store):
-        each.close()
+    tablet.close()
+    plain.close()

@@ -5,6 +5,7 @@ Each has its own directory: two bindings never open one LMDB environment.
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import lmdb
 from benchmarks import settings
 from benchmarks._reference import Store as Reference
 from benchmarks.data import KEY_BYTES, VALUE_BYTES, Data
+from srengine._native.tablet import Environment
 from srengine.storage import Store, Tablet
 
 HEADER = bytes(32)
@@ -23,6 +25,19 @@ def open_tablet(path: Path) -> tuple[Store, Tablet]:
     """Return a fresh store with one tablet."""
     store = Store(path)
     return store, store.tablet("bench")
+
+
+def open_environment(path: Path, *, digests: bool) -> Environment:
+    """Return a fresh tablet of the kernel alone; without ``digests`` it keeps no root (a switch for this benchmark)."""
+    path.mkdir(parents=True)
+    return Environment(
+        os.fsencode(path),
+        map_bytes=settings.MAP_BYTES,
+        view_ms_max=30_000,
+        create=True,
+        meta={b"seed": b"bench-01"},
+        digests=digests,
+    )
 
 
 def open_reference(path: Path) -> Reference:
@@ -70,6 +85,7 @@ class Loaded:
 
     def __init__(self, path: Path, data: Data, batch: int) -> None:
         """Load all of ``data``."""
+        path.mkdir()
         self.data = data
         self.store, self.tablet = open_tablet(path / "ours")
         self.reference = open_reference(path / "reference")
