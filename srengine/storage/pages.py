@@ -278,31 +278,32 @@ class PageFile:
 
     # --- content -----------------------------------------------------------------------------------------------------
 
-    def tables(self) -> dict[str, Tree]:
+    def tables(self, *, skip_damage: bool = False) -> dict[str, Tree]:
         """Return the named trees of the newest meta page. Raises `CorruptionError` where `walk` would name a page."""
         meta = self.newest()
         found: dict[str, Tree] = {}
-        for key, value, flags in self._items(meta, meta.main):
+        for key, value, flags in self._items(meta, meta.main, skip_damage=skip_damage):
             if flags & _F_SUBTREE and len(value) == _TREE.size:
                 name = key.decode("ascii", "backslashreplace")
                 found[name] = _tree(name, value, 0)
         return found
 
-    def items(self, table: str) -> Iterator[tuple[bytes, bytes]]:
+    def items(self, table: str, *, skip_damage: bool = False) -> Iterator[tuple[bytes, bytes]]:
         """Yield key and value of every entry of a named tree without duplicates, in its order.
 
-        For checks and tests: it is slow beside LMDB. Raises `NotFound` and `CorruptionError`.
+        For checks and tests: it is slow beside LMDB. With ``skip_damage`` what cannot be read is left out. Raises
+        `NotFound` and `CorruptionError`.
         """
-        tree = self.tables().get(table)
+        tree = self.tables(skip_damage=skip_damage).get(table)
         if tree is None:
             raise errors.NotFound(f"{self.path} has no table {table!r}", table=table)
-        for key, value, _ in self._items(self.newest(), tree):
+        for key, value, _ in self._items(self.newest(), tree, skip_damage=skip_damage):
             yield key, value
 
-    def _items(self, meta: Meta, tree: Tree) -> Iterator[tuple[bytes, bytes, int]]:
+    def _items(self, meta: Meta, tree: Tree, *, skip_damage: bool) -> Iterator[tuple[bytes, bytes, int]]:
         walker = _Walker(self, meta, PageReport())
         try:
-            yield from walker.items(tree)
+            yield from walker.items(tree, skip_damage=skip_damage)
         except _BadPageError as bad:
             raise errors.CorruptionError(
                 f"page {bad.page} of {self.path} is damaged: {bad.detail}", file=str(self.path), page=bad.page
@@ -454,8 +455,11 @@ class _Walker:
 
     # --- trees -------------------------------------------------------------------------------------------------------
 
-    def items(self, tree: Tree) -> Iterator[tuple[bytes, bytes, int]]:
-        """Yield (key, value, node flags) of a tree in order; raise `_BadPageError` at the first damage."""
+    def items(self, tree: Tree, *, skip_damage: bool = False) -> Iterator[tuple[bytes, bytes, int]]:
+        """Yield (key, value, node flags) of a tree in order.
+
+        Raises `_BadPageError` at the first damage, or with ``skip_damage`` goes on behind it.
+        """
         if tree.root is None:
             return
         self._check_shape(tree)
@@ -463,16 +467,24 @@ class _Walker:
         while stack:
             number, level = stack.pop()
             leaf = level == tree.depth
-            raw, flags, count = self.page(number, _P_LEAF if leaf else _P_BRANCH)
-            if flags & _P_LEAF2:
+            try:
+                raw, flags, count = self.page(number, _P_LEAF if leaf else _P_BRANCH)
+                nodes = [] if flags & _P_LEAF2 else self.nodes(number, raw, count, branch=not leaf)
+            except _BadPageError:
+                if not skip_damage:
+                    raise
                 continue
-            nodes = self.nodes(number, raw, count, branch=not leaf)
-            if leaf:
-                for node in nodes:
-                    value = self.overflow(node, read=True)[1] if node.flags & _F_BIG else node.value
-                    yield node.key, value, node.flags
-            else:
+            if not leaf:
                 stack.extend((node.child, level + 1) for node in reversed(nodes))
+                continue
+            for node in nodes:
+                try:
+                    value = self.overflow(node, read=True)[1] if node.flags & _F_BIG else node.value
+                except _BadPageError:
+                    if not skip_damage:
+                        raise
+                    continue
+                yield node.key, value, node.flags
 
     def _check_shape(self, tree: Tree) -> None:
         if not 1 <= tree.depth <= DEPTH_MAX:

@@ -62,14 +62,19 @@ def build_recorder(directory: Path) -> Path:
     return library
 
 
-def recording_environment(library: Path, **settings: object) -> dict[str, str]:
-    """Return the environment that preloads the recorder; ``settings`` become SRENGINE_<NAME>."""
+def plain_environment(**settings: object) -> dict[str, str]:
+    """Return this process's environment without settings of ours, and with ``settings`` as SRENGINE_<NAME>."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SRENGINE_")}
-    preloaded = environment.get("LD_PRELOAD")
-    environment["LD_PRELOAD"] = f"{library}:{preloaded}" if preloaded else str(library)
-    environment["SRENGINE_TRACK"] = "data.mdb"
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     environment.update({f"SRENGINE_{name.upper()}": str(value) for name, value in settings.items()})
+    return environment
+
+
+def recording_environment(library: Path, **settings: object) -> dict[str, str]:
+    """Return the environment that preloads the recorder; ``settings`` become SRENGINE_<NAME>."""
+    environment = plain_environment(track="data.mdb", **settings)
+    preloaded = environment.get("LD_PRELOAD")
+    environment["LD_PRELOAD"] = f"{library}:{preloaded}" if preloaded else str(library)
     return environment
 
 
@@ -174,3 +179,12 @@ def images(events: list[Event], file: int, wanted: set[tuple[int, str]], seed: i
             acknowledged += 1
         elif event.file == file:
             disk.take(event)
+
+
+def write_events(path: Path, events: list[Event]) -> None:
+    """Write events as the recorder does."""
+    with path.open("wb") as file:
+        for event in events:
+            length = len(event.data)
+            file.write(_EVENT.pack(event.kind, event.file, event.synchronous, event.error, event.offset, length))
+            file.write(event.data)
