@@ -15,10 +15,19 @@ Memory of each side is bounded by 64 MiB + twice the largest value, whatever the
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from srengine.snapshot.file import Summary, apply_snapshot, partial_path, verify_snapshot, write_snapshot
 from srengine.snapshot.format import Manifest, Mark, Trailer
 from srengine.snapshot.sink import InPlace, Progress, SnapshotSink, Staged
 from srengine.snapshot.source import SnapshotSource
+from srengine.storage.tablet import use_snapshots
+
+if TYPE_CHECKING:
+    import os
+
+    from srengine.storage import Tablet
+    from srengine.types import Position
 
 __all__ = [
     "InPlace",
@@ -35,3 +44,18 @@ __all__ = [
     "verify_snapshot",
     "write_snapshot",
 ]
+
+
+class _Files:
+    """What `Tablet.write_snapshot` and `Tablet.apply_snapshot` call: this room lies above theirs."""
+
+    def write(self, tablet: Tablet, path: str | os.PathLike[str], since: Position | None) -> Position:
+        """Write a file."""
+        return write_snapshot(tablet, path, since)
+
+    def apply(self, tablet: Tablet, path: str | os.PathLike[str]) -> Position:
+        """Prove a file and apply it; the copy lives outside its group."""
+        return apply_snapshot(tablet, path, adopt=True)
+
+
+use_snapshots(_Files())

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from srengine.snapshot.format import Manifest, Mark, Trailer
     from srengine.snapshot.items import Opened, Sealed
-    from srengine.snapshot.sink import FillTablet, Target
-    from srengine.snapshot.source import TabletLike
+    from srengine.snapshot.sink import Target
+    from srengine.storage import Tablet
     from srengine.types import Position
 
 _READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -69,7 +69,7 @@ def partial_path(path: str | os.PathLike[str]) -> Path:
 
 
 def write_snapshot(
-    tablet: TabletLike,
+    tablet: Tablet,
     path: str | os.PathLike[str],
     since: Position | None = None,
     *,
@@ -98,7 +98,7 @@ def write_snapshot(
 
 def _write(
     fd: int,
-    tablet: TabletLike,
+    tablet: Tablet,
     place: Path,
     since: Position | None,
     compression: str,
@@ -145,7 +145,7 @@ def _write(
 
 
 def _fits(
-    manifest: Manifest, tablet: TabletLike, since: Position | None, compression: str, *, share_seed: bool
+    manifest: Manifest, tablet: Tablet, since: Position | None, compression: str, *, share_seed: bool
 ) -> bool:
     return (
         (None if manifest.base is None else manifest.base.value()) == since
@@ -231,23 +231,18 @@ def verify_snapshot(path: str | os.PathLike[str]) -> Summary:
         return _prove(fd)
 
 
-def apply_snapshot(
-    tablet: FillTablet, path: str | os.PathLike[str], *, target: Target | None = None
-) -> tuple[Position, FillTablet]:
-    """Prove the whole file, then apply it to ``tablet`` (or to ``target``); return position and tablet.
+def apply_snapshot(tablet: Tablet, path: str | os.PathLike[str], *, adopt: bool = False) -> Position:
+    """Prove the whole file, then apply it to ``tablet``; return the position reached.
 
     A damaged file is `SnapshotDamaged` and the tablet untouched. A delta that does not start where the tablet stands is
     `Diverged`, a full snapshot onto a tablet with data `Conflict`. After a crash in the middle the tablet is marked as
-    half filled; the same call goes on.
+    half filled; the same call goes on. ``adopt``: see `InPlace`.
     """
     with _opened(path) as fd:
         summary = _prove(fd)
-        sink = SnapshotSink(target or InPlace(tablet))
-        with sink:
+        with SnapshotSink(InPlace(tablet, adopt=adopt)) as sink:
             _feed(fd, sink, summary)
-            position = sink.finish()
-        assert sink.tablet is not None, "a sink that finished has a tablet"
-        return position, sink.tablet
+            return sink.finish()
 
 
 def _feed(fd: int, sink: SnapshotSink, summary: Summary) -> None:

@@ -25,53 +25,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from srengine.snapshot.format import Head, Manifest, Mark, Trailer
+    from srengine.storage import Store, Tablet
     from srengine.types import Position
 
 FILL_BYTES: Final = 16 * limits.MIB
 """Rows of one transaction. Held up to three times: gathered, being written, and as LMDB's dirty pages."""
 FILL_ROWS_MAX: Final = 100_000
-
-
-class FillTablet(Protocol):
-    """What a sink needs of `srengine.storage.Tablet`."""
-
-    @property
-    def id(self) -> str:
-        """The tablet's id."""
-
-    @property
-    def seed(self) -> bytes:
-        """The secret seed, 8 bytes."""
-
-    @property
-    def position(self) -> Position:
-        """Where it stands."""
-
-    @property
-    def fill_mark(self) -> bytes | None:
-        """The mark of a half-applied copy."""
-
-    def fill(self, rows: bytes | bytearray | memoryview, mark: bytes) -> None:
-        """Put rows and mark in one transaction."""
-
-    def finish_fill(self, meta: bytes, state: bytes, *, rows: bytes | bytearray | memoryview = b"") -> Position:
-        """Put the last rows and meta rows, purge, prove, drop the mark."""
-
-
-class StoreLike(Protocol):
-    """What a staged target needs of `srengine.storage.Store`."""
-
-    def find_stage(self, tablet_id: str) -> FillTablet | None:
-        """Return an unfinished stage."""
-
-    def stage_tablet(self, tablet_id: str, *, seed: bytes) -> FillTablet:
-        """Begin or resume a stage."""
-
-    def drop_stage(self, tablet_id: str) -> None:
-        """Throw a stage away."""
-
-    def switch_tablet(self, staged: FillTablet) -> FillTablet:
-        """Let the stage take its tablet's place."""
 
 
 class Target(Protocol):
@@ -80,44 +39,40 @@ class Target(Protocol):
     def mark(self) -> bytes | None:
         """Return what an earlier attempt left, if it can be resumed."""
 
-    def begin(self, manifest: Manifest, *, resumed: bool) -> FillTablet:
+    def begin(self, manifest: Manifest, *, resumed: bool) -> Tablet:
         """Return the tablet to fill, proved fit for this snapshot and untouched if it is not."""
 
-    def complete(self, tablet: FillTablet) -> FillTablet:
+    def complete(self, tablet: Tablet) -> Tablet:
         """Make the proved copy the tablet; return it open."""
 
 
 class InPlace:
-    """A delta onto its base, or a full snapshot onto an empty tablet of the same seed."""
+    """A delta onto its base, or a full snapshot onto an empty tablet, which takes over its seed.
 
-    def __init__(self, tablet: FillTablet) -> None:
+    ``adopt``: the copy will live outside its group; its first own write begins a child lineage.
+    """
+
+    def __init__(self, tablet: Tablet, *, adopt: bool = False) -> None:
         self._tablet = tablet
+        self._adopt = adopt
 
     def mark(self) -> bytes | None:
         """Return the tablet's fill mark."""
         return self._tablet.fill_mark
 
-    def begin(self, manifest: Manifest, *, resumed: bool) -> FillTablet:
+    def check(self, manifest: Manifest, *, resumed: bool) -> None:
         """Check the tablet against the manifest; nothing is written. Raises `Diverged`, `Conflict`, `ForeignData`."""
-        tablet = self._tablet
-        if manifest.seed_id != seed_id(tablet.seed):
-            raise errors.ForeignData(
-                "the snapshot is of a tablet with another seed; only an empty one can take it over", tablet=tablet.id
-            )
-        if resumed:
-            return tablet
-        if tablet.fill_mark is not None:
+        tablet, here = self._tablet, self._tablet.position
+        if not resumed and tablet.fill_mark is not None:
             raise errors.Conflict(
                 f"tablet {tablet.id} is half filled from another snapshot; apply that one again or drop the tablet",
                 tablet=tablet.id,
             )
-        here = tablet.position
-        if manifest.base is None:
-            if here.sequence or here.count:
-                raise errors.Conflict(
-                    f"a full snapshot needs an empty tablet; {tablet.id} has {here.count} records", tablet=tablet.id
-                )
-        elif manifest.base.value() != here:
+        if not resumed and manifest.base is None and (here.sequence or here.count):
+            raise errors.Conflict(
+                f"a full snapshot needs an empty tablet; {tablet.id} has {here.count} records", tablet=tablet.id
+            )
+        if not resumed and manifest.base is not None and manifest.base.value() != here:
             base = manifest.base
             raise errors.Diverged(
                 f"the delta starts at {base.lineage}:{base.sequence} with root {base.root.hex()}, the tablet is at "
@@ -125,9 +80,23 @@ class InPlace:
                 base=base.sequence,
                 sequence=here.sequence,
             )
+        if manifest.seed_id != seed_id(tablet.seed) and (resumed or manifest.base is not None or manifest.seed is None):
+            raise errors.ForeignData(
+                "the snapshot is of a tablet with another seed; only an empty one can take it over", tablet=tablet.id
+            )
+
+    def begin(self, manifest: Manifest, *, resumed: bool) -> Tablet:
+        """Check as `check`, then take over the seed if need be."""
+        self.check(manifest, resumed=resumed)
+        tablet = self._tablet
+        if manifest.base is None and self._adopt:
+            # NB: before the first row, so that no crash leaves a copy that writes under its source's lineage.
+            tablet.mark_adopted()
+        if manifest.seed is not None and manifest.seed != tablet.seed:
+            tablet.adopt_seed(manifest.seed)
         return tablet
 
-    def complete(self, tablet: FillTablet) -> FillTablet:
+    def complete(self, tablet: Tablet) -> Tablet:
         """Nothing is left to do: the last transaction proved it."""
         return tablet
 
@@ -138,11 +107,11 @@ class Staged:
     The real tablet stays as it is until the copy is proved, then the stage takes its place (`Store.switch_tablet`).
     """
 
-    def __init__(self, store: StoreLike, tablet_id: str, *, tablet: FillTablet | None = None) -> None:
+    def __init__(self, store: Store, tablet_id: str, *, tablet: Tablet | None = None) -> None:
         self._store = store
         self._tablet_id = tablet_id
         self._in_place = None if tablet is None else InPlace(tablet)
-        self._staged: FillTablet | None = None
+        self._staged: Tablet | None = None
 
     def mark(self) -> bytes | None:
         """Return the mark of an unfinished stage, or of a tablet half filled in place."""
@@ -151,7 +120,7 @@ class Staged:
             return staged.fill_mark
         return None if self._in_place is None else self._in_place.mark()
 
-    def begin(self, manifest: Manifest, *, resumed: bool) -> FillTablet:
+    def begin(self, manifest: Manifest, *, resumed: bool) -> Tablet:
         """Open the stage, a new one unless ``resumed``. Raises as `InPlace.begin` for a delta."""
         if manifest.base is not None:
             if self._in_place is None:
@@ -170,7 +139,7 @@ class Staged:
             raise errors.SnapshotDamaged("the stage to go on with is gone", tablet=self._tablet_id)
         return self._staged
 
-    def complete(self, tablet: FillTablet) -> FillTablet:
+    def complete(self, tablet: Tablet) -> Tablet:
         """Switch a stage; a delta was applied in place."""
         return self._store.switch_tablet(tablet) if tablet is self._staged else tablet
 
@@ -194,7 +163,7 @@ class SnapshotSink:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._tablet: FillTablet | None = None
+        self._tablet: Tablet | None = None
         left = target.mark()
         mark: Mark | None = None
         if left is not None:
@@ -236,7 +205,7 @@ class SnapshotSink:
         return None if self._tablet is None else self._tablet.fill_mark
 
     @property
-    def tablet(self) -> FillTablet | None:
+    def tablet(self) -> Tablet | None:
         """Return the filled tablet: after `finish` the one that took its place."""
         return self._tablet
 
@@ -311,7 +280,7 @@ class SnapshotSink:
         self._filling = self._thread.submit(self._fill, self._tablet, batch, self._batch_mark)
 
     @staticmethod
-    def _fill(tablet: FillTablet, rows: bytearray | memoryview, mark: bytes) -> None:
+    def _fill(tablet: Tablet, rows: bytearray | memoryview, mark: bytes) -> None:
         failpoints.hit("snapshot.fill.before")
         tablet.fill(rows, mark)
         failpoints.hit("snapshot.fill.after")
@@ -325,17 +294,21 @@ class SnapshotSink:
         self._wait()
         tablet = self._tablet
         assert tablet is not None, "a trailer comes after the manifest"
+        target = trailer.target.value()
         failpoints.hit("snapshot.finish.before")
-        position = tablet.finish_fill(trailer.meta, trailer.state, rows=self._batch)
+        try:
+            promised = tablet.promised(trailer.meta, trailer.state)
+            if promised != target:
+                raise errors.SnapshotDamaged(
+                    f"snapshot refused: the trailer's target is {target.lineage}:{target.sequence}, its state row says "
+                    f"{promised.lineage}:{promised.sequence}, or roots or counts differ"
+                )
+            position = tablet.finish_fill(trailer.meta, trailer.state, rows=self._batch)
+        except errors.FrameError as error:
+            raise errors.SnapshotDamaged(f"snapshot refused: the trailer's rows: {error.message}") from error
+        assert position == target, (position, target)
         failpoints.hit("snapshot.finish.after")
         self._batch = bytearray()
-        if position != trailer.target.value():
-            raise errors.SnapshotDamaged(
-                f"the trailer promised {trailer.target.lineage}:{trailer.target.sequence}, the tablet is at "
-                f"{position.lineage}:{position.sequence}",
-                promised=trailer.target.sequence,
-                found=position.sequence,
-            )
         self._tablet = self._target.complete(tablet)
         failpoints.hit("snapshot.finish.complete")
         self._position = position

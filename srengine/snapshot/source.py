@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from srengine import errors, limits
 from srengine.snapshot import format as words
@@ -32,77 +32,12 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
     from srengine.snapshot.items import Sealed
+    from srengine.storage import RowBatch, Tablet, View
     from srengine.types import Position
 
 VIEW_CHUNKS_MAX: Final = 16
 """Chunks read from one view before the next is opened."""
 WRITER: Final = "srengine 1"
-
-
-class BatchLike(Protocol):
-    """What a view returns for a range of rows."""
-
-    @property
-    def rows(self) -> bytes:
-        """Encoded rows."""
-
-    @property
-    def count(self) -> int:
-        """How many."""
-
-    @property
-    def last(self) -> bytes | int | None:
-        """Key or sequence of the last one; None without rows."""
-
-    @property
-    def done(self) -> bool:
-        """No row is left behind it."""
-
-
-class ViewLike(Protocol):
-    """A pinned reader, as `srengine.storage.View`."""
-
-    @property
-    def position(self) -> Position:
-        """Where the view stands."""
-
-    @property
-    def state(self) -> bytes:
-        """The state row."""
-
-    def rows_by_key(self, after: bytes | None, *, bytes_max: int) -> BatchLike:
-        """Read rows by key."""
-
-    def rows_since(self, sequence: int, *, bytes_max: int) -> BatchLike:
-        """Read live rows by sequence; `BelowPurgeMark` when the log does not reach back so far."""
-
-    def meta_rows(self, since: int) -> bytes:
-        """Read meta rows."""
-
-    def close(self) -> None:
-        """Give the view back."""
-
-
-class TabletLike(Protocol):
-    """What a source needs of `srengine.storage.Tablet`."""
-
-    @property
-    def id(self) -> str:
-        """The tablet's id."""
-
-    @property
-    def seed(self) -> bytes:
-        """The secret seed, 8 bytes."""
-
-    @property
-    def position(self) -> Position:
-        """Where it stands."""
-
-    def root_at(self, sequence: int) -> bytes | None:
-        """Return the root at an earlier sequence, if it is still known."""
-
-    def view(self) -> ViewLike:
-        """Open a view."""
 
 
 class _Closing(NamedTuple):
@@ -145,7 +80,7 @@ class SnapshotSource:
 
     def __init__(
         self,
-        tablet: TabletLike,
+        tablet: Tablet,
         *,
         since: Position | None = None,
         resume: bytes | Mark | None = None,
@@ -251,8 +186,7 @@ class SnapshotSource:
             kind="full" if since is None else "delta",
             lineage=here.lineage,
             ancestry=tuple(
-                Ancestor(lineage=lineage, sequence=sequence)
-                for lineage, sequence in getattr(self._tablet, "ancestry", ())
+                Ancestor(lineage=lineage, sequence=sequence) for lineage, sequence in self._tablet.ancestry
             ),
             seed=self._tablet.seed if share_seed else None,
             seed_id=seed_id(self._tablet.seed),
@@ -283,7 +217,7 @@ class SnapshotSource:
 
     def _read(self) -> Generator[_Read, None, None]:
         machine = SendMachine(self.mark)
-        view: ViewLike | None = None
+        view: View | None = None
         used = 0
         wanted = machine.drain().apply
         try:
@@ -310,7 +244,7 @@ class SnapshotSource:
             if view is not None:
                 view.close()
 
-    def _batch(self, view: ViewLike, wanted: ReadKeys | ReadSequences) -> tuple[BatchLike, _Closing | None]:
+    def _batch(self, view: View, wanted: ReadKeys | ReadSequences) -> tuple[RowBatch, _Closing | None]:
         bytes_max = self.manifest.chunk_bytes
         if isinstance(wanted, ReadKeys):
             return view.rows_by_key(wanted.after, bytes_max=bytes_max), None

@@ -341,6 +341,19 @@ class Store:
             self._stages[tablet_id] = stage
             return stage
 
+    def find_stage(self, tablet_id: str) -> Tablet | None:
+        """Return the unfinished copy of a tablet, open, or None; its fill mark says where the copy goes on."""
+        catalog.check_tablet_id(tablet_id)
+        with self._mutex:
+            self._check_writable()
+            stage = self._stages.get(tablet_id)
+            if stage is None or stage.closed:
+                self._stages.pop(tablet_id, None)
+                stage = self._resume_stage(tablet_id, None)
+                if stage is not None:
+                    self._stages[tablet_id] = stage
+            return stage
+
     def drop_stage(self, tablet_id: str) -> None:
         """Throw a stage away; nothing happens when there is none."""
         catalog.check_tablet_id(tablet_id)
@@ -376,14 +389,14 @@ class Store:
             self._finish_switch(tablet_id)
             return self._open_tablet(tablet_id, self._name_of(tablet_id))
 
-    def _resume_stage(self, tablet_id: str, seed: bytes) -> Tablet | None:
+    def _resume_stage(self, tablet_id: str, seed: bytes | None) -> Tablet | None:
         name = f"{STAGE_PREFIX}{tablet_id}"
         path = self._temporary / name
         if not path.exists():
             return None
         try:
             stage = self._open_directory(tablet_id, tablet_id, path)
-            if stage.seed == seed:
+            if seed is None or stage.seed == seed:
                 return stage
             stage.close()
             why = "of another seed"

@@ -586,6 +586,17 @@ class Tablet:
         self._reload()
         return self.position
 
+    def promised(self, meta: bytes | memoryview, state: bytes | memoryview) -> Position:
+        """Return the position that `finish_fill` would prove; nothing is written. Raises `FrameError`."""
+        lineage = self.lineage
+        if self._fills_whole():
+            image = next((value for database, name, value in decode_meta(meta) if (database, name) == (0, b"ancestry")), b"")
+            if not image or len(image) % _ANCESTOR.size:
+                raise errors.FrameError("the rows of a full copy name no lineage")
+            lineage = [raw.hex() for raw, _ in _ANCESTOR.iter_unpack(image)][-1]
+        sequence, root, count, *_ = kernel.decode_state(bytes(state))
+        return Position(lineage, sequence, root, count)
+
     # --- files and checks --------------------------------------------------------------------------------------------
 
     def write_snapshot(self, path: str | os.PathLike[str], since: Position | None = None) -> Position:
