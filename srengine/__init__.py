@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from srengine.storage import Store as Store
     from srengine.storage import Tablet as Tablet
     from srengine.storage import View as View
-    from srengine.storage import open_store as open  # noqa: A004 - the word users expect
+    from srengine.storage import open_store as open  # noqa: A004, F401 - the word users expect
     from srengine.types import Position as Position
     from srengine.types import Record as Record
 

@@ -1,7 +1,8 @@
 """The root command, and what becomes of an exception.
 
-Commands are imported when they are first needed, so that ``srengine get`` does not load what only a node needs. Every way
-out of a command passes `main`, which turns it into one exit code, one sentence on stderr or one JSON object on stdout.
+Commands are imported when they are first needed, so that ``srengine get`` does not load what only a node needs. Every
+way out of a command passes `main`, which turns it into one exit code, one sentence on stderr or one JSON object on
+stdout.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that the first word names."""
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             near = suggestion(args[0], self.list_commands(ctx))
             raise click.UsageError(f"no such command {args[0]!r}{near}", ctx)
@@ -68,10 +70,10 @@ class Group(click.Group):
 
 
 class _Root(Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's shape
         return sorted(_HOME)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         home = _HOME.get(cmd_name)
         if home is None:
             return None
@@ -116,7 +118,11 @@ root = _Root(
         *global_options(at_root=True),
         *output_options(),
         click.Option(
-            ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_show_version,
             help="Show the version and the libraries compiled in.",
         ),
     ],
@@ -144,7 +150,9 @@ def _run(arguments: list[str], settings: Settings) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _fail(settings, arguments, {"code": "INTERRUPTED", "message": "interrupted", "details": {}}, EXIT_INTERRUPTED)
+        return _fail(
+            settings, arguments, {"code": "INTERRUPTED", "message": "interrupted", "details": {}}, EXIT_INTERRUPTED
+        )
     except click.UsageError as usage:
         return _fail_usage(settings, arguments, usage)
     except click.ClickException as failure:

@@ -32,11 +32,13 @@ def benchmarks_directory() -> Path:
 @click.argument("name", required=False)
 @click.pass_context
 @pass_settings
-def bench(settings: Settings, context: click.Context, name: str | None) -> None:
+def bench(settings: Settings, context: click.Context, *, name: str | None) -> None:
     """Run all benchmarks, or those whose names contain NAME (pytest-benchmark)."""
     directory = benchmarks_directory()
     if importlib.util.find_spec("pytest_benchmark") is None:
-        raise errors.NotFound("pytest-benchmark is not installed: pip install 'srengine[bench]'", package="pytest-benchmark")
+        raise errors.NotFound(
+            "pytest-benchmark is not installed: pip install 'srengine[bench]'", package="pytest-benchmark"
+        )
     with tempfile.TemporaryDirectory(prefix="srengine-bench-") as scratch:
         result = Path(scratch) / "result.json"
         files = sorted(str(path) for pattern in ("test_*.py", "bench_*.py") for path in directory.glob(pattern))
@@ -48,7 +50,7 @@ def bench(settings: Settings, context: click.Context, name: str | None) -> None:
         code = subprocess.run(
             command, check=False, cwd=directory.parent, stdout=None if out.format == "text" else sys.stderr
         ).returncode
-        if code == 5:  # noqa: PLR2004 - pytest: nothing was selected
+        if code == 5:
             raise errors.NotFound(f"no benchmark's name contains {name!r}", name=name)
         if code == 0 and out.format != "text":
             found = json.loads(result.read_text(encoding="utf-8"))["benchmarks"]

@@ -21,7 +21,7 @@ def db() -> None:
 @db.command("create")
 @click.argument("name")
 @pass_settings
-def create_database(settings: Settings, name: str) -> None:
+def create_database(settings: Settings, *, name: str) -> None:
     """Create the database NAME; exit code 5 when it exists."""
     with settings.connect() as cluster:
         cluster.create_database(name)
@@ -44,10 +44,12 @@ def table() -> None:
 
 @table.command("create")
 @click.argument("name", metavar="DB.TABLE")
-@click.option("--replicas", type=click.IntRange(1, 9), default=3, show_default=True, help="Nodes that hold each tablet.")
+@click.option(
+    "--replicas", type=click.IntRange(1, 9), default=3, show_default=True, help="Nodes that hold each tablet."
+)
 @click.option("--tablets", type=click.IntRange(1, 4096), default=8, show_default=True, help="Parts; fixed for ever.")
 @pass_settings
-def create_table(settings: Settings, name: str, replicas: int, tablets: int) -> None:
+def create_table(settings: Settings, *, name: str, replicas: int, tablets: int) -> None:
     """Create DB.TABLE; exit code 5 when it exists, 10 without the database."""
     with settings.connect() as cluster:
         info = cluster.create_table(name, tablets=tablets, replicas=replicas)
@@ -57,7 +59,7 @@ def create_table(settings: Settings, name: str, replicas: int, tablets: int) -> 
 @table.command("list")
 @click.argument("database", required=False, default="")
 @pass_settings
-def list_tables(settings: Settings, database: str) -> None:
+def list_tables(settings: Settings, *, database: str) -> None:
     """Print all tables, or those of DATABASE: name, tablets, replicas."""
     with settings.connect() as cluster:
         tables = cluster.list_tables(database)
@@ -67,7 +69,7 @@ def list_tables(settings: Settings, database: str) -> None:
 @table.command("describe")
 @click.argument("name", metavar="DB.TABLE")
 @pass_settings
-def describe_table(settings: Settings, name: str) -> None:
+def describe_table(settings: Settings, *, name: str) -> None:
     """Print where each tablet of DB.TABLE is: index, id, leader, replicas."""
     with settings.connect() as cluster:
         info = cluster.describe_table(name)
@@ -77,9 +79,11 @@ def describe_table(settings: Settings, name: str) -> None:
     ]
     out = settings.out
     if out.format == "text":
-        out.many(tablets, ["tablet", "id", "leader", "replicas"], lambda value: [
-            value["tablet"], value["id"], value["leader"] or None, ",".join(value["replicas"])
-        ])
+        out.many(
+            tablets,
+            ["tablet", "id", "leader", "replicas"],
+            lambda value: [value["tablet"], value["id"], value["leader"] or None, ",".join(value["replicas"])],
+        )
     else:
         out.one({**_summary(info), "placement": tablets}, "")
 

@@ -33,7 +33,9 @@ def parse_bytes(text: str, *, is_hex: bool, what: str) -> bytes:
 
 
 def _hex_option(function: Any) -> Any:
-    return click.option("--hex", "is_hex", is_flag=True, help="Keys and values are hexadecimal, typed and printed.")(function)
+    return click.option("--hex", "is_hex", is_flag=True, help="Keys and values are hexadecimal, typed and printed.")(
+        function
+    )
 
 
 def _file_bytes(name: str) -> bytes:
@@ -51,13 +53,22 @@ def record_fields(key: bytes, value: bytes) -> dict[str, Any]:
 @click.argument("value", required=False)
 @click.option("--file", "file", metavar="FILE", help="Read the value from FILE (-: stdin).")
 @click.option("--if-absent", is_flag=True, help="Only when there is no record; exit code 5 otherwise.")
-@click.option("--if-version", type=int, metavar="V", help="Only over the record of this version; exit code 5 otherwise.")
+@click.option(
+    "--if-version", type=int, metavar="V", help="Only over the record of this version; exit code 5 otherwise."
+)
 @click.option("--consistency", type=WRITES, default="quorum", show_default=True, help="Who must have it durably.")
 @_hex_option
 @pass_settings
 def put(
-    settings: Settings, table: str, key: str, value: str | None, file: str | None, if_absent: bool,  # noqa: FBT001
-    if_version: int | None, consistency: str, is_hex: bool,  # noqa: FBT001
+    settings: Settings, *,
+    table: str,
+    key: str,
+    value: str | None,
+    file: str | None,
+    if_absent: bool,
+    if_version: int | None,
+    consistency: str,
+    is_hex: bool,
 ) -> None:
     """Store VALUE under KEY; print the version of the record."""
     if (value is None) == (file is None):
@@ -80,7 +91,7 @@ def put(
 @click.option("--consistency", type=READS, default="quorum", show_default=True, help="Who answers.")
 @_hex_option
 @pass_settings
-def get(settings: Settings, table: str, key: str, file: str | None, consistency: str, is_hex: bool) -> None:  # noqa: FBT001
+def get(settings: Settings, *, table: str, key: str, file: str | None, consistency: str, is_hex: bool) -> None:
     """Print the value of KEY; exit code 10 when there is none."""
     key_bytes = parse_bytes(key, is_hex=is_hex, what="key")
     with settings.connect() as cluster:
@@ -113,7 +124,7 @@ def get(settings: Settings, table: str, key: str, file: str | None, consistency:
 @click.option("--consistency", type=WRITES, default="quorum", show_default=True, help="Who must have it durably.")
 @_hex_option
 @pass_settings
-def delete(settings: Settings, table: str, key: str, if_version: int | None, consistency: str, is_hex: bool) -> None:  # noqa: FBT001
+def delete(settings: Settings, *, table: str, key: str, if_version: int | None, consistency: str, is_hex: bool) -> None:
     """Delete KEY; print 1 when it existed, else 0. Both are success."""
     key_bytes = parse_bytes(key, is_hex=is_hex, what="key")
     with settings.connect() as cluster:
@@ -133,16 +144,21 @@ def delete(settings: Settings, table: str, key: str, if_version: int | None, con
 @_hex_option
 @pass_settings
 def scan(
-    settings: Settings, table: str, start: str | None, stop: str | None, prefix: str | None, limit: int | None,
-    reverse: bool, keys_only: bool, consistency: str, is_hex: bool,  # noqa: FBT001
+    settings: Settings, *,
+    table: str,
+    limit: int | None,
+    reverse: bool,
+    keys_only: bool,
+    consistency: str,
+    is_hex: bool,
+    **texts: str | None,
 ) -> None:
     """Print records in key order: key and value, separated by a tab."""
     bounds = {
-        name: None if text is None else parse_bytes(text, is_hex=is_hex, what=name)
-        for name, text in (("start", start), ("stop", stop), ("prefix", prefix))
+        name: None if text is None else parse_bytes(text, is_hex=is_hex, what=name) for name, text in texts.items()
     }
     with settings.connect() as cluster:
-        pages = cluster.table(table)._pages(  # noqa: SLF001 - keys without values are no part of the mapping
+        pages = cluster.table(table)._pages(
             **bounds, limit=limit, reverse=reverse, keys_only=keys_only, consistency=consistency
         )
         pairs = (pair for page in pages for pair in page)

@@ -1,7 +1,7 @@
 """One record a line, as ``import`` reads and ``export`` writes it.
 
-``{"key": "text", "value": "text"}``; bytes that are no UTF-8 stand in ``key_b64`` and ``value_b64`` (base64, RFC 4648). Nothing
-else may be in the object: what would be lost silently is refused.
+``{"key": "text", "value": "text"}``; bytes that are no UTF-8 stand in ``key_b64`` and ``value_b64`` (base64, RFC 4648).
+Nothing else may be in the object: what would be lost silently is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from srengine.cli.output import bytes_field
 
 _FIELDS: Final = ("key", "key_b64", "value", "value_b64")
 LINE_BYTES_MAX: Final = 2 * limits.VALUE_BYTES_MAX + 64 * limits.KIB
-"""A line that holds the largest value in base64 or in text with most characters escaped; longer ones are refused unread."""
+"""Holds the largest value in base64, or in text with most characters escaped; longer lines are refused unread."""
 
 
 def encode_line(key: bytes, value: bytes) -> bytes:
@@ -27,10 +27,10 @@ def encode_line(key: bytes, value: bytes) -> bytes:
 
 
 def decode_line(line: bytes) -> tuple[bytes, bytes]:
-    """Return key and value of one line; `InvalidValue` says what is wrong with it.
+    r"""Return key and value of one line; `InvalidValue` says what is wrong with it.
 
     >>> decode_line(b'{"key": "a", "value_b64": "/w=="}')
-    (b'a', b'\\xff')
+    (b'a', b'\xff')
     """
     try:
         fields = msgspec.json.decode(line)

@@ -1,8 +1,8 @@
 """How results reach stdout: text for people and grep, JSON for programs, JSON lines for streams.
 
 * ``text``: one record a line, fields separated by tabs, control characters escaped; a heading only on a terminal.
-* ``json``: one document: an object for one thing, an array for a list. It is written when the command succeeded, so that
-  stdout never holds half a document.
+* ``json``: one document: an object for one thing, an array for a list. It is written when the command succeeded, so
+  that stdout never holds half a document.
 * ``jsonl``: one object a line, as it comes; progress too, as ``{"event": …}``.
 
 Progress in the other two formats goes to stderr, and with ``json`` only to a terminal.
@@ -35,8 +35,7 @@ def one_line(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "backslashreplace") if _is_text(value) else _escaped(value)
-        return value
+        return value.decode() if _is_text(value) else _escaped(value)
     return str(value).translate(_ESCAPES)
 
 
@@ -50,8 +49,10 @@ def _is_text(value: bytes) -> bool:
 
 def _escaped(value: bytes) -> str:
     # The escape of each backslash comes first, so that what stands for a byte cannot be mistaken for text.
-    return value.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace").translate(
-        {number: text for number, text in _ESCAPES.items() if number != ord("\\")}
+    return (
+        value.replace(b"\\", b"\\\\")
+        .decode("utf-8", "backslashreplace")
+        .translate({number: text for number, text in _ESCAPES.items() if number != ord("\\")})
     )
 
 
@@ -75,8 +76,8 @@ def dump(value: Any) -> str:
 class Output:
     """Where one command writes. ``format`` is one of `FORMATS`."""
 
-    def __init__(self, format: Format) -> None:
-        self.format = format
+    def __init__(self, chosen: Format) -> None:
+        self.format = chosen
 
     def one(self, value: dict[str, Any], text: str | Callable[[], str]) -> None:
         """Write one thing: ``value`` as JSON, or ``text`` ("" writes nothing)."""
@@ -107,7 +108,7 @@ class Output:
                 self.line("\t".join(one_line(item) for item in fields))
 
     def event(self, name: str, text: str, **facts: Any) -> None:
-        """Tell about progress: a line of jsonl on stdout; else text on stderr, which ``json`` shows on a terminal only."""
+        """Tell about progress: a line of jsonl on stdout; else text on stderr, with ``json`` on a terminal only."""
         if self.format == "jsonl":
             self.line(dump({"event": name, **facts}))
             sys.stdout.flush()
@@ -115,7 +116,7 @@ class Output:
             print(text, file=sys.stderr, flush=True)
 
     def failure(self, error: dict[str, Any], text: str) -> None:
-        """Tell why the command failed: as JSON on stdout if a program reads it, and as a sentence on stderr otherwise."""
+        """Tell why the command failed: as JSON on stdout if a program reads it, as a sentence on stderr otherwise."""
         if self.format == "text":
             print(f"srengine: {text}", file=sys.stderr)
         else:

@@ -1,7 +1,8 @@
 """Global options: where the cluster is and how to talk to it.
 
-Each may stand before or after the command. Precedence: option, environment (``SRENGINE_ENDPOINT``, …), the context, default.
-A context is a named set of them in ``contexts.toml`` under ``$SRENGINE_CONFIG_HOME`` (default: ``~/.config/srengine``)::
+Each may stand before or after the command. Precedence: option, environment (``SRENGINE_ENDPOINT``, …), the context,
+default. A context is a named set of them in ``contexts.toml`` under ``$SRENGINE_CONFIG_HOME`` (default:
+``~/.config/srengine``)::
 
     [prod]
     endpoint = "tcp://db1:7400,tcp://db2:7400"
@@ -78,7 +79,13 @@ class Settings:
         return Settings(**values)
 
 
-_CONTEXT_KEYS: Final = {"endpoint": str, "timeout": (int, float), "token": str, "key_file": str, "server_key": str}
+_CONTEXT_KEYS: Final[dict[str, Any]] = {
+    "endpoint": str,
+    "timeout": (int, float),
+    "token": str,
+    "key_file": str,
+    "server_key": str,
+}
 
 
 def contexts_file() -> Path:
@@ -146,11 +153,19 @@ def output_options() -> list[click.Option]:
     """Return ``-o`` and ``--json``, shown in the help of every command."""
     return [
         click.Option(
-            ["-o", "--output", "output"], type=click.Choice(FORMATS), expose_value=False, callback=_remember,
-            default=None, help="How results are written (default: text).",
+            ["-o", "--output", "output"],
+            type=click.Choice(FORMATS),
+            expose_value=False,
+            callback=_remember,
+            default=None,
+            help="How results are written (default: text).",
         ),
         click.Option(
-            ["--json", "as_json"], is_flag=True, expose_value=False, callback=_remember, default=None,
+            ["--json", "as_json"],
+            is_flag=True,
+            expose_value=False,
+            callback=_remember,
+            default=None,
             help="The same as -o json.",
         ),
     ]
@@ -160,10 +175,20 @@ def global_options(*, at_root: bool) -> list[click.Option]:
     """Return the options that every command takes; only the root reads the environment for them."""
     positive = click.FloatRange(min=0, min_open=True)
     return [
-        _option("--endpoint", type=str, at_root=at_root, metavar="tcp://HOST:PORT[,…]",
-                help="Nodes to ask (default: tcp://127.0.0.1:7400)."),
-        _option("--timeout", type=positive, at_root=at_root, metavar="SECONDS",
-                help="How long one request may take (default: 10)."),
+        _option(
+            "--endpoint",
+            type=str,
+            at_root=at_root,
+            metavar="tcp://HOST:PORT[,…]",
+            help="Nodes to ask (default: tcp://127.0.0.1:7400).",
+        ),
+        _option(
+            "--timeout",
+            type=positive,
+            at_root=at_root,
+            metavar="SECONDS",
+            help="How long one request may take (default: 10).",
+        ),
         _option("--token", type=str, at_root=at_root, help="Token that names the user."),
         _option("--key-file", type=str, at_root=at_root, metavar="FILE", help="CURVE key of the client."),
         _option("--server-key", type=str, at_root=at_root, metavar="KEY", help="CURVE key of the nodes, hexadecimal."),

@@ -13,15 +13,26 @@ from srengine.cli.settings import Settings, pass_settings, suggestion
 
 _NODE_COLUMNS = ("name", "address", "role", "state", "alive", "sync", "disk_used", "disk_free")
 _REPLICA_COLUMNS = (
-    "table", "tablet", "node", "leader", "term", "state", "sequence", "behind", "root", "verified_at", "bytes_received",
-    "path", "reason",
+    "table",
+    "tablet",
+    "node",
+    "leader",
+    "term",
+    "state",
+    "sequence",
+    "behind",
+    "root",
+    "verified_at",
+    "bytes_received",
+    "path",
+    "reason",
 )
 
 
 @click.command(cls=Command)
 @click.option("--node", "name", default="", metavar="NAME", help="Only this node.")
 @pass_settings
-def status(settings: Settings, name: str) -> None:
+def status(settings: Settings, *, name: str) -> None:
     """Print the cluster at a glance: who leads, which nodes are there, which tables."""
     with settings.connect() as cluster:
         seen = cluster.status(name)
@@ -35,11 +46,12 @@ def status(settings: Settings, name: str) -> None:
 
 def _as_text(seen: dict[str, Any]) -> str:
     cluster = seen.get("cluster", {})
-    lines = [
+    first = (
         f"cluster\t{one_line(cluster.get('name'))}\tid={one_line(cluster.get('id'))}\tleader={one_line(seen.get('leader'))}"
         f"\tepoch={one_line(seen.get('epoch'))}\tterm={one_line(seen.get('term'))}"
         f"\tconfig_version={one_line(seen.get('config_version'))}"
-    ]
+    )
+    lines = [first]
     for node in seen.get("nodes", []):
         facts = "\t".join(f"{name}={one_line(node.get(name))}" for name in _NODE_COLUMNS[1:])
         lines.append(f"node\t{one_line(node.get('name'))}\t{facts}")
@@ -57,7 +69,7 @@ def sync() -> None:
 @sync.command("status")
 @click.argument("table", required=False, default="")
 @pass_settings
-def sync_status(settings: Settings, table: str) -> None:
+def sync_status(settings: Settings, *, table: str) -> None:
     """Print each replica of each tablet (of TABLE): state, position, what the last catch-up moved and why."""
     with settings.connect() as cluster:
         replicas = cluster.sync_status(table)

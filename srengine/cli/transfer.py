@@ -1,12 +1,13 @@
 """import and export: a table from and to a file, streaming, going on where an interrupted run stopped.
 
 Import reads lines into batches, each acknowledged before the next is sent. After each one the side file
-``FILE.import-state`` says how far the source was read, so that the same command goes on there; a repeated batch would be
-harmless (the same values under the same keys). Lines that are no records go to the reject file with number and reason.
+``FILE.import-state`` says how far the source was read, so that the same command goes on there; a repeated batch would
+be harmless (the same values under the same keys). Lines that are no records go to the reject file with number and
+reason.
 
-Export writes to ``FILE.part`` in key order and renames it when complete, so FILE is never half of anything. The last whole
-line of ``FILE.part`` says where an interrupted run goes on; ``FILE.part-state`` says what it was exporting. An export is no
-snapshot: records that change while it runs are written as they are when their page is read.
+Export writes to ``FILE.part`` in key order and renames it when complete, so FILE is never half of anything. The last
+whole line of ``FILE.part`` says where an interrupted run goes on; ``FILE.part-state`` says what it was exporting. An
+export is no snapshot: records that change while it runs are written as they are when their page is read.
 """
 
 from __future__ import annotations
@@ -70,8 +71,16 @@ class ImportState:
 @click.pass_context
 @pass_settings
 def import_table(
-    settings: Settings, context: click.Context, table: str, file: str, kind: str | None, reject: str | None,
-    restart: bool, batch: int, consistency: str,  # noqa: FBT001
+    settings: Settings,
+    *,
+    context: click.Context,
+    table: str,
+    file: str,
+    kind: str | None,
+    reject: str | None,
+    restart: bool,
+    batch: int,
+    consistency: str,
 ) -> None:
     """Store the records of FILE (-: stdin) in TABLE: one JSON object a line with key and value, or key_b64, value_b64.
 
@@ -92,7 +101,13 @@ def import_table(
     state = importer.state
     rejects = importer.reject_name if state.rejected else None
     settings.out.one(
-        {"table": table, "lines": state.lines, "imported": state.imported, "rejected": state.rejected, "rejects": rejects},
+        {
+            "table": table,
+            "lines": state.lines,
+            "imported": state.imported,
+            "rejected": state.rejected,
+            "rejects": rejects,
+        },
         f"imported\t{state.imported}\trejected\t{state.rejected}" + (f"\t{rejects}" if rejects else ""),
     )
     context.exit(EXIT_INVALID if state.rejected else 0)
@@ -117,7 +132,9 @@ class Importer:
         if earlier is not None and same and os.fstat(self._source.fileno()).st_size >= earlier.offset:
             self.state = earlier
             self._source.seek(earlier.offset)
-            self._out.event("resumed", f"going on at line {earlier.lines + 1}", lines=earlier.lines, offset=earlier.offset)
+            self._out.event(
+                "resumed", f"going on at line {earlier.lines + 1}", lines=earlier.lines, offset=earlier.offset
+            )
         if self.reject_name != "-":
             rejects = Path(self.reject_name)
             if self.state.reject_bytes == 0:
@@ -164,12 +181,15 @@ class Importer:
         if self._state_path is not None:
             _replace(self._state_path, json.dumps(asdict(self.state)).encode())
         self._out.event(
-            "progress", f"imported {self.state.imported}, rejected {self.state.rejected}",
-            imported=self.state.imported, rejected=self.state.rejected, lines=self.state.lines,
+            "progress",
+            f"imported {self.state.imported}, rejected {self.state.rejected}",
+            imported=self.state.imported,
+            rejected=self.state.rejected,
+            lines=self.state.lines,
         )
 
     def finish(self) -> None:
-        """The source is read to its end: the next run begins at the front."""
+        """Note that the source was read to its end: the next run begins at the front."""
         if self._state_path is not None:
             self._state_path.unlink(missing_ok=True)
 
@@ -188,13 +208,15 @@ class Importer:
 
     def _reject_line(self, line: bytes, reason: str) -> None:
         text = line[:REJECTED_TEXT_BYTES_MAX].decode("utf-8", "backslashreplace").rstrip("\r\n")
-        entry = json.dumps({"line": self._read.lines, "error": reason, "text": text}, ensure_ascii=False).encode() + b"\n"
+        entry = (
+            json.dumps({"line": self._read.lines, "error": reason, "text": text}, ensure_ascii=False).encode() + b"\n"
+        )
         self._read.rejected += 1
         if self.reject_name == "-":
             sys.stderr.buffer.write(entry)
             return
         if self._reject is None:
-            self._reject = Path(self.reject_name).open("ab")
+            self._reject = Path(self.reject_name).open("ab")  # noqa: SIM115 - closed by close()
         self._reject.write(entry)
         self._read.reject_bytes += len(entry)
 
@@ -245,9 +267,16 @@ def _replace(path: Path, content: bytes) -> None:
 @click.option("--consistency", type=READS, default="quorum", show_default=True, help="Who answers.")
 @pass_settings
 def export_table(
-    settings: Settings, table: str, file: str, kind: str | None, prefix: str | None, restart: bool, consistency: str,  # noqa: FBT001
+    settings: Settings,
+    *,
+    table: str,
+    file: str,
+    kind: str | None,
+    prefix: str | None,
+    restart: bool,
+    consistency: str,
 ) -> None:
-    """Write the records of TABLE to FILE (-: stdout) in key order, one JSON object a line; an existing FILE is replaced."""
+    """Write the records of TABLE to FILE (-: stdout) in key order, one JSON object a line; replace an existing FILE."""
     _check_kind(file, kind)
     prefix_bytes = prefix.encode() if prefix else None
     with settings.connect() as cluster:
@@ -262,7 +291,14 @@ def export_table(
 
 
 def _export_file(
-    source: Table, file: Path, described: dict[str, Any], prefix: bytes | None, consistency: str, out: Output, *, restart: bool
+    source: Table,
+    file: Path,
+    described: dict[str, Any],
+    prefix: bytes | None,
+    consistency: str,
+    out: Output,
+    *,
+    restart: bool,
 ) -> int:
     part, mark = Path(f"{file}.part"), Path(f"{file}.part-state")
     last, exported = None, 0
@@ -274,7 +310,7 @@ def _export_file(
         _replace(mark, json.dumps(described).encode())
     start = None if last is None else last + b"\0"
     with part.open("ab") as target:
-        for page in source._pages(start=start, prefix=prefix, consistency=consistency):  # noqa: SLF001 - one page a write
+        for page in source._pages(start=start, prefix=prefix, consistency=consistency):
             target.write(b"".join(encode_line(key, value) for key, value in page))
             exported += len(page)
             out.event("progress", f"exported {exported}", exported=exported)

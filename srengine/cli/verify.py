@@ -15,7 +15,7 @@ EXIT_CORRUPTION = 7
 @click.argument("directory")
 @click.pass_context
 @pass_settings
-def verify(settings: Settings, context: click.Context, directory: str) -> None:
+def verify(settings: Settings, context: click.Context, *, directory: str) -> None:
     """Check every checksum, page and root in DIRECTORY; exit code 7 when something is damaged.
 
     The directory must not be in use. Nothing is changed.
@@ -27,7 +27,10 @@ def verify(settings: Settings, context: click.Context, directory: str) -> None:
     out = settings.out
     if out.format == "text":
         for damage in values["damages"]:
-            out.line("damage\t" + "\t".join(f"{name}={one_line(value)}" for name, value in damage.items() if value is not None))
+            out.line(
+                "damage\t"
+                + "\t".join(f"{name}={one_line(value)}" for name, value in damage.items() if value is not None)
+            )
         facts = "\t".join(f"{name}={one_line(value)}" for name, value in values.items() if name != "damages")
         out.line(f"{'clean' if report.clean else 'damaged'}\t{facts}")
     else:

@@ -17,7 +17,7 @@ import msgspec
 from srengine import errors, types
 from srengine.client import messages, routing
 from srengine.client.calls import Call, Caller, ChannelSource, expect
-from srengine.client.link import open_source, parse_key
+from srengine.client.link import open_source, parse_key, read_key_file
 from srengine.client.sessions import Sessions
 from srengine.client.tables import AsyncTable
 
@@ -28,9 +28,10 @@ class AsyncClient:
     """A cluster client for asyncio.
 
     ``endpoints``: ``"tcp://host:port[,…]"`` or several of them; each may carry the node's key as ``#HEXKEY``.
-    ``token``: text that names the user. ``key_file``: file with the client's CURVE key. ``server_key``: the nodes' CURVE key,
-    hexadecimal, for endpoints that do not carry one. ``timeout_s``: seconds that one call may take, retries and failover
-    included. ``source``: where channels come from instead of the network (tests, a node inside this process).
+    ``token``: text that names the user. ``key_file``: file with the client's CURVE key. ``server_key``: the nodes'
+    CURVE key, hexadecimal, for endpoints that do not carry one. ``timeout_s``: seconds that one call may take, retries
+    and failover included. ``source``: where channels come from instead of the network (tests, a node inside this
+    process).
 
     Every call raises the typed errors of `srengine.errors`; those of the way are `Unreachable`, `TimedOut`, `NoQuorum`
     (with `NoLeader` and `NotReady` below it). Raises `InvalidValue` for endpoints and keys that are none.
@@ -53,7 +54,7 @@ class AsyncClient:
         self._routes = routing.Routes(addresses, keys)
         self._server_key = parse_key(server_key) if server_key else None
         self._token = token
-        self._key_file = key_file
+        self._keys = read_key_file(key_file) if key_file else None
         self._source = source
         self._caller: Caller | None = None
         self._sessions = Sessions(self)
@@ -62,7 +63,7 @@ class AsyncClient:
     # --- tables and catalog ------------------------------------------------------------------------------------------
 
     def table(self, name: str) -> AsyncTable:
-        """Return the table ``database.table``. Nothing is asked yet: a missing table shows at its first use (`NotFound`)."""
+        """Return the table ``database.table``. Nothing is asked yet: a missing one is `NotFound` at its first use."""
         return AsyncTable(self, check_table_name(name))
 
     async def create_database(self, name: str, *, if_missing: bool = False) -> None:
@@ -85,8 +86,8 @@ class AsyncClient:
     ) -> messages.TableInfo:
         """Create ``database.table`` with a fixed number of tablets, each on ``replicas`` nodes; return it.
 
-        `NotFound` without the database, `Conflict` when the table exists (unless ``if_missing``), `InvalidValue` for bad
-        names and numbers.
+        `NotFound` without the database, `Conflict` when the table exists (unless ``if_missing``), `InvalidValue` for
+        bad names and numbers.
         """
         check_table_name(name)
         for number, what in ((tablets, "tablets"), (replicas, "replicas")):
@@ -119,18 +120,20 @@ class AsyncClient:
     # --- state -------------------------------------------------------------------------------------------------------
 
     async def status(self, node: str = "") -> dict[str, Any]:
-        """Return the cluster at a glance, the same as ``srengine status -o json``; with ``node`` its own view of itself."""
+        """Return the cluster at a glance, as ``srengine status -o json``; with ``node`` its own view."""
         reply = await self._call(self._any_call(lambda _: messages.Status(node)))
-        return _json(expect(reply.message, messages.StatusReply).status, dict)
+        seen: dict[str, Any] = _json(expect(reply.message, messages.StatusReply).status, dict)
+        return seen
 
     async def members(self) -> list[dict[str, Any]]:
-        """Return the members as `status` shows them: name, id, address, role, state, alive, …"""
+        """Return the members as `status` shows them: name, id, address, role, state, alive and more."""
         return list((await self.status())["nodes"])
 
     async def sync_status(self, table: str = "") -> list[dict[str, Any]]:
         """Return the state of each replica of each tablet (of one table), as ``srengine sync status -o json``."""
         reply = await self._call(self._any_call(lambda _: messages.SyncStatus(table)))
-        return _json(expect(reply.message, messages.SyncStatusReply).replicas, list)
+        replicas: list[dict[str, Any]] = _json(expect(reply.message, messages.SyncStatusReply).replicas, list)
+        return replicas
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -188,7 +191,7 @@ class AsyncClient:
             raise errors.Closed("the client is closed")
         if self._caller is None:
             if self._source is None:
-                self._source = open_source(key_file=self._key_file, token=self._token)
+                self._source = open_source(keys=self._keys)
             self._caller = Caller(self._source, self._routes, self._server_key)
         return await self._caller.call(call)
 

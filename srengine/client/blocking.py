@@ -1,7 +1,8 @@
-"""`Client` and `Table`: the cluster for threads. They hold no protocol: each call runs its asyncio twin on one loop thread.
+"""`Client` and `Table`: the cluster for threads. They hold no protocol: each call runs its asyncio twin on one loop
+thread.
 
-The loop runs in one daemon thread for each client, started at the first call. A client may be used by many threads at once;
-after a fork the child must make its own (`ForkedEnvironment`).
+The loop runs in one daemon thread for each client, started at the first call. A client may be used by many threads at
+once; after a fork the child must make its own (`ForkedEnvironment`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from srengine import errors
 from srengine.client import messages, routing
 from srengine.client.asynchronous import TIMEOUT_S_DEFAULT, AsyncClient
 from srengine.client.calls import ChannelSource
-from srengine.client.tables import AsyncTable, TableRecord, check_key, check_value
+from srengine.client.operations import check_key, check_value
+from srengine.client.tables import AsyncTable, TableRecord
 
 _Result = TypeVar("_Result")
 _MISSING: Final = cast("bytes", object())
@@ -83,9 +85,7 @@ class Client:
         self, name: str, *, tablets: int = 8, replicas: int = 3, if_missing: bool = False
     ) -> messages.TableInfo:
         """Create a table; see `AsyncClient.create_table`."""
-        return self._run(
-            self._client.create_table(name, tablets=tablets, replicas=replicas, if_missing=if_missing)
-        )
+        return self._run(self._client.create_table(name, tablets=tablets, replicas=replicas, if_missing=if_missing))
 
     def list_tables(self, database: str = "") -> list[messages.TableInfo]:
         """Return all tables; see `AsyncClient.list_tables`."""
@@ -186,7 +186,7 @@ class Table(MutableMapping[bytes, bytes]):
 
     @property
     def name(self) -> str:
-        """``database.table``"""
+        """``database.table``."""
         return self._table.name
 
     def __repr__(self) -> str:

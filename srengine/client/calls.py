@@ -36,9 +36,12 @@ class ReplyLike(Protocol):
     """What a channel answers: a message and its attachments."""
 
     @property
-    def message(self) -> Any: ...
+    def message(self) -> Any:
+        """The struct."""
+
     @property
-    def attachments(self) -> Sequence[bytes | memoryview]: ...
+    def attachments(self) -> Sequence[bytes | memoryview]:
+        """The raw bytes beside it."""
 
 
 class Channel(Protocol):
@@ -46,14 +49,22 @@ class Channel(Protocol):
 
     async def request(
         self, message: msgspec.Struct, attachments: Sequence[bytes | memoryview] = (), *, timeout_s: float
-    ) -> ReplyLike: ...
+    ) -> ReplyLike:
+        """Ask; return the answer, or raise the remote's typed error, `Unreachable` or `TimedOut`."""
+        ...
+
+    def wake(self) -> None:
+        """End the back-off of a lost connection: somebody wants to know now."""
 
 
 class ChannelSource(Protocol):
     """The part of ``srengine.transport.Endpoint`` that a client needs."""
 
-    def channel(self, address: str, *, port: Any = "client", server_key: bytes | None = None) -> Any: ...
-    async def close(self) -> None: ...
+    def channel(self, address: str, *, port: Any = "client", server_key: bytes | None = None) -> Any:
+        """Return a `Channel` to an address; connects when first asked."""
+
+    async def close(self) -> None:
+        """Close all channels."""
 
 
 @dataclass(slots=True)
@@ -92,9 +103,11 @@ class Caller:
         self._routes = routes
         self._server_key = server_key
         self._channels: dict[str, Channel] = {}
+        self._woken: dict[str, float] = {}
+        """Address -> when its back-off was last ended; on the clock of the loop."""
 
     async def call(self, call: Call) -> ReplyLike:
-        """Return the answer; raise the typed error of the cluster, or `Unreachable`, `TimedOut`, `NoQuorum` and below."""
+        """Return the answer; raise the cluster's typed error, or `Unreachable`, `TimedOut`, `NoQuorum` and below."""
         loop = asyncio.get_running_loop()
         delay_s = limits.RETRY_DELAY_S_MIN
         while True:
@@ -167,16 +180,22 @@ class Caller:
             key = self._routes.server_keys.get(address)
             server_key = bytes.fromhex(key) if key else self._server_key
             channel = self._channels[address] = self._source.channel(address, port="client", server_key=server_key)
+        now = asyncio.get_running_loop().time()
+        if now - self._woken.get(address, 0.0) >= limits.RETRY_DELAY_S_MAX:
+            # A channel's own back-off is for those who keep a connection; a call has its own, and a deadline.
+            self._woken[address] = now
+            channel.wake()
         return await channel.request(message, attachments, timeout_s=attempt_s)
 
     def _given_up(self, call: Call) -> errors.Error:
-        """Return the most telling failure: of a quorum, then a time-out, then an address where nobody answers."""
+        """Return the most telling failure.
+
+        What a node said about its quorum comes first, then a silent node, then a redirect (to a node that did not
+        answer), then addresses where nobody is.
+        """
         addresses = call.candidates()
-        for kind in (errors.NoQuorum, errors.TimedOut, errors.Unreachable):
-            found = next((error for error in reversed(call.seen) if isinstance(error, kind)), None)
-            if found is not None:
-                break
-        else:
+        found = max(call.seen, key=_telling, default=None)
+        if found is None:
             found = errors.TimedOut("the time allowed ran out before anybody was asked")
         if isinstance(found, errors.NotLeader):
             found = errors.NoLeader("no leader answers", asked=addresses)
@@ -187,8 +206,14 @@ class Caller:
         return found
 
 
+def _telling(error: errors.Error) -> int:
+    if isinstance(error, errors.NotLeader):
+        return 1
+    return 3 if isinstance(error, errors.NoQuorum) else 2 if isinstance(error, errors.TimedOut) else 0
+
+
 def _attempt_s(remaining_s: float) -> float:
-    """Return how long one attempt may take: half of what is left, so that another node gets a chance, but not below 1 s."""
+    """Return how long one attempt may take: half of what is left, for another's chance, but not below 1 s."""
     return max(remaining_s / 2, min(remaining_s, 1.0))
 
 

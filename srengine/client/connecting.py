@@ -19,8 +19,8 @@ def connect(
 ) -> Client:
     """Return a `Client` of the cluster at ``endpoints`` (``"tcp://host:port[,…]"`` or several such texts).
 
-    ``timeout_s``: seconds that one call may take, failover included. Nothing is sent before the first call, which raises
-    `Unreachable` when nobody answers. `InvalidValue` for endpoints or keys that are none.
+    ``timeout_s``: seconds that one call may take, failover included. Nothing is sent before the first call, which
+    raises `Unreachable` when nobody answers. `InvalidValue` for endpoints or keys that are none.
 
     >>> cluster = connect("tcp://127.0.0.1:7400")
     >>> cluster.table("shop.orders")

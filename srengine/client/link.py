@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
+import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import srengine
 from srengine import errors
-
-if TYPE_CHECKING:
-    from srengine.client.calls import ChannelSource
+from srengine.transport import Endpoint, Identity, KeyPair, public_key_of
 
 KEY_BYTES = 32
 
@@ -26,6 +23,25 @@ def parse_key(text: str) -> bytes:
     return key
 
 
-def open_source(*, key_file: str | None, token: str | None) -> ChannelSource:
+def read_key_file(path: str) -> KeyPair:
+    """Return the client's key pair from its file: the secret key, 64 hexadecimal digits, on the first line.
+
+    `NotFound` without the file, `UnsafePermissions` when others can read it, `InvalidValue` for other content.
+    """
+    file = Path(path)
+    try:
+        mode = file.stat().st_mode
+        text = file.read_text(encoding="ascii").partition("\n")[0]
+    except FileNotFoundError as error:
+        raise errors.NotFound(f"there is no key file {path}", path=path) from error
+    except UnicodeDecodeError as error:
+        raise errors.InvalidValue(f"{path} holds no CURVE key", path=path) from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise errors.UnsafePermissions(f"{path} can be read by others: chmod 600 it", path=path)
+    secret = parse_key(text)
+    return KeyPair(public_key_of(secret), secret)
+
+
+def open_source(*, keys: KeyPair | None) -> Endpoint:
     """Return an endpoint of the network that only asks; needs a running loop."""
-    raise NotImplementedError
+    return Endpoint(Identity(keys=keys, version=srengine.__version__))

@@ -1,8 +1,8 @@
 """What a client and a node say to each other: every request with its answer, as values.
 
-A request is answered by exactly one reply or by a typed error of `srengine.errors`. All of them are frozen structs in map
-encoding, so a later version may add fields with defaults; unknown fields are ignored. Bulk bytes (operations of a write,
-values of a read, pairs of a scan) never travel inside a message but as one *attachment* beside it, packed by
+A request is answered by exactly one reply or by a typed error of `srengine.errors`. All of them are frozen structs in
+map encoding, so a later version may add fields with defaults; unknown fields are ignored. Bulk bytes (operations of a
+write, values of a read, pairs of a scan) never travel inside a message but as one *attachment* beside it, packed by
 `srengine.client.packing`; the message carries what is needed to check the attachment's size.
 
 Routing::
@@ -15,8 +15,9 @@ Routing::
       | Write(table, tablet, ...) ----------------------------------> |
       | <------------------------------------ WriteReply or NotLeader(leader=address)
 
-The tablet of a key is ``XXH3-64(key, seed 0) mod tablets``. A node that does not lead a tablet either forwards a request or
-refuses it with `NotLeader`, whose ``leader`` fact is the client address to ask instead ("" when nobody is known).
+The tablet of a key is ``XXH3-64(key, seed 0) mod tablets``. A node that does not lead a tablet either forwards a
+request or refuses it with `NotLeader`, whose ``leader`` fact is the client address to ask instead ("" when nobody is
+known).
 """
 
 from __future__ import annotations
@@ -168,9 +169,9 @@ class SessionOpened(msgspec.Struct, frozen=True):
 class Write(msgspec.Struct, frozen=True):
     """Apply the operations in the attachment to one tablet, all in one entry.
 
-    ``attachments[0]`` is ``srengine.storage.encode_operations(...)``. ``consistency`` is ``quorum`` or ``all``: how many
-    replicas must hold the entry durably before the answer. A repeated (session, number) is answered with the kept result.
-    ``timeout_s``: how long the leader may wait for the replicas before it answers `NoQuorum` or `TimedOut`.
+    ``attachments[0]`` is ``srengine.storage.encode_operations(...)``. ``consistency`` is ``quorum`` or ``all``: how
+    many replicas must hold the entry durably before the answer. A repeated (session, number) is answered with the kept
+    result. ``timeout_s``: how long the leader may wait for the replicas before it answers `NoQuorum` or `TimedOut`.
     """
 
     table: str

@@ -43,7 +43,7 @@ def parse_endpoints(endpoints: str | Iterable[str]) -> tuple[list[str], dict[str
     texts = [endpoints] if isinstance(endpoints, str) else list(endpoints)
     addresses: list[str] = []
     keys: dict[str, str] = {}
-    for text in (part.strip() for text in texts for part in text.split(",")):
+    for text in (part.strip() for given in texts for part in given.split(",")):
         match = _ENDPOINT.fullmatch(text)
         if match is None or (match["port"] is not None and not 0 < int(match["port"]) < 65536):
             raise errors.InvalidValue(f"{text!r} is not an endpoint such as tcp://127.0.0.1:7400", endpoint=text)
@@ -57,7 +57,7 @@ def parse_endpoints(endpoints: str | Iterable[str]) -> tuple[list[str], dict[str
 
 
 def tablet_of(key: bytes, tablets: int) -> int:
-    """Return the index of the tablet that holds ``key`` in a table of ``tablets`` tablets: XXH3-64(key, seed 0) mod tablets."""
+    """Return the index of the tablet that holds ``key`` among ``tablets``: XXH3-64(key, seed 0) mod tablets."""
     return xxhash.xxh3_64_intdigest(key, 0) % tablets
 
 

@@ -1,11 +1,12 @@
 """Request ids: why a write that is sent twice happens once.
 
 Each write carries (session, number). A session is opened once for each table and client, its numbers increase by one
-for each write to a tablet, and a tablet keeps the answers of recent numbers: a repeated one gets the kept answer. A write keeps
-its number through all retries, and a new write never takes an old number.
+for each write to a tablet, and a tablet keeps the answers of recent numbers: a repeated one gets the kept answer. A
+write keeps its number through all retries, and a new write never takes an old number.
 
-A session may be forgotten by the cluster (`RequestExpired`). If no attempt of the write can have been executed, the write is
-repeated under a new session; otherwise the error is raised, because only the caller knows whether twice is harmless.
+A session may be forgotten by the cluster (`RequestExpired`). If no attempt of the write can have been executed, the
+write is repeated under a new session; otherwise the error is raised, because only the caller knows whether twice is
+harmless.
 """
 
 from __future__ import annotations
@@ -56,14 +57,15 @@ class Sessions:
     def drop(self, table: str, session: Session) -> None:
         """Forget a session that the cluster does not know any more; another one that replaced it stays."""
         waiting = self._opened.get(table)
-        if waiting is not None and waiting.done() and not waiting.cancelled() and waiting.exception() is None:
-            if waiting.result() is session:
-                del self._opened[table]
+        if waiting is None or not waiting.done() or waiting.cancelled() or waiting.exception() is not None:
+            return
+        if waiting.result() is session:
+            del self._opened[table]
 
     async def _open(self, table: str, deadline: float) -> Session:
-        call = self._client._any_call(lambda _: messages.OpenSession(table))  # noqa: SLF001 - one room
+        call = self._client._any_call(lambda _: messages.OpenSession(table))
         call.deadline = deadline
-        opened = expect((await self._client._call(call)).message, messages.SessionOpened)  # noqa: SLF001
+        opened = expect((await self._client._call(call)).message, messages.SessionOpened)
         if len(opened.session) != SESSION_BYTES:
             raise errors.FrameError(f"a session of {len(opened.session)} bytes where {SESSION_BYTES} belong")
         return Session(opened.session)

@@ -1,8 +1,8 @@
 """A cluster in memory that speaks the client protocol: three nodes, one truth, and faults on demand.
 
 It is the oracle of the client's tests: tables are dicts, versions one counter for each tablet, request ids are kept for
-ever. Messages and attachments pass the real codec, so that what cannot be sent fails here too. Faults stand in a list for
-each address and are used up one for each request::
+ever. Messages and attachments pass the real codec, so that what cannot be sent fails here too. Faults stand in a list
+for each address and are used up one for each request::
 
     cluster.faults["tcp://n1:1"] = [errors.Unreachable("down"), LOSE_ANSWER]
 """
@@ -66,9 +66,9 @@ class FakeCluster:
         self.read_items_max = 2
         self.status: dict[str, Any] = {
             "cluster": {"id": "c" * 32, "name": "fake"}, "leader": "node-1", "epoch": 1, "term": 1, "config_version": 0,
-            "nodes": [{"name": f"node-{i}", "id": str(i) * 32, "address": address, "role": "follower", "state": "LEADER",
-                       "alive": True, "stable": True, "journal_lag": 0, "sync": "SYNCED", "disk_used": 1, "disk_free": 2}
-                      for i, address in enumerate(ADDRESSES, 1)],
+            "nodes": [{"name": f"node-{i}", "id": str(i) * 32, "address": address, "role": "follower",
+                       "state": "LEADER", "alive": True, "stable": True, "journal_lag": 0, "sync": "SYNCED",
+                       "disk_used": 1, "disk_free": 2} for i, address in enumerate(ADDRESSES, 1)],
             "tables": [],
         }  # fmt: skip
 
@@ -90,7 +90,7 @@ class FakeCluster:
 
     def handle(self, address: str, message: Any, attachments: Sequence[bytes]) -> FakeReply:
         if address not in ADDRESSES or address in self.down:
-            raise errors.Unreachable(f"nobody at {address}")
+            raise errors.Unreachable(f"nobody at {address}", sent=False)
         self.log.append((address, message))
         fault = self.faults[address].pop(0) if self.faults[address] else None
         if isinstance(fault, BaseException):
@@ -102,7 +102,9 @@ class FakeCluster:
             raise errors.TimedOut("the answer was lost")
         return reply
 
-    def _answer(self, address: str, message: Any, attachments: Sequence[bytes]) -> FakeReply:
+    def _answer(  # noqa: C901, PLR0911 - a table of messages
+        self, address: str, message: Any, attachments: Sequence[bytes]
+    ) -> FakeReply:
         match message:
             case messages.ClusterInfo():
                 return FakeReply(self._info())
@@ -150,12 +152,16 @@ class FakeCluster:
 
     def _table(self, name: str) -> messages.TableInfo:
         table = self.tables[name]
-        tablets = tuple(messages.TabletInfo(f"{i:032x}", self.told_leader, ADDRESSES) for i in range(len(table.tablets)))
+        tablets = tuple(
+            messages.TabletInfo(f"{i:032x}", self.told_leader, ADDRESSES) for i in range(len(table.tablets))
+        )
         return messages.TableInfo(name, tablets, table.replicas)
 
     def _info(self) -> messages.ClusterInfoReply:
         nodes = tuple(messages.NodeInfo(f"node-{i}", str(i) * 32, address) for i, address in enumerate(ADDRESSES, 1))
-        return messages.ClusterInfoReply("c" * 32, "fake", nodes, tuple(self._table(name) for name in sorted(self.tables)))
+        return messages.ClusterInfoReply(
+            "c" * 32, "fake", nodes, tuple(self._table(name) for name in sorted(self.tables))
+        )
 
     def _sync(self, table: str) -> list[dict[str, Any]]:
         return [
@@ -257,10 +263,15 @@ class FakeChannel:
         self.cluster = cluster
         self.address = address
 
+    def wake(self) -> None:
+        pass
+
     async def request(
         self, message: msgspec.Struct, attachments: Sequence[bytes | memoryview] = (), *, timeout_s: float
     ) -> FakeReply:
         assert timeout_s > 0
         sent = registry.decode(*registry.encode(message))
         reply = self.cluster.handle(self.address, sent, [bytes(item) for item in attachments])
-        return FakeReply(registry.decode(*registry.encode(reply.message)), [memoryview(item) for item in reply.attachments])
+        return FakeReply(
+            registry.decode(*registry.encode(reply.message)), [memoryview(item) for item in reply.attachments]
+        )
