@@ -814,7 +814,7 @@ cdef int transact(Environment env, Submission *job) noexcept nogil:
                 work.state.log_floor = job.target.sequence
     if rc == 0 and job.mode != MODE_META:
         rc = mdb_stat(work.txn, env.changes, &stat)
-        if rc == 0 and work.state.dead > stat.ms_entries / 2 + SWEEP_SLACK:
+        if rc == 0 and work.state.dead > (stat.ms_entries + SWEEP_SLACK) // 2:
             rc = sweep(env, &work, 4 * job.operation_count + 64)
     if rc == 0:
         rc = write_state(env, &work)
