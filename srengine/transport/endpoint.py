@@ -306,6 +306,18 @@ class Endpoint(BaseEndpoint):
             if callee.peer is not None
         ]
 
+    def drop(self, public_key: bytes) -> int:
+        """End the connections of a key that was revoked; return how many there were. The allow-list keeps it out."""
+        found = [
+            callee
+            for listener in self._listeners
+            for callee in listener.callees.values()
+            if callee.peer is not None and callee.peer.public_key == public_key
+        ]
+        for callee in found:
+            callee.fail(errors.NotAuthenticated("the key was revoked"))
+        return len(found)
+
     async def open_caller(self, channel: Channel) -> Caller:
         wire = _DealerWire(self, channel)
         try:
