@@ -56,10 +56,16 @@ def bench_insert(benchmark: Any, report: Callable[[Row], None], scratch: Path, d
 
 
 def bench_overwrite(benchmark: Any, report: Callable[[Row], None], loaded: Loaded, data: Data, sizes: Sizes) -> None:
-    """Overwrite random records, batch by batch: the C loop, ours, and again."""
+    """Overwrite random records, batch by batch: the C loop, ours, and again.
+
+    Everything is overwritten once before, so that the change log has as many dead entries as it ever has and ours pays
+    for dropping them, which the C loop never does. That comes in steps, in some of the batches, so this row compares
+    sums: a median would leave them out.
+    """
     rounds = max(2, min(data.count // sizes.batch, 40))
     order = random.Random(7)
     work: dict[str, Any] = {}
+    loaded.overwrite_all(sizes.load_batch)
 
     def before(turn: int) -> None:
         work["pairs"] = data.changed(order.sample(range(data.count), sizes.batch), seed=1000 + turn)
@@ -73,13 +79,15 @@ def bench_overwrite(benchmark: Any, report: Callable[[Row], None], loaded: Loade
         before=before,
     )
     assert loaded.tablet.count == data.count, (loaded.tablet.count, data.count)
+    ours_s, reference_s = sum(times.ours), sum(times.references["C loop"])
     report(
         Row(
             "durable put_many, overwrites / C loop",
             at_least(0.85),
-            times.ratio("C loop"),
-            rate(sizes.batch, times.ours_s, "rec"),
-            rate(sizes.batch, times.reference_s("C loop"), "rec"),
+            reference_s / ours_s,
+            rate(sizes.batch * rounds, ours_s, "rec"),
+            rate(sizes.batch * rounds, reference_s, "rec"),
+            note="Sums of all batches: ours drops dead change entries in some of them, the C loop in none.",
         )
     )
 

@@ -6,6 +6,7 @@ Each has its own directory: two bindings never open one LMDB environment.
 from __future__ import annotations
 
 import os
+import random
 import struct
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import lmdb
 
 from benchmarks import settings
 from benchmarks._reference import Store as Reference
-from benchmarks.data import KEY_BYTES, VALUE_BYTES, Data
+from benchmarks.data import KEY_BYTES, VALUE_BYTES, Data, pack
 from srengine._native.tablet import Environment
 from srengine.storage import Store, Tablet
 
@@ -96,6 +97,15 @@ class Loaded:
             self.tablet.put_many(pairs)
             self.reference.put_batch(*data.packed(start, stop))
             self.pylmdb.put(PyLmdb.records_of(pairs), self.pylmdb.log_of(pairs))
+
+    def overwrite_all(self, batch: int) -> None:
+        """Give every record another value, in the tablet and in the reference store, in another random order."""
+        order = random.Random(5)
+        numbers = order.sample(range(self.data.count), self.data.count)
+        for start in range(0, self.data.count, batch):
+            pairs = self.data.changed(numbers[start : start + batch], seed=start)
+            self.tablet.put_many(pairs)
+            self.reference.put_batch(*pack(pairs))
 
     def close(self) -> None:
         """Close all three."""
