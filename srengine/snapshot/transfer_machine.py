@@ -244,8 +244,6 @@ def advance(mark: Mark, head: Head) -> Mark:
         _refuse("a compressed chunk in a snapshot that says it has none", head)
     if head.raw_bytes > manifest.chunk_bytes and head.row_count != 1:
         _refuse("a chunk is larger than the manifest says", head)
-    if not mark.view_sequence <= head.view_sequence <= _SEQUENCE_MAX:
-        _refuse(f"a view at {head.view_sequence} after one at {mark.view_sequence}", head)
     if head.by_key:
         if mark.keys_done:
             _refuse("a chunk by key after the scan ended", head)
@@ -266,6 +264,8 @@ def advance(mark: Mark, head: Head) -> Mark:
             _refuse("a chunk does not start at the sequence where the one before ended", head)
         if not head.after_sequence < head.last_sequence <= head.view_sequence:
             _refuse("a chunk's range of sequences is empty or ahead of its view", head)
+    if not mark.view_sequence <= head.view_sequence <= _SEQUENCE_MAX:
+        _refuse(f"a view at {head.view_sequence} after one at {mark.view_sequence}", head)
     return msgspec.structs.replace(
         mark,
         keys_done=mark.keys_done or head.ends_keys,
