@@ -25,6 +25,7 @@ It does no policy and no logging, and knows no replicas: `srengine.storage.table
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM, PyTuple_GET_SIZE
+from libc cimport errno
 from libc.errno cimport EDQUOT, EFBIG, EIO, ENOENT, ENOSPC
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strncpy
@@ -75,6 +76,8 @@ cdef object error_of(Environment env, Failure *failure):
         return errors.Diverged(f"tablet {where} would not have the root or count that the source proved", tablet=where)
     if code == CODE_ROWS_MALFORMED:
         return errors.FrameError(f"rows for tablet {where} are malformed: {what}", tablet=where)
+    if code == CODE_CLOSED:
+        return errors.Closed("the tablet is closed")
     if code == CODE_NO_MEMORY:
         return MemoryError(what)
     if is_space(code):
@@ -356,11 +359,11 @@ cdef class Environment:
             rc = mdb_env_set_mapsize(self.env, map_bytes)
         if rc == 0:
             with nogil:
-                sr_marker = self.marker
+                sr_enter(self.marker)
                 rc = mdb_env_open(self.env, where, MDB_NOTLS, 0o600)
                 if rc == 0:
                     rc = mdb_txn_begin(self.env, NULL, 0, &txn)
-                sr_marker = NULL
+                sr_enter(NULL)
         if rc != 0:
             fail(&failure, rc, b"open", NULL, 0)
             self.abandon()
@@ -451,6 +454,8 @@ cdef class Environment:
             self.shut()
         free(self.ring_sequences)
         free(self.ring_roots)
+        if self.generation != sr_generation:
+            return
         pthread_mutex_destroy(&self.map_lock)
         pthread_mutex_destroy(&self.queue_lock)
         pthread_cond_destroy(&self.unpinned)
@@ -486,9 +491,14 @@ cdef class Environment:
         if not self.is_closed and self.generation == sr_generation:
             self.shut()
 
-    cdef int check_usable(self) except -1:
+    cdef int check_not_forked(self) except -1:
+        # NB: also before any lock is taken: another thread of the parent may have held it at the fork.
         if self.generation != sr_generation:
             raise errors.ForkedEnvironment("the tablet was opened before a fork; open the store again in the child process")
+        return 0
+
+    cdef int check_usable(self) except -1:
+        self.check_not_forked()
         if self.is_closed:
             raise errors.Closed("the tablet is closed")
         if self.fence:
@@ -507,6 +517,7 @@ cdef class Environment:
     def state_tuple(self):
         """(sequence, root, count, live count, index, term, clock, purge mark, log floor, dead); durable, consistent."""
         cdef State state
+        self.check_not_forked()
         pthread_mutex_lock(&self.queue_lock)
         state = self.state
         pthread_mutex_unlock(&self.queue_lock)
@@ -533,6 +544,7 @@ cdef class Environment:
         """Return the root (16 bytes) at the end of the entry that ends at ``sequence``, or None if not kept."""
         cdef Sum root
         cdef bint found
+        self.check_not_forked()
         pthread_mutex_lock(&self.queue_lock)
         found = ring_find(self, sequence, &root)
         pthread_mutex_unlock(&self.queue_lock)
@@ -574,11 +586,11 @@ cdef class Environment:
             failure.code = 0
             fail(&failure, rc, b"read", NULL, 0)
             raise_failure(self, &failure)
-        sr_marker = self.marker
+        sr_enter(self.marker)
         return 0
 
     cdef void leave(self) noexcept:
-        sr_marker = NULL
+        sr_enter(NULL)
         mdb_txn_reset(self.get_txn)
         pthread_mutex_unlock(&self.map_lock)
 
@@ -681,7 +693,7 @@ cdef class Environment:
 
     def put_many(self, pairs):
         """Write (key, value) pairs in one transaction; return the last sequence. A later pair of a key wins."""
-        cdef list items = pairs if type(pairs) is list else list(pairs)
+        cdef list items = list(pairs)
         cdef Py_ssize_t count = len(items)
         cdef Py_ssize_t i
         cdef list kept

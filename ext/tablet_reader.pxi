@@ -239,7 +239,7 @@ cdef class Reader:
             pthread_mutex_lock(&environment.queue_lock)
             while environment.growing:
                 pthread_cond_wait(&environment.unpinned, &environment.queue_lock)
-            rc = mdb_txn_begin(environment.env, NULL, MDB_RDONLY, &link.txn)
+            rc = CODE_CLOSED if environment.is_closed else mdb_txn_begin(environment.env, NULL, MDB_RDONLY, &link.txn)
             if rc == MDB_READERS_FULL:
                 expire_readers(environment)
                 mdb_reader_check(environment.env, NULL)
@@ -253,9 +253,9 @@ cdef class Reader:
                 environment.pinned += 1
             pthread_mutex_unlock(&environment.queue_lock)
             if rc == 0:
-                sr_marker = environment.marker
+                sr_enter(environment.marker)
                 rc = read_state(environment, link.txn, &self.state, &failure)
-                sr_marker = NULL
+                sr_enter(NULL)
         self.link = link
         if rc != 0:
             if failure.code == 0:
@@ -270,16 +270,15 @@ cdef class Reader:
         """Release the reader; may be called twice."""
         cdef ReaderLink *link = self.link
         cdef Environment env = self.environment
-        if link is NULL or env is None:
+        if link is NULL or env is None or env.generation != sr_generation:
             return
         with nogil:
             pthread_mutex_lock(&env.queue_lock)
             while link.busy:
                 pthread_cond_wait(&env.unpinned, &env.queue_lock)
-            if env.generation == sr_generation:
-                if link.txn is not NULL:
-                    mdb_txn_abort(link.txn)
-                    env.pinned -= 1
+            if link.txn is not NULL:
+                mdb_txn_abort(link.txn)
+                env.pinned -= 1
             if link.previous is not NULL:
                 link.previous.following = link.following
             elif env.readers == link:
@@ -313,12 +312,12 @@ cdef class Reader:
         if expired:
             raise errors.ViewExpired(f"the view is older than its maximum age of {link.ms_max} ms",
                                      age_ms_max=link.ms_max)
-        sr_marker = env.marker
+        sr_enter(env.marker)
         return link.txn
 
     cdef void end(self) noexcept:
         cdef Environment env = self.environment
-        sr_marker = NULL
+        sr_enter(NULL)
         pthread_mutex_lock(&env.queue_lock)
         self.link.busy = False
         pthread_cond_broadcast(&env.unpinned)

@@ -30,8 +30,10 @@ cdef extern from *:
 
     static void sr_forked(void) { sr_generation++; }
 
-    /* The marker file of the tablet that this thread is reading or writing; a SIGBUS leaves a note there. */
-    static __thread const char *sr_marker = NULL;
+    /* The marker file of the tablet that this thread is reading or writing; a SIGBUS leaves a note there.
+     * NB: volatile, or the compiler drops a store that only the signal handler reads. */
+    static __thread const char *volatile sr_marker = NULL;
+    static inline void sr_enter(const char *marker) { sr_marker = marker; }
     static struct sigaction sr_previous_sigbus;
 
     static void sr_write_marker(const char *path, const char *text) {
@@ -82,7 +84,7 @@ cdef extern from *:
     }
     """
     uint64_t sr_generation
-    const char *sr_marker
+    void sr_enter(const char *marker) noexcept nogil
     int sr_process_setup() noexcept nogil
     void sr_write_marker(const char *path, const char *text) noexcept nogil
     uint64_t sr_now_ms() noexcept nogil
@@ -190,9 +192,13 @@ cdef int run(Environment env, Submission *job) noexcept nogil:
     while True:
         if env.fence:
             return fail(&job.failure, env.fence, b"fenced", NULL, 0)
-        sr_marker = env.marker
+        sr_enter(env.marker)
+        errno.errno = 0
         rc = transact(env, job)
-        sr_marker = NULL
+        sr_enter(NULL)
+        if rc == EIO and errno.errno != EIO:
+            # LMDB says EIO for a write that was cut short, too; no system call failed: the disk filled up inside it.
+            rc = job.failure.code = ENOSPC
         if rc == MDB_MAP_FULL:
             rc = grow(env, True)
             if rc == 0:
@@ -322,6 +328,11 @@ cdef void submit(Environment env, Submission *job) noexcept nogil:
     job.promoted = False
     job.next = NULL
     pthread_mutex_lock(&env.queue_lock)
+    if env.is_closed:
+        pthread_mutex_unlock(&env.queue_lock)
+        pthread_cond_destroy(&job.wake)
+        fail(&job.failure, CODE_CLOSED, b"closed", NULL, 0)
+        return
     if env.queue_tail is NULL:
         env.queue_head = job
     else:

@@ -146,6 +146,7 @@ cdef class Environment:
     cdef size_t ring_start, ring_count
     cdef char marker[4096]
     cdef readonly bytes path
+    cdef int check_not_forked(self) except -1
     cdef int check_usable(self) except -1
     cdef int open_database(self, MDB_txn *txn, bytes name, unsigned int flags) noexcept
     cdef void abandon(self) noexcept

@@ -654,3 +654,37 @@ def test_vectors_of_the_documentation():
         seed = (0x0102030405060708).to_bytes(8, "little")
         by_hand = reference.record_digest(seed, key.encode(), *fields, value.encode())
         assert by_hand.to_bytes(16, "little").hex() == expected
+
+
+def test_closing_under_work(tmp_path):
+    """T14: closing a tablet while threads read and write it ends every call with a typed error or a result."""
+    for _ in range(10):
+        with Store(tmp_path / "data") as store:
+            tablet = store.tablet("t")
+            tablet.put(b"k", b"v")
+            failures = []
+            busy = threading.Barrier(5)
+
+            def work(number, tablet=tablet, failures=failures, busy=busy):
+                busy.wait()
+                try:
+                    while True:
+                        tablet.put(b"%d" % number, b"v")
+                        assert tablet.get(b"k") == b"v"
+                        with tablet.view() as view:
+                            assert view.get(b"k") == b"v"
+                except (errors.Closed, errors.ViewExpired):
+                    pass
+                except BaseException as error:
+                    failures.append(error)
+
+            threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+            for thread in threads:
+                thread.start()
+            busy.wait()
+            while tablet.counters["commits"] < 20:
+                pass
+            tablet.close()
+            for thread in threads:
+                thread.join()
+            assert failures == []
