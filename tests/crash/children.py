@@ -54,14 +54,15 @@ class Ended(NamedTuple):
         return self.lines[-1]
 
 
-def run(source: str, *arguments: object, library: Path | None = None, **settings: object) -> Ended:
-    """Run ``source`` in a child; ``settings`` are the recorder's (SRENGINE_<NAME>)."""
+def run(source: str | tuple[str, ...], *arguments: object, library: Path | None = None, **settings: object) -> Ended:
+    """Run ``source`` (or several pieces of it) in a child; ``settings`` are the recorder's (SRENGINE_<NAME>)."""
     if library is not None:
         environment = record.recording_environment(library, **settings)
     else:
         environment = record.plain_environment(**settings)
+    pieces = (source,) if isinstance(source, str) else source
     finished = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(source), *map(str, arguments)],
+        [sys.executable, "-c", PRELUDE + "".join(map(textwrap.dedent, pieces)), *map(str, arguments)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
