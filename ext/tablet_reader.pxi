@@ -465,6 +465,7 @@ cdef class Reader:
         cdef uint8_t[::1] view
         cdef uint8_t *out
         cdef bytes made = None
+        cdef PyObject *whole
         cdef uint8_t last[KEY_MAX]
         cdef size_t last_bytes = 0
         cdef size_t used = 0
@@ -503,7 +504,14 @@ cdef class Reader:
                     break
             if made is None:
                 return used, count, last[:last_bytes] if count else None, done
-            return made[:used], count, last[:last_bytes] if count else None, done
+            # NB: cut where it stands, not copied: a chunk's rows are a MiB. Only `whole` refers to them here.
+            whole = <PyObject *>made
+            Py_INCREF(made)
+            made = None
+            _PyBytes_Resize(&whole, used)
+            made = <bytes>whole
+            Py_DECREF(made)
+            return made, count, last[:last_bytes] if count else None, done
         finally:
             self.end()
 
