@@ -60,7 +60,8 @@ def record_fields(key: bytes, value: bytes) -> dict[str, Any]:
 @_hex_option
 @pass_settings
 def put(
-    settings: Settings, *,
+    settings: Settings,
+    *,
     table: str,
     key: str,
     value: str | None,
@@ -144,7 +145,8 @@ def delete(settings: Settings, *, table: str, key: str, if_version: int | None, 
 @_hex_option
 @pass_settings
 def scan(
-    settings: Settings, *,
+    settings: Settings,
+    *,
     table: str,
     limit: int | None,
     reverse: bool,

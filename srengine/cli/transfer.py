@@ -72,8 +72,8 @@ class ImportState:
 @pass_settings
 def import_table(
     settings: Settings,
-    *,
     context: click.Context,
+    *,
     table: str,
     file: str,
     kind: str | None,

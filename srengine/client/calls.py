@@ -29,6 +29,8 @@ from srengine import errors, limits
 from srengine.client import messages
 from srengine.client.routing import Routes
 
+SERVER_SHARE = 0.8
+"""Part of an attempt that the node may spend: it shall say what it waits for before the client stops listening."""
 _Kind = TypeVar("_Kind")
 
 
@@ -90,8 +92,8 @@ class Call:
         """Keep a failure that may pass, and whether the request may have been executed nevertheless."""
         self.seen = [other for other in self.seen if other.code != error.code]
         self.seen.append(error)
-        refused = isinstance(error, (errors.NoLeader, errors.NotReady)) or error.details.get("sent") is False
-        if not refused:
+        sent = error.details.get("sent", not isinstance(error, (errors.NoLeader, errors.NotReady)))
+        if sent:
             self.may_have_happened = True
 
 
@@ -152,7 +154,8 @@ class Caller:
             asked.add(address)
             attempt_s = _attempt_s(remaining_s)
             try:
-                reply = await self._ask(address, call.build(attempt_s), call.attachments, attempt_s)
+                message = call.build(attempt_s * SERVER_SHARE)
+                reply = await self._ask(address, message, call.attachments, attempt_s)
             except errors.NotLeader as error:
                 leader = str(error.details.get("leader") or "")
                 call.note(error)
