@@ -1,0 +1,110 @@
+"""Shipping between two processes, and everything together: make a snapshot, ship it, apply it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.data import Sizes
+from benchmarks.race import race
+from benchmarks.shipping import Memory, Server
+from benchmarks.stores import Loaded
+from benchmarks.table import Row, at_least, at_most, rate
+from srengine import limits
+from srengine.snapshot import SnapshotSource
+
+MEMORY_BYTES_MAX = 64 * limits.MIB
+
+
+@pytest.mark.parametrize("security", ["plain", "CURVE"])
+def bench_shipping(benchmark: Any, report: Callable[[Row], None], scratch: Path, sizes: Sizes, security: str) -> None:
+    """Ship 1 MiB items to another process: over our stream, and as bare frames of the same size."""
+    item = random.Random(1).randbytes(limits.CHUNK_BYTES_TARGET)
+    seconds: list[float] = []
+    raw: list[float] = []
+    with Server([item] * sizes.ship_items, lambda: iter(()), secure=security == "CURVE") as server:
+        race(
+            benchmark,
+            lambda _: seconds.append(server.child("ship", scratch)["seconds"]),
+            {"pyzmq": lambda _: raw.append(server.child("raw", scratch)["seconds"])},
+            rounds=min(5, sizes.rounds),
+        )
+    size = len(item) * sizes.ship_items
+    ratios = sorted(bare / own for own, bare in zip(seconds, raw, strict=True))
+    report(
+        Row(
+            f"shipping between two processes, {security} / raw pyzmq",
+            at_least(0.8),
+            ratios[len(ratios) // 2],
+            rate(size, sorted(seconds)[len(seconds) // 2], "B"),
+            rate(size, sorted(raw)[len(raw) // 2], "B"),
+        )
+    )
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def bench_together(
+    benchmark: Any, report: Callable[[Row], None], scratch: Path, loaded: Loaded, sizes: Sizes, compression: str
+) -> None:
+    """Make, ship and apply a snapshot at the same time, against the slowest of the three alone."""
+
+    def make() -> Any:
+        return iter(SnapshotSource(loaded.tablet, compression=compression))
+
+    stages: dict[str, list[float]] = {"write": [], "ship": [], "apply": []}
+    together: list[float] = []
+    grown: list[float] = []
+
+    def write(_: int) -> None:
+        start = time.perf_counter()
+        for _item in make():
+            pass
+        stages["write"].append(time.perf_counter() - start)
+
+    def all_of_it(turn: int) -> None:
+        memory = Memory()
+        said = server.child("all", scratch / f"all-{turn}")
+        together.append(said["seconds"])
+        grown.append(max(said["memory"], memory.stop()))
+
+    with Server(list(make()), make, secure=False) as server:
+        race(
+            benchmark,
+            all_of_it,
+            {
+                "write": write,
+                "ship": lambda _: stages["ship"].append(server.child("ship", scratch)["seconds"]),
+                "apply": lambda turn: stages["apply"].append(
+                    server.child("apply", scratch / f"apply-{turn}")["seconds"]
+                ),
+            },
+            rounds=min(3, sizes.rounds),
+        )
+    slowest = [max(each) for each in zip(*stages.values(), strict=True)]
+    ratios = sorted(wall / stage for wall, stage in zip(together, slowest, strict=True))
+    middle = len(ratios) // 2
+    name = max(stages, key=lambda stage: sorted(stages[stage])[middle])
+    report(
+        Row(
+            f"write, ship, apply together, {compression}: wall / slowest stage",
+            at_most(1.3),
+            ratios[middle],
+            f"{sorted(together)[middle]:.2f} s",
+            f"{sorted(slowest)[middle]:.2f} s ({name})",
+        )
+    )
+    report(
+        Row(
+            f"write, ship, apply together, {compression}: memory / 64 MiB",
+            at_most(1.0),
+            max(grown) / MEMORY_BYTES_MAX,
+            f"{max(grown) / limits.MIB:.1f} MiB",
+            "64 MiB",
+            note="Growth of anonymous memory while it runs, of the process that grew more; mapped pages do not count.",
+        )
+    )
