@@ -31,7 +31,7 @@ class Compressor:
         self._pause_next = 1
         """How many are skipped after the next failure: doubles up to a bound, back to 1 after a success."""
 
-    def encode(self, rows: bytes) -> tuple[Encoding, bytes]:
+    def encode(self, rows: bytes | memoryview) -> tuple[Encoding, bytes | memoryview]:
         """Return the encoding and the bytes to store. Releases the GIL while it compresses."""
         if self._zstd is None or len(rows) < 64:
             return Encoding.PLAIN, rows

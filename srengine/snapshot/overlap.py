@@ -1,21 +1,22 @@
-"""Three stages at once with bounded memory: read | work | use, in order.
+"""Stages at once with bounded memory: read | work | use, in order.
 
     reader thread        worker thread          the caller
     next(read) ------->  work(item) --------->  for result in overlapped(...)
          ^                                            |
          +---- budget: bytes between read and used ---+
 
-The native calls of every stage release the GIL, so on two processors the slowest stage decides. The budget counts an item
-from the moment it is read until the caller asks for the next one; a single item larger than the budget passes alone. So
-memory is bounded by the budget + the largest item in use + the next one that was read and waits.
+The native calls of every stage release the GIL, so on two processors the slowest stage decides; work that is cheap is done
+by the caller's thread (``worker=False``), because a hand-over costs some 20 microseconds. The budget counts an item from
+the moment it is read until the caller asks for the next one; a single item larger than the budget passes alone. So memory
+is bounded by the budget + the largest item in use + the next one that was read and waits.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import queue
 import threading
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from srengine import limits
 
@@ -26,73 +27,57 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 BUDGET_BYTES: Final = 8 * limits.MIB
-_END: Final = object()
 
 
-class _Pipe(Generic[T, U]):
-    """What the stages share; ``changed`` guards every field."""
+class _Budget:
+    """Bytes between read and used; ``lock`` guards every field."""
 
-    def __init__(self, budget_bytes: int) -> None:
-        self.changed = threading.Condition()
-        self.budget_bytes = budget_bytes
+    def __init__(self, bytes_max: int) -> None:
+        self.lock = threading.Lock()
+        self.bytes_max = bytes_max
         self.used_bytes = 0
         self.stopped = False
-        """The caller went away: both threads end."""
-        self.read: collections.deque[tuple[object, int]] = collections.deque()
-        self.ready: collections.deque[tuple[object, int, BaseException | None]] = collections.deque()
+        """The caller went away."""
+        self.waiting = False
+        """The reader sleeps on ``wake``."""
+        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def reserve(self, size: int) -> bool:
-        """Wait until ``size`` bytes fit; return False when the caller went away."""
-        with self.changed:
-            while not self.stopped and self.used_bytes and self.used_bytes + size > self.budget_bytes:
-                self.changed.wait()
-            self.used_bytes += size
-            return not self.stopped
+        """Wait until ``size`` bytes fit, or nothing else is in flight; return False when the caller went away."""
+        while True:
+            with self.lock:
+                if self.stopped:
+                    return False
+                if not self.used_bytes or self.used_bytes + size <= self.bytes_max:
+                    self.used_bytes += size
+                    return True
+                self.waiting = True
+            self.wake.get()
 
     def release(self, size: int) -> None:
-        """Give bytes back."""
-        with self.changed:
+        """Give bytes back. A waiting reader wakes when half is free: one wake-up for several items."""
+        with self.lock:
             self.used_bytes -= size
-            self.changed.notify_all()
+            if not self.waiting or self.used_bytes > self.bytes_max // 2:
+                return
+            self.waiting = False
+        self.wake.put(None)
 
     def stop(self) -> None:
-        """End both threads at their next step."""
-        with self.changed:
+        """Let the reader go."""
+        with self.lock:
             self.stopped = True
-            self.changed.notify_all()
-
-    def put_read(self, item: object, size: int) -> None:
-        """Hand an item to the worker."""
-        with self.changed:
-            self.read.append((item, size))
-            self.changed.notify_all()
-
-    def put_ready(self, item: object, size: int, error: BaseException | None = None) -> None:
-        """Hand a result, the end or an error to the caller."""
-        with self.changed:
-            self.ready.append((item, size, error))
-            self.changed.notify_all()
-
-    def take_read(self) -> tuple[object, int] | None:
-        """Wait for an item; None when the caller went away."""
-        with self.changed:
-            while not self.read and not self.stopped:
-                self.changed.wait()
-            return None if self.stopped else self.read.popleft()
-
-    def take_ready(self) -> tuple[object, int, BaseException | None]:
-        """Wait for a result."""
-        with self.changed:
-            while not self.ready:
-                self.changed.wait()
-            return self.ready.popleft()
+        self.wake.put(None)
 
 
-class _Failed:
-    """An error on its way from the reader through the worker, so that it arrives in its place."""
+class _End:
+    """The last entry of a queue: nothing follows, or the error that came in place of the next item."""
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
+
+
+_Entry: TypeAlias = "tuple[T, int] | _End"
 
 
 def overlapped(
@@ -100,6 +85,7 @@ def overlapped(
     work: Callable[[T], U],
     *,
     bytes_of: Callable[[T], int],
+    worker: bool = True,
     budget_bytes: int = BUDGET_BYTES,
 ) -> Generator[U, None, None]:
     """Yield ``work(item)`` for each item of ``read``, in order, both running ahead in threads of their own.
@@ -107,32 +93,45 @@ def overlapped(
     An error of either stage is raised where its item would have come. Closing the generator stops and joins the threads;
     a ``read`` with a ``close`` method is closed in the thread that ran it.
     """
-    pipe: _Pipe[T, U] = _Pipe(budget_bytes)
-    threads = (
-        threading.Thread(target=_read, args=(pipe, read, bytes_of), name="srengine-snapshot-read", daemon=True),
-        threading.Thread(target=_work, args=(pipe, work), name="srengine-snapshot-work", daemon=True),
-    )
+    budget = _Budget(budget_bytes)
+    items: queue.SimpleQueue[_Entry[T]] = queue.SimpleQueue()
+    results: queue.SimpleQueue[_Entry[U]] = queue.SimpleQueue()
+    threads = [threading.Thread(target=_read, args=(budget, read, bytes_of, items), name="srengine-snapshot-read")]
+    if worker:
+        threads.append(threading.Thread(target=_work, args=(items, work, results), name="srengine-snapshot-work"))
     for thread in threads:
+        thread.daemon = True
         thread.start()
     try:
         while True:
-            result, size, error = pipe.take_ready()
-            if error is not None:
-                raise error
-            if result is _END:
-                return
-            # NB: nothing here may hold the result while the caller uses it: it may be as large as the largest value.
-            box = [result]
-            del result
-            yield box.pop()  # type: ignore[misc]  # the queue holds results of `work` and the two marks above
-            pipe.release(size)
+            # NB: nothing here may hold a result while the caller uses it: it may be as large as the largest value.
+            if worker:
+                result = results.get()
+                if isinstance(result, _End):
+                    break
+                held, size = [result[0]], result[1]
+                del result
+            else:
+                item = items.get()
+                if isinstance(item, _End):
+                    result = item
+                    break
+                held, size = [work(item[0])], item[1]
+                del item
+            yield held.pop()
+            budget.release(size)
+        if result.error is not None:
+            raise result.error
     finally:
-        pipe.stop()
+        budget.stop()
+        items.put(_End())
         for thread in threads:
             thread.join()
 
 
-def _read(pipe: _Pipe[T, U], read: Iterator[T], bytes_of: Callable[[T], int]) -> None:
+def _read(
+    budget: _Budget, read: Iterator[T], bytes_of: Callable[[T], int], items: queue.SimpleQueue[_Entry[T]]
+) -> None:
     try:
         with contextlib.ExitStack() as stack:
             close = getattr(read, "close", None)
@@ -140,30 +139,29 @@ def _read(pipe: _Pipe[T, U], read: Iterator[T], bytes_of: Callable[[T], int]) ->
                 stack.callback(close)
             for item in read:
                 size = bytes_of(item)
-                if not pipe.reserve(size):
+                if not budget.reserve(size):
                     return
-                pipe.put_read(item, size)
+                items.put((item, size))
                 del item
-        pipe.put_read(_END, 0)
+        items.put(_End())
     except BaseException as error:  # noqa: BLE001  (carried to the caller's thread and raised there)
-        pipe.put_read(_Failed(error), 0)
+        items.put(_End(error))
 
 
-def _work(pipe: _Pipe[T, U], work: Callable[[T], U]) -> None:
-    while (taken := pipe.take_read()) is not None:
-        item, size = taken
-        del taken
-        if item is _END:
-            pipe.put_ready(_END, 0)
-            return
-        if isinstance(item, _Failed):
-            pipe.put_ready(None, 0, item.error)
+def _work(
+    items: queue.SimpleQueue[_Entry[T]], work: Callable[[T], U], results: queue.SimpleQueue[_Entry[U]]
+) -> None:
+    while True:
+        taken = items.get()
+        if isinstance(taken, _End):
+            results.put(taken)
             return
         try:
-            result = work(item)  # type: ignore[arg-type]  # the marks were taken out above
+            result = work(taken[0])
         except BaseException as error:  # noqa: BLE001  (carried to the caller's thread and raised there)
-            pipe.put_ready(None, 0, error)
+            results.put(_End(error))
             return
-        del item
-        pipe.put_ready(result, size)
+        size = taken[1]
+        del taken
+        results.put((result, size))
         del result

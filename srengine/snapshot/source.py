@@ -7,6 +7,7 @@ so neither a slow receiver nor a large tablet pins one; one that expired is repl
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import secrets
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -52,13 +53,16 @@ class _Read(NamedTuple):
     """One batch on its way to become a chunk; ``plan`` None: nothing to send; ``closing``: it was the last."""
 
     plan: ChunkPlan | None
-    rows: bytes
+    rows: bytes | memoryview
     closing: _Closing | None
+    buffer: bytearray | None
+    """Holds the rows if they fit; read into again once the chunk was used."""
 
 
 class _Made(NamedTuple):
     sealed: Sealed | None
     closing: _Closing | None
+    buffer: bytearray | None
 
 
 def seed_id(seed: bytes) -> bytes:
@@ -108,6 +112,8 @@ class SnapshotSource:
         self._first = items.seal_manifest(self.manifest, node)
         self.mark = mark or first_mark(self.manifest, self._first.head.digest)
         self._compressor = Compressor(active=self.manifest.compression == "zstd")
+        self._spare: collections.deque[bytearray] = collections.deque()
+        """Buffers to read into. Taken by one thread, given back by another; the budget bounds how many there are."""
 
     def __iter__(self) -> Iterator[bytes]:
         """Yield the items as single pieces, ready to ship."""
@@ -121,16 +127,23 @@ class SnapshotSource:
             made.close()
 
     def sealed(self) -> Generator[Sealed, None, None]:
-        """Yield the items with head and stored bytes apart, for a file."""
+        """Yield the items with head and stored bytes apart, for a file; each is good until the next is asked for."""
         yield self._first
-        stages = overlapped(self._read(), self._seal, bytes_of=lambda read: len(read.rows))
+        stages = overlapped(
+            self._read(),
+            self._seal,
+            bytes_of=lambda read: len(read.rows),
+            worker=self.manifest.compression != "none",
+        )
         try:
-            for sealed, closing in stages:
+            for sealed, closing, buffer in stages:
                 if sealed is not None:
                     self.mark = advance(self.mark, sealed.head)
                     box = [sealed]
                     del sealed
                     yield box.pop()
+                if buffer is not None:
+                    self._spare.append(buffer)
                 if closing is not None:
                     yield self._trailer(closing)
                     self.position = closing.position
@@ -227,8 +240,9 @@ class SnapshotSource:
                     if view is not None:
                         view.close()
                     view, used = self._tablet.view(), 0
+                buffer = self._spare.pop() if self._spare else bytearray(self.manifest.chunk_bytes)
                 try:
-                    batch, closing = self._batch(view, wanted)
+                    batch, closing = self._batch(view, wanted, buffer)
                 except errors.ViewExpired:
                     used = VIEW_CHUNKS_MAX
                     continue
@@ -237,17 +251,19 @@ class SnapshotSource:
                 machine.step(BatchRead(batch.count, len(rows), batch.last, batch.done, view.position.sequence))
                 effects = machine.drain()
                 wanted = effects.apply
-                box = [_Read(effects.send, rows, closing)]
-                del batch, rows
+                box = [_Read(effects.send, rows, closing, buffer)]
+                del batch, rows, buffer
                 yield box.pop()
         finally:
             if view is not None:
                 view.close()
 
-    def _batch(self, view: View, wanted: ReadKeys | ReadSequences) -> tuple[RowBatch, _Closing | None]:
+    def _batch(
+        self, view: View, wanted: ReadKeys | ReadSequences, buffer: bytearray
+    ) -> tuple[RowBatch, _Closing | None]:
         bytes_max = self.manifest.chunk_bytes
         if isinstance(wanted, ReadKeys):
-            return view.rows_by_key(wanted.after, bytes_max=bytes_max), None
+            return view.rows_by_key(wanted.after, bytes_max=bytes_max, buffer=buffer), None
         if view.position.lineage != self.manifest.lineage:
             raise errors.Diverged(
                 f"the tablet began lineage {view.position.lineage} while a snapshot of {self.manifest.lineage} was made"
@@ -263,11 +279,11 @@ class SnapshotSource:
 
     def _seal(self, read: _Read) -> _Made:
         if read.plan is None:
-            return _Made(None, read.closing)
+            return _Made(None, read.closing, read.buffer)
         sealed = items.seal_chunk(
             read.plan, read.rows, compressor=self._compressor, snapshot=self.manifest.snapshot, source=self._node
         )
-        return _Made(sealed, read.closing)
+        return _Made(sealed, read.closing, read.buffer)
 
     def _trailer(self, closing: _Closing) -> Sealed:
         mark = self.mark

@@ -34,7 +34,7 @@ class RowBatch(NamedTuple):
     ``last`` is the last row's key or sequence, None when there is no row; ``done``: nothing follows in this view.
     """
 
-    rows: bytes
+    rows: bytes | memoryview
     count: int
     last: bytes | int | None
     done: bool
@@ -198,13 +198,16 @@ class View:
 
     # --- rows for the wire -------------------------------------------------------------------------------------------
 
-    def rows_by_key(self, after: bytes | None, *, bytes_max: int) -> RowBatch:
+    def rows_by_key(self, after: bytes | None, *, bytes_max: int, buffer: bytearray | None = None) -> RowBatch:
         """Return rows after a key (None: from the first), in key order, at least one unless done.
 
-        A record larger than ``bytes_max`` comes alone.
+        A record larger than ``bytes_max`` comes alone. With a ``buffer`` rows that fit are written into it, and ``rows``
+        is a view of its start: who reads much saves an allocation for each batch.
         """
-        rows, count, last, done = self._reader.rows_by_key(after, bytes_max, None)
-        assert isinstance(rows, bytes), type(rows)
+        rows, count, last, done = self._reader.rows_by_key(after, bytes_max, buffer)
+        if isinstance(rows, int):
+            assert buffer is not None, "only a given buffer is written into"
+            return RowBatch(memoryview(buffer)[:rows], count, last, done)
         return RowBatch(rows, count, last, done)
 
     def rows_since(self, sequence: int, *, bytes_max: int) -> RowBatch:

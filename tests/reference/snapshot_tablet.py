@@ -44,7 +44,14 @@ class View:
         if self.tablet.on_read is not None:
             self.tablet.on_read()
 
-    def rows_by_key(self, after: bytes | None, *, bytes_max: int) -> Batch:
+    def rows_by_key(self, after: bytes | None, *, bytes_max: int, buffer: bytearray | None = None) -> Batch:
+        batch = self._rows_by_key(after, bytes_max)
+        if buffer is None or len(batch.rows) > len(buffer):
+            return batch
+        buffer[: len(batch.rows)] = batch.rows
+        return batch._replace(rows=memoryview(buffer)[: len(batch.rows)])
+
+    def _rows_by_key(self, after: bytes | None, bytes_max: int) -> Batch:
         self._use()
         left = sorted(row for key, row in self.records.items() if after is None or key > after)
         return self._batch(left, bytes_max, lambda row: row.key)
