@@ -50,6 +50,8 @@ MAP_BYTES_MAX: Final = 1 << 40
 TRANSACTION_ROWS_MAX: Final = 1_000_000
 
 _CHECK_BYTES: Final = 8
+_FULL_BYTES: Final = 256 * limits.KIB
+"""Less free space than this after a write that was cut short: the disk is full, not broken."""
 _OWN_TABLE: Final = "srengine"
 _FORMAT_KEY: Final = b"format"
 
@@ -314,11 +316,18 @@ class MetadataStore:
                 self._fence(text)
                 raise errors.TabletFenced(text, reason="io-error", **facts) from error
             case _ if os.strerror(errno.EIO) in str(error):
-                # py-lmdb has a class for some system errors only; EIO arrives as text.
+                # py-lmdb has a class for some system errors only; EIO arrives as text. LMDB says it for a write that
+                # was cut short by a full disk, too.
+                if self._disk_is_full():
+                    raise errors.DiskFull(text, **facts) from error
                 self._fence(text)
                 raise errors.TabletFenced(text, reason="io-error", **facts) from error
             case _:
                 raise errors.Error(text, **facts) from error
+
+    def _disk_is_full(self) -> bool:
+        status = os.statvfs(self.path)
+        return status.f_bavail * status.f_frsize < _FULL_BYTES
 
     def _fence(self, text: str) -> None:
         self._fault = text

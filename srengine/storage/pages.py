@@ -261,7 +261,8 @@ class PageFile:
         last_page, transaction = _META_TAIL.unpack_from(raw, _HEADER_BYTES + _META.size + 2 * _TREE.size)
         page_bytes = free.pad
         if magic != _MAGIC:
-            if page == 0 and not flags & _P_META:
+            if page == 0 and (number != 0 or flags != _P_META):
+                # Not even the rest looks like a meta page.
                 raise errors.ForeignData(f"{self.path} is not an LMDB file", **facts)
             raise errors.CorruptionError(f"{where} is damaged: wrong mark", **facts)
         if version != _DATA_VERSION:

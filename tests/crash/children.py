@@ -5,12 +5,16 @@ A child prints one JSON value as its last line (`told`); how it ended is its ret
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 from tests.crash import record
 
@@ -38,6 +42,20 @@ def code_of(action):
     return None
 ANY, WRITE, SYNC, META = 0, 1, 2, 3
 """
+
+
+@contextlib.contextmanager
+def small_file_system(mount: Path, size: str = "2m") -> Iterator[Path]:
+    """Mount a small tmpfs (root alone may); skips the test where that is not possible."""
+    mount.mkdir(mode=0o700)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(mount)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
 
 
 class Ended(NamedTuple):

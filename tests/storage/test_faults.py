@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import signal
-import subprocess
 
 import pytest
 
@@ -40,7 +39,8 @@ def test_a_failed_sync_fences_the_tablet(library, tmp_path):
             OPEN,
             """
         break_from_now(SYNC, 5)
-        tell([code_of(put(1)), code_of(put(2)), code_of(lambda: tablet.get(b"key-0")), code_of(lambda: store.tablet("u"))])
+        tell([code_of(put(1)), code_of(put(2)), code_of(lambda: tablet.get(b"key-0")),
+              code_of(lambda: store.tablet("u"))])
         """,
         ),
         tmp_path / "data",
@@ -81,7 +81,8 @@ def test_a_failed_meta_write_fences_the_tablet(library, tmp_path):
     ended = children.run(
         (
             OPEN,
-            "break_from_now(META, 5)\ntell([code_of(put(1)), code_of(put(2)), code_of(lambda: tablet.get(b'key-0'))])\n",
+            "break_from_now(META, 5)\n"
+            "tell([code_of(put(1)), code_of(put(2)), code_of(lambda: tablet.get(b'key-0'))])\n",
         ),
         path,
         library=library,
@@ -146,14 +147,7 @@ def test_a_full_disk_is_read_only_and_comes_back_by_itself(library, tmp_path, sh
 @pytest.mark.requires_root
 def test_a_small_file_system_that_fills_up(tmp_path):
     """F07, T15: on a 2 MB tmpfs a tablet ends in `DiskFull` and stays readable; deleting a file lets it go on."""
-    mount = tmp_path / "small"
-    mount.mkdir(mode=0o700)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "tmpfs", str(mount)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
-    try:
+    with children.small_file_system(tmp_path / "small") as mount:
         ballast = mount / "ballast"
         ballast.write_bytes(bytes(700_000))
         with storage.Store(mount / "data", map_bytes=1 << 24) as store:
@@ -172,8 +166,6 @@ def test_a_small_file_system_that_fills_up(tmp_path):
             tablet.put_many([(b"after-%d" % i, bytes(1000)) for i in range(50)])
             assert tablet.get(b"after-1") == bytes(1000)
             assert not tablet.verify().damages
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
 
 
 def test_a_slow_disk_delays_the_acknowledgement_and_not_the_readers(library, tmp_path):
