@@ -41,8 +41,10 @@ class LeaderDriver:
         spawn: Spawn,
         recover: Callable[[lm.Recover], Awaitable[Position]],
         alarm: AlarmSink,
+        committed: Callable[[int], None] | None = None,
     ) -> None:
         self.machine = machine
+        self._committed = committed
         self._clock = clock
         self._spawn = spawn
         self._recover = recover
@@ -131,6 +133,8 @@ class LeaderDriver:
             self._recovery = self._spawn(self._run_recovery(effects.recover), f"recover from {effects.recover.replica}")
         if self.machine.serving:
             self._serving.set()
+        if self._committed is not None:
+            self._committed(self.machine.committed)
         self._arm()
 
     def _arm(self) -> None:
@@ -197,8 +201,17 @@ class FollowerActions(Protocol):
 class FollowerDriver:
     """Drives one `FollowerMachine` in one task (`run`)."""
 
-    def __init__(self, machine: fm.FollowerMachine, actions: FollowerActions, *, clock: Clock, alarm: AlarmSink) -> None:
+    def __init__(
+        self,
+        machine: fm.FollowerMachine,
+        actions: FollowerActions,
+        *,
+        clock: Clock,
+        alarm: AlarmSink,
+        committed: Callable[[int], None] | None = None,
+    ) -> None:
         self.machine = machine
+        self._committed = committed
         self._actions = actions
         self._clock = clock
         self._alarm = alarm
@@ -264,6 +277,8 @@ class FollowerDriver:
                 future.set_result(None)
         for alarm in effects.alarms:
             self._alarm(alarm.event, alarm.message)
+        if self._committed is not None:
+            self._committed(min(self.machine.committed_known, self.machine.own.sequence))
         self.changed.set()
 
     def _step(self, message: fm.Input) -> None:
@@ -274,24 +289,23 @@ class FollowerDriver:
     async def _ask(self, ask: fm.Ask) -> None:
         question = asyncio.ensure_future(self._actions.ask(ask))
         kicked = asyncio.ensure_future(self._kicked.wait())
+        waiting: set[asyncio.Future[Any]] = {question, kicked}
         try:
-            await asyncio.wait({question, kicked}, return_when=asyncio.FIRST_COMPLETED)
-            if question.done():
-                try:
-                    answered = question.result()
-                except errors.Error as error:
-                    self._step(fm.Failed(ask.number, f"{error.code}: {error.message}"))
-                else:
-                    self._step(answered)
-            else:
-                self._step(fm.Kick())
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._kicked.clear()
             for task in (question, kicked):
-                if not task.done():
-                    task.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, errors.Error):
-                        await task
+                task.cancel()
+            await asyncio.wait(waiting)
+            self._kicked.clear()
+        error = None if question.cancelled() else question.exception()
+        if question.cancelled():
+            self._step(fm.Kick())
+        elif error is None:
+            self._step(question.result())
+        elif isinstance(error, errors.Error):
+            self._step(fm.Failed(ask.number, f"{error.code}: {error.message}"))
+        else:
+            raise error
 
     async def _apply(self) -> None:
         try:

@@ -76,3 +76,45 @@ class PullReply(msgspec.Struct, frozen=True):
 registry.register("ha.pull", Pull)
 registry.register("ha.fetch", Fetch)
 registry.register("ha.pull_reply", PullReply)
+
+
+class Propose(msgspec.Struct, frozen=True):
+    """Ask the first member to put a command into the journal."""
+
+    kind: str
+    body: bytes
+    timeout_s: float = 10.0
+
+
+class Proposed(msgspec.Struct, frozen=True):
+    """The command stands at ``index`` and was applied at the leader. A refusal is answered by its error."""
+
+    index: int
+
+
+class Introduce(msgspec.Struct, frozen=True):
+    """"This is me, who are you?" Asked on the client port before anything else is known of the other node."""
+
+    name: str = ""
+    cluster_name: str = ""
+    initial: tuple[str, ...] = ()
+
+
+class Introduction(msgspec.Struct, frozen=True):
+    """What a node says of itself. ``cluster_id`` is empty while it belongs to none; ``initial``: ``name=address`` of its
+    ``--initial``; peer and bulk addresses as bound (the host may be a wildcard: take the one that was asked)."""
+
+    name: str
+    node_id: str
+    cluster_name: str
+    cluster_id: str = ""
+    initial: tuple[str, ...] = ()
+    peer_address: str = ""
+    bulk_address: str = ""
+    boot_number: int = 0
+
+
+registry.register("ha.propose", Propose)
+registry.register("ha.proposed", Proposed)
+registry.register("ha.introduce", Introduce)
+registry.register("ha.introduction", Introduction)

@@ -1,0 +1,151 @@
+"""Settings of one node process: what ``node start`` takes as flags, environment or file.
+
+Precedence is the command line's business (flag, then ``SRENGINE_…``, then the file, then the default); `load_options_file` reads the
+file, whose keys are the names of the fields below; an unknown one is an error that suggests the nearest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Final
+
+from srengine import errors, types
+
+OPTIONS_FILE_BYTES_MAX: Final = 1024 * 1024
+MEMBERS_MAX: Final = 64
+_TCP: Final = re.compile(r"^tcp://(?P<host>\[[0-9A-Fa-f:.%]+\]|[^:/\[\]#]+):(?P<port>[0-9]{1,5})$")
+_KEY: Final = re.compile(r"^[0-9A-Fa-f]{64}$")
+
+
+@dataclass(frozen=True, slots=True)
+class InitialMember:
+    """One entry of ``--initial``: name, client address, and the public key where there is one."""
+
+    name: str
+    address: str
+    public_key: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.address}" + (f"#{self.public_key}" if self.public_key else "")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """How to run a node.
+
+    ``listen``: client address ``tcp://host:port``; peers use port + 1 and bulk port + 2 unless given. ``initial``: all first
+    members in one order that all of them name; the first one leads. ``cluster`` is needed to bootstrap and checked afterwards.
+    """
+
+    name: str
+    data: Path
+    listen: str
+    peer_listen: str = ""
+    bulk_listen: str = ""
+    cluster: str = ""
+    initial: tuple[InitialMember, ...] = ()
+    insecure: bool = False
+    allow_remote_fs: bool = False
+    map_bytes: int | None = None
+
+    def checked(self) -> NodeOptions:
+        """Return the options with every default filled in; `InvalidValue` or `UsageError` for what cannot be meant."""
+        types.check_name(self.name, "node")
+        if self.cluster:
+            types.check_name(self.cluster, "cluster")
+        host, port = split_address(self.listen)
+        names = [member.name for member in self.initial]
+        if len(names) > MEMBERS_MAX:
+            raise errors.InvalidValue(f"--initial names {len(names)} members; at most {MEMBERS_MAX} are possible")
+        if len(set(names)) != len(names) or len({member.address for member in self.initial}) != len(names):
+            raise errors.InvalidValue("--initial names a member or an address twice")
+        if self.initial and self.name not in names:
+            raise errors.InvalidValue(f"--initial does not name {self.name} itself (it names {', '.join(names)})")
+        return replace(
+            self,
+            data=Path(self.data),
+            peer_listen=self.peer_listen or _after(host, port, 1),
+            bulk_listen=self.bulk_listen or _after(host, port, 2),
+        )
+
+
+def _after(host: str, port: int, offset: int) -> str:
+    return f"tcp://{host}:{0 if port == 0 else _checked_port(port + offset)}"
+
+
+def _checked_port(port: int) -> int:
+    if not 0 <= port <= 65_535:
+        raise errors.InvalidValue(f"{port} is no port", port=port)
+    return port
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of ``tcp://host:port``; `InvalidValue` otherwise.
+
+    >>> split_address("tcp://127.0.0.1:7400")
+    ('127.0.0.1', 7400)
+    """
+    match = _TCP.fullmatch(address) if isinstance(address, str) else None
+    if match is None:
+        raise errors.InvalidValue(f"{str(address)[:100]!r} is not an address: tcp://HOST:PORT", address=str(address)[:100])
+    return match["host"], _checked_port(int(match["port"]))
+
+
+def parse_initial(text: str) -> tuple[InitialMember, ...]:
+    """Read ``n1=tcp://host:port[#KEY],n2=…``; `InvalidValue` that names the entry.
+
+    >>> [str(member) for member in parse_initial("a=tcp://h:1, b=tcp://h:4")]
+    ['a=tcp://h:1', 'b=tcp://h:4']
+    """
+    members = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, rest = part.partition("=")
+        if not equals:
+            raise errors.InvalidValue(f"{part[:100]!r} in --initial is not NAME=tcp://HOST:PORT", entry=part[:100])
+        address, _, key = rest.strip().partition("#")
+        types.check_name(name.strip(), "node")
+        split_address(address)
+        if key and _KEY.fullmatch(key) is None:
+            raise errors.InvalidValue(f"the key of {name.strip()} in --initial is not 64 hexadecimal digits", name=name)
+        members.append(InitialMember(name.strip(), address, key.lower()))
+    return tuple(members)
+
+
+def load_options_file(path: Path) -> dict[str, Any]:
+    """Return the settings in a TOML file, by field name of `NodeOptions`, ``initial`` parsed.
+
+    Raises `NotFound`, `InvalidValue` (not TOML, wrong type) and `UsageError` (an unknown key, with the nearest).
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(OPTIONS_FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise errors.NotFound(f"the options file {path} cannot be read: {error.strerror}", path=str(path)) from error
+    if len(text) > OPTIONS_FILE_BYTES_MAX:
+        raise errors.InvalidValue(f"the options file {path} is larger than {OPTIONS_FILE_BYTES_MAX} bytes")
+    try:
+        found = tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise errors.InvalidValue(f"the options file {path} is not TOML: {error}", path=str(path)) from error
+    return checked_settings(found)
+
+
+def checked_settings(found: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with their types checked; unknown keys are a `UsageError` that suggests the nearest."""
+    kinds: dict[str, type] = {field.name: str for field in fields(NodeOptions)}
+    kinds |= {"insecure": bool, "allow_remote_fs": bool, "map_bytes": int}
+    settings: dict[str, Any] = {}
+    for key, value in found.items():
+        name = key.replace("-", "_")
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise errors.UsageError(f"there is no option {key}{hint}", option=key)
+        if type(value) is not kinds[name]:
+            raise errors.InvalidValue(f"option {key} must be of type {kinds[name].__name__}", option=key)
+        settings[name] = parse_initial(value) if name == "initial" else Path(value) if name == "data" else value
+    return settings

@@ -1,0 +1,200 @@
+"""A replica of a tablet on this node: pulls from the leader, applies, answers `local` reads while it is current.
+
+One task a tablet runs the follower's driver; the machine decides, this module does: asks over the peer port, applies deltas in a
+thread, copies over the bulk port. A copy that does not open counts as empty and is replaced by a proved full copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from srengine import errors, limits
+from srengine.clock import Clock
+from srengine.ha import follower_machine as fm
+from srengine.ha.contact import Contact, answered
+from srengine.ha.group import AlarmSink, FollowerDriver, Spawn
+from srengine.storage import Delta
+from srengine.sync.copying import COPY_PROGRESS_S, Copier, ReachBulk, ReachPeer, delta_of
+from srengine.sync.reading import Found, Range, read_keys, read_range
+from srengine.sync.slots import Slot
+from srengine.types import Position
+
+LOCAL_WAIT_S_MAX = 2.0
+"""How long a `local` read waits for the replica to become current before it says `NotReady`."""
+
+
+class TabletFollower:
+    """Follows the leader of one tablet."""
+
+    def __init__(
+        self,
+        slot: Slot,
+        *,
+        name: str,
+        contact: Contact,
+        peers: ReachPeer,
+        bulk: ReachBulk,
+        clock: Clock,
+        spawn: Spawn,
+        alarm: AlarmSink,
+        trusted: Callable[[], bool],
+    ) -> None:
+        self.slot = slot
+        self._name = name
+        self._contact = contact
+        self._peers = peers
+        self._bulk = bulk
+        self._clock = clock
+        self._spawn = spawn
+        self._trusted = trusted
+        self._delta: Delta | None = None
+        self._copier: Copier | None = None
+        self.verified_at = 0.0
+        """Unix seconds of the last answer that proved the own root, 0: never."""
+        self.driver = FollowerDriver(
+            fm.FollowerMachine(
+                own=slot.position, filling=slot.filling, created=slot.created, now=clock.boottime_s()
+            ),
+            self,
+            clock=clock,
+            alarm=alarm,
+        )
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._spawn(self.driver.run(), f"follow {self.slot.spec.tablet_id}")
+        self._spawn(self._stamp_when_synced(), f"stamp {self.slot.spec.tablet_id}")
+        self._contact.on_new_leader(self.driver.kick)
+
+    def close(self) -> None:
+        """Nothing to do: the tasks are cancelled by their supervisor."""
+
+    @property
+    def synced(self) -> bool:
+        """Whether a `local` read may be answered now."""
+        return self.driver.machine.synced(self._clock.boottime_s())
+
+    def distrust(self, reason: str) -> None:
+        """The disk turned out to be an older state: the copy is proved again before it is trusted."""
+        del reason
+        if self.slot.trusted:
+            self.slot.trusted = False
+            self._spawn(self._stamp_when_synced(), f"stamp {self.slot.spec.tablet_id}")
+
+    async def _stamp_when_synced(self) -> None:
+        while not self.synced:
+            self.driver.changed.clear()
+            await self.driver.changed.wait()
+        await asyncio.to_thread(self.slot.stamp)
+
+    # --- FollowerActions ---------------------------------------------------------------------------------------------
+
+    async def ask(self, ask: fm.Ask) -> fm.Answered:
+        """See `srengine.ha.group.FollowerActions`."""
+        leader = self.slot.spec.leader
+        channel = await self._peers(leader)
+        reply, attachments = await self._contact.ask(
+            channel,
+            leader,
+            self.slot.spec.tablet_id,
+            ask,
+            trusted=self.slot.trusted and self._trusted(),
+            timeout_s=COPY_PROGRESS_S,
+        )
+        received = sum(len(attachment) for attachment in attachments)
+        answer = answered(ask.number, reply, received)
+        self._delta = delta_of(reply, attachments) if answer.state is fm.SourceState.DELTA else None
+        if answer.state in {fm.SourceState.DELTA, fm.SourceState.NOTHING}:
+            self.verified_at = self._clock.wall_ms() / 1000
+        return answer
+
+    async def apply_delta(self) -> Position:
+        """See `srengine.ha.group.FollowerActions`."""
+        delta, self._delta = self._delta, None
+        assert delta is not None
+        async with self.slot.writing:
+            return await asyncio.to_thread(self.slot.opened().apply_delta, delta)
+
+    async def copy(self, copy: fm.Copy) -> tuple[Position, int]:
+        """See `srengine.ha.group.FollowerActions`."""
+        self._copier = Copier(self.slot, self._name)
+        position = await self._copier.run(await self._bulk(self.slot.spec.leader), copy.path)
+        return position, self._copier.bytes_received
+
+    def own(self) -> tuple[Position, bool]:
+        """See `srengine.ha.group.FollowerActions`."""
+        return self.slot.position, self.slot.filling
+
+    def bytes_copied(self) -> int:
+        """See `srengine.ha.group.FollowerActions`."""
+        return 0 if self._copier is None else self._copier.bytes_received
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    async def read(self, keys: Sequence[bytes], *, bytes_max: int, timeout_s: float) -> tuple[Found, float]:
+        """Look keys up in this replica; return what was found and the moment (Unix seconds) that it is current for.
+
+        Raises `NotReady` unless the replica is SYNCED, before and after reading.
+        """
+        deadline = self._clock.monotonic_s() + timeout_s
+        await self._wait_synced(timeout_s)
+        tablet = self.slot.opened()
+        found = await asyncio.to_thread(read_keys, tablet, keys, bytes_max=bytes_max)
+        await self.driver.wait_committed(found.depends_on, max(0.0, deadline - self._clock.monotonic_s()))
+        return found, self._as_of()
+
+    async def scan(
+        self,
+        *,
+        start: bytes | None,
+        stop: bytes | None,
+        reverse: bool,
+        limit: int,
+        bytes_max: int,
+        keys_only: bool,
+        timeout_s: float,
+    ) -> tuple[Range, float]:
+        """Read a range of this replica; as `read`."""
+        deadline = self._clock.monotonic_s() + timeout_s
+        await self._wait_synced(timeout_s)
+        tablet = self.slot.opened()
+        found = await asyncio.to_thread(
+            read_range,
+            tablet,
+            start=start,
+            stop=stop,
+            reverse=reverse,
+            limit=limit,
+            bytes_max=bytes_max,
+            keys_only=keys_only,
+        )
+        await self.driver.wait_committed(found.depends_on, max(0.0, deadline - self._clock.monotonic_s()))
+        return found, self._as_of()
+
+    async def _wait_synced(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(min(timeout_s, LOCAL_WAIT_S_MAX)):
+                while not self.synced:
+                    self.driver.changed.clear()
+                    await self.driver.changed.wait()
+        except TimeoutError:
+            raise self._not_ready() from None
+
+    def _as_of(self) -> float:
+        # The process may have been stopped between the look-up and now: what was current then may not be any more.
+        now = self._clock.boottime_s()
+        fresh_at = self.driver.machine.fresh_at
+        if not self.driver.machine.synced(now) or fresh_at is None:
+            raise self._not_ready()
+        return self._clock.wall_ms() / 1000 - (now - fresh_at)
+
+    def _not_ready(self) -> errors.NotReady:
+        machine = self.driver.machine
+        state = machine.replica_state(self._clock.boottime_s()).value
+        why = machine.halted or self.slot.fault or machine.catch_up.reason
+        return errors.NotReady(
+            f"the replica on {self._name} is {state}, not current within {limits.STALENESS_S_MAX:g} s: {why}",
+            state=state,
+            behind=machine.behind,
+        )
