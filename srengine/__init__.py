@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from srengine.client import Table as Table
     from srengine.client import TableRecord as TableRecord
     from srengine.client import connect as connect
+    from srengine.errors import AddressInUse as AddressInUse
     from srengine.errors import AlreadyOpen as AlreadyOpen
     from srengine.errors import BelowPurgeMark as BelowPurgeMark
     from srengine.errors import Closed as Closed
@@ -76,6 +77,7 @@ __version__ = "0.1.0"
 """Version of this package, as ``srengine --version`` says it."""
 
 _HOME = {
+    "AddressInUse": "errors",
     "AlreadyOpen": "errors",
     "AsyncClient": "client",
     "AsyncTable": "client",
@@ -137,6 +139,9 @@ def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if home == "storage":
+        # Tablets write and read snapshot files with what a higher room puts there.
+        importlib.import_module(f"{__name__}.snapshot")
     value = getattr(importlib.import_module(f"{__name__}.{home}"), _NAME_THERE.get(name, name))
     globals()[name] = value
     return value

@@ -14,13 +14,14 @@ import click
 import srengine
 from srengine import errors
 from srengine.cli.application import Command
+from srengine.cli.output import dump
 from srengine.cli.settings import Settings, pass_settings
 
 
 def benchmarks_directory() -> Path:
     """Return where the benchmarks are; `NotFound` in an installation without them."""
     directory = Path(srengine.__file__).resolve().parent.parent / "benchmarks"
-    if not any(directory.glob("test_*.py")) and not any(directory.glob("bench_*.py")):
+    if not (directory / "__main__.py").exists():
         raise errors.NotFound(
             "the benchmarks are not part of an installed srengine: run this in a checkout of its source",
             path=str(directory),
@@ -30,10 +31,12 @@ def benchmarks_directory() -> Path:
 
 @click.command(cls=Command)
 @click.argument("name", required=False)
+@click.option("--quick", "size", flag_value="quick", default=None, help="With a tenth of the records.")
+@click.option("--tiny", "size", flag_value="tiny", help="With hardly any records: does it run at all?")
 @click.pass_context
 @pass_settings
-def bench(settings: Settings, context: click.Context, *, name: str | None) -> None:
-    """Run all benchmarks, or those whose names contain NAME (pytest-benchmark)."""
+def bench(settings: Settings, context: click.Context, *, name: str | None, size: str | None) -> None:
+    """Run all benchmarks of a source checkout, or those whose names contain NAME, and print the table."""
     directory = benchmarks_directory()
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise errors.NotFound(
@@ -41,8 +44,9 @@ def bench(settings: Settings, context: click.Context, *, name: str | None) -> No
         )
     with tempfile.TemporaryDirectory(prefix="srengine-bench-") as scratch:
         result = Path(scratch) / "result.json"
-        files = sorted(str(path) for pattern in ("test_*.py", "bench_*.py") for path in directory.glob(pattern))
-        command = [sys.executable, "-m", "pytest", "-q", "--benchmark-only", f"--benchmark-json={result}", *files]
+        command = [sys.executable, "-m", "benchmarks", f"--json={result}"]
+        if size is not None:
+            command.append(f"--{size}")
         if name:
             command += ["-k", name]
         out = settings.out
@@ -53,7 +57,5 @@ def bench(settings: Settings, context: click.Context, *, name: str | None) -> No
         if code == 5:
             raise errors.NotFound(f"no benchmark's name contains {name!r}", name=name)
         if code == 0 and out.format != "text":
-            found = json.loads(result.read_text(encoding="utf-8"))["benchmarks"]
-            rows = ({"name": row["name"], "stats": row["stats"], "extra_info": row["extra_info"]} for row in found)
-            out.many(rows, ())
+            out.line(dump(json.loads(result.read_text(encoding="utf-8"))))
     context.exit(1 if code else 0)

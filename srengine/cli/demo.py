@@ -254,13 +254,11 @@ class Demo:
             writer = Writer(table, model)
             writer.start()
             try:
-                reader, missed = self._rejoin(cluster, writer)
+                reader, missed, shipped = self._rejoin(cluster, writer)
             finally:
                 writer.stop()
             wait_until(lambda: _all_equal(cluster), "all replicas SYNCED with equal roots", REJOIN_TIMEOUT_S)
             self._event("equal", "all roots are equal")
-            shipped = sum(int(row["bytes_received"]) for row in cluster.sync_status(TABLE) if row["node"] == VICTIM)
-            paths = sorted({str(row["path"]) for row in cluster.sync_status(TABLE) if row["node"] == VICTIM})
             self._lap("equal")
         problems = [*reader.wrong, *self._compare(model, writer.deleted)]
         self._lap("verify")
@@ -268,12 +266,12 @@ class Demo:
         return {
             "records": len(model),
             "missed": missed,
-            "bytes_shipped": shipped,
+            "bytes_shipped": sum(int(row["bytes_received"]) for row in shipped),
             "bytes_full_copy": sum(ROW_HEADER_BYTES + len(key) + len(value) for key, value in model.items()),
             "equal": not problems,
             "operations": writer.acknowledged,
             "deleted": len(writer.deleted),
-            "path": ",".join(paths),
+            "path": ",".join(sorted({str(row["path"]) for row in shipped})),
             "reads_at_node_3": dict(sorted(reader.counts.items())),
             "problems": problems,
             "seconds": self._seconds,
@@ -289,8 +287,12 @@ class Demo:
         self._lap("load")
         return model
 
-    def _rejoin(self, cluster: Client, writer: Writer) -> tuple[Reader, int]:
-        """Kill node-3 under load, let it miss something, bring it back; return when it is SYNCED."""
+    def _rejoin(self, cluster: Client, writer: Writer) -> tuple[Reader, int, list[dict[str, Any]]]:
+        """Kill node-3 under load, let it miss something, bring it back until it is SYNCED.
+
+        Return what was read there meanwhile, how many operations it missed, and what its replicas said when they were
+        SYNCED: what they received until then is what the rejoin has cost.
+        """
         victim = self._nodes.nodes[VICTIM]
         before = max(ADDED, len(writer.model) // 500)
         away = max(2 * ADDED, len(writer.model) // 100)
@@ -310,15 +312,16 @@ class Demo:
             self._event("returning", f"{VICTIM} starts again; it missed {missed} operations", missed=missed)
             self._lap("away")
             victim.wait_ready()
-            wait_until(
-                lambda: writer.reached(0) and _synced(cluster, VICTIM) and reader.answered,
-                f"{VICTIM} is SYNCED and answers", REJOIN_TIMEOUT_S,
+            shipped = wait_until(
+                lambda: writer.reached(0) and _synced(cluster, VICTIM),
+                f"{VICTIM} is SYNCED", REJOIN_TIMEOUT_S,
             )  # fmt: skip
+            wait_until(lambda: writer.reached(0) and reader.answered, f"{VICTIM} answers reads", REJOIN_TIMEOUT_S)
         finally:
             reader.stop()
         self._event("synced", f"{VICTIM} is SYNCED: {_counted(reader.counts)}", reads=dict(reader.counts))
         self._lap("rejoin")
-        return reader, missed
+        return reader, missed, shipped
 
     def _compare(self, model: dict[bytes, bytes], deleted: set[bytes]) -> list[str]:
         """Read everything back from each node; return what is not as the dict says."""
@@ -347,9 +350,10 @@ class Demo:
         self._since = now
 
 
-def _synced(cluster: Client, node: str) -> bool:
-    states = [row["state"] for row in _rows(cluster) if row["node"] == node]
-    return len(states) == TABLETS and set(states) == {"SYNCED"}
+def _synced(cluster: Client, node: str) -> list[dict[str, Any]]:
+    """Return what the replicas of a node say when all of them are SYNCED, else nothing."""
+    rows = [row for row in _rows(cluster) if row["node"] == node]
+    return rows if len(rows) == TABLETS and all(row["state"] == "SYNCED" for row in rows) else []
 
 
 def _all_equal(cluster: Client) -> bool:

@@ -17,9 +17,10 @@ import msgspec
 from srengine import errors, types
 from srengine.client import messages, routing
 from srengine.client.calls import Call, Caller, ChannelSource, expect
-from srengine.client.link import open_source, parse_key, read_key_file
+from srengine.client.link import open_source, read_key_file
 from srengine.client.sessions import Sessions
 from srengine.client.tables import AsyncTable
+from srengine.security import parse_public_key
 
 TIMEOUT_S_DEFAULT = 10.0
 
@@ -52,7 +53,7 @@ class AsyncClient:
         addresses, keys = routing.parse_endpoints(endpoints)
         self.timeout_s = timeout_s
         self._routes = routing.Routes(addresses, keys)
-        self._server_key = parse_key(server_key) if server_key else None
+        self._server_key = parse_public_key(server_key) if server_key else None
         self._token = token
         self._keys = read_key_file(key_file) if key_file else None
         self._source = source

@@ -1,0 +1,80 @@
+"""verify and bench: offline checks of a directory, and the suite of a checkout."""
+
+from __future__ import annotations
+
+import pytest
+
+import srengine
+from srengine.cli import bench
+
+
+@pytest.fixture
+def directory(tmp_path):
+    with srengine.open(tmp_path / "data") as store:
+        tablet = store.tablet("users")
+        tablet.put_many([(b"k%04d" % number, b"v" * 100) for number in range(2000)])
+    return tmp_path / "data"
+
+
+def test_a_whole_directory(run, directory):
+    """A directory without damage is exit code 0, and says how much was read."""
+    result = run("verify", directory, "--json")
+    assert result.code == 0
+    report = result.json
+    assert (report["clean"], report["tablets"], report["records"], report["damages"]) == (True, 1, 2000, [])
+    assert run("verify", directory).text.startswith("clean\t")
+
+
+def test_damage_is_exit_code_7(run, directory):
+    """Damage is exit code 7 in every form, and named."""
+    (file,) = directory.glob("tablets/*/data.mdb")
+    with file.open("r+b") as target:
+        content = target.read()
+        at = content.rindex(b"v" * 50)
+        target.seek(at)
+        target.write(b"w")
+    result = run("verify", directory, "--json")
+    assert result.code == 7
+    assert result.json["clean"] is False
+    assert result.json["damages"]
+    as_text = run("verify", directory)
+    assert as_text.code == 7
+    assert "damage\tkind=" in as_text.text
+
+
+def test_no_directory(run, tmp_path):
+    """Nothing there is 10; something else is 11; a directory in use is 5."""
+    assert run("verify", tmp_path / "nothing").code == 10
+    (tmp_path / "file").write_text("x")
+    assert run("verify", tmp_path).code == 11
+    with srengine.open(tmp_path / "data"):
+        assert run("verify", tmp_path / "data", "--json").json["error"]["code"] == "ALREADY_OPEN"
+
+
+def test_bench_without_benchmarks(run, monkeypatch, tmp_path):
+    """An installation without the benchmarks says where they are to be found."""
+    monkeypatch.setattr(srengine, "__file__", str(tmp_path / "srengine" / "__init__.py"))
+    result = run("bench", "--json")
+    assert result.code == 10
+    assert "checkout" in result.json["error"]["message"]
+
+
+def test_bench_runs_what_is_there(run, monkeypatch, tmp_path):
+    """NAME and the size are handed on; the table is the result as text, its figures as JSON."""
+    suite = tmp_path / "benchmarks"
+    suite.mkdir()
+    (suite / "__main__.py").write_text(
+        "import sys, json\n"
+        "print('the table')\n"
+        "out = next(word for word in sys.argv if word.startswith('--json='))[7:]\n"
+        "json.dump({'arguments': [word for word in sys.argv[1:] if not word.startswith('--json=')]}, open(out, 'w'))\n"
+        "sys.exit(5 if 'nothing' in sys.argv else 2 if 'broken' in sys.argv else 0)\n"
+    )
+    monkeypatch.setattr(bench, "benchmarks_directory", lambda: suite)
+    result = run("bench", "write", "--quick", "--json")
+    assert result.code == 0, result.errors
+    assert result.json == {"arguments": ["--quick", "-k", "write"]}
+    assert result.errors == "the table\n"
+    assert run("bench").text == "the table\n"
+    assert run("bench", "broken").code == 1
+    assert run("bench", "nothing", "--json").json["error"]["code"] == "NOT_FOUND"
