@@ -1,8 +1,8 @@
 """Named places where a test may kill, stop or break the process: ``failpoints.hit("snapshot.chunk.written")``.
 
-Off, as always outside tests, `hit` is a function that returns at once. The environment switches it on before the process
-starts: ``SRENGINE_FAILPOINTS="snapshot.chunk.written=kill@3,tablet.committed=error"`` makes the third hit of the first
-point a SIGKILL of the own process and the first hit of the second an `OSError` (EIO). Actions:
+Off, as always outside tests, `hit` is a function that returns at once. The environment switches it on before the
+process starts: ``SRENGINE_FAILPOINTS="snapshot.chunk.written=kill@3,tablet.committed=error"`` makes the third hit of
+the first point a SIGKILL of the own process and the first hit of the second an `OSError` (EIO). Actions:
 
 * ``kill``   SIGKILL to the own process: nothing is flushed, no handler runs
 * ``exit``   leave at once with exit code 86
@@ -69,7 +69,9 @@ def _pass(_name: str) -> None:
     """Do nothing: no failpoint is armed."""
 
 
-_hit: Callable[[str], None] = _Points(os.environ["SRENGINE_FAILPOINTS"]).hit if "SRENGINE_FAILPOINTS" in os.environ else _pass
+_hit: Callable[[str], None] = (
+    _Points(os.environ["SRENGINE_FAILPOINTS"]).hit if "SRENGINE_FAILPOINTS" in os.environ else _pass
+)
 
 
 def hit(name: str) -> None:

@@ -1,14 +1,14 @@
 """The one shipped artefact: a position, a manifest, chunks, a trailer.
 
-Four users, one writer, one reader, one verifier: replicas that are new or far behind, the consensus log's catch-up, jobs
-between clusters, backups. As a stream of items:
+Four users, one writer, one reader, one verifier: replicas that are new or far behind, the consensus log's catch-up,
+jobs between clusters, backups. As a stream of items:
 
 * `SnapshotSource`   a tablet as items; goes on from a mark, also of a copy that another replica began
 * `SnapshotSink`     items into a tablet; keeps its mark durably, proves root and count at the end
 * `Staged`, `InPlace`  where a sink writes: beside the real tablet until proved, or into it
 
-and as a file: `write_snapshot`, `verify_snapshot`, `apply_snapshot`. The rules stand in transfer_machine.py, the bytes in
-docs/formats-snapshot.md.
+and as a file: `write_snapshot`, `verify_snapshot`, `apply_snapshot`. The rules stand in transfer_machine.py, the bytes
+in docs/formats-snapshot.md.
 
 Memory of each side is bounded by 64 MiB + twice the largest value, whatever the tablet's size.
 """

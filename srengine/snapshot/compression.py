@@ -1,9 +1,9 @@
 """zstd at level 1 for chunks, and a reader that a hostile chunk cannot make greedy.
 
-Writing gives up by itself: a chunk that shrinks by less than a sixteenth is stored as it is, and after a few of those only
-every so many chunks are tried. Reading never trusts what the compressed bytes say of themselves: the frame is walked
-first (exactly one frame, nothing behind it, a bounded window, no other size than the head's), then decompressed as a
-stream into a buffer of the declared length + 1, so that one byte too many is noticed and none more is produced.
+Writing gives up by itself: a chunk that shrinks by less than a sixteenth is stored as it is, and after a few of those
+only every so many chunks are tried. Reading never trusts what the compressed bytes say of themselves: the frame is
+walked first (exactly one frame, nothing behind it, a bounded window, no other size than the head's), then decompressed
+as a stream into a buffer of the declared length + 1, so that one byte too many is noticed and none more is produced.
 ``max_output_size`` of the binding is no cap: it is only a hint for frames without a size.
 """
 

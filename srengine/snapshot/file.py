@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from srengine.snapshot.format import Manifest, Mark, Trailer
     from srengine.snapshot.items import Opened, Sealed
-    from srengine.snapshot.sink import Target
     from srengine.storage import Tablet
     from srengine.types import Position
 
@@ -137,16 +136,14 @@ def _write(
             failpoints.hit(f"snapshot.{Kind(item.head.kind).name.lower()}.written")
     os.fsync(fd)
     failpoints.hit("snapshot.synced")
-    os.rename(partial_path(place), place)
+    partial_path(place).rename(place)
     failpoints.hit("snapshot.renamed")
     files.sync_directory(place.parent)
     assert source.position is not None, "a source that ended has a position"
     return source.position
 
 
-def _fits(
-    manifest: Manifest, tablet: Tablet, since: Position | None, compression: str, *, share_seed: bool
-) -> bool:
+def _fits(manifest: Manifest, tablet: Tablet, since: Position | None, compression: str, *, share_seed: bool) -> bool:
     return (
         (None if manifest.base is None else manifest.base.value()) == since
         and manifest.tablet == tablet.id
@@ -165,7 +162,7 @@ def _open_partial(partial: Path) -> int:
             raise files.from_os_error(error, f"cannot write {partial}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            here, there = os.fstat(fd), os.stat(partial, follow_symlinks=False)
+            here, there = os.fstat(fd), partial.lstat()
         except BlockingIOError as error:
             os.close(fd)
             raise errors.AlreadyOpen(f"another writer is at {partial}", path=str(partial)) from error
@@ -282,7 +279,7 @@ def _proved_items(fd: int) -> Generator[Opened, None, None]:
 
 
 def _read_items(fd: int) -> Generator[tuple[bytes, bytes], None, None]:
-    """Yield (head, stored) of each item; sizes are checked against limits and the file's own before anything is read."""
+    """Yield (head, stored) of each item; sizes are checked against limits and the file's before anything is read."""
     left = os.fstat(fd).st_size
     offset = 0
     while left:

@@ -1,12 +1,12 @@
 """The words of a snapshot as values: heads, manifest, trailer, mark; and their bytes.
 
 A snapshot is a run of items: one manifest, chunks, one trailer. Each item is a head and stored bytes. The head carries
-kind, ordinal, sizes and the snapshot's random id under one digest, so that an item out of place or of another snapshot is
-named as that, not only as "damaged". Byte tables and test vectors: docs/formats-snapshot.md.
+kind, ordinal, sizes and the snapshot's random id under one digest, so that an item out of place or of another snapshot
+is named as that, not only as "damaged". Byte tables and test vectors: docs/formats-snapshot.md.
 
-Manifest, trailer and mark are msgpack maps: unknown fields are skipped, a required feature that this version does not know
-is refused with its name. They are decoded only after their size was checked, and whatever the bytes are, the answer is a
-value or an error of ours.
+Manifest, trailer and mark are msgpack maps: unknown fields are skipped, a required feature that this version does not
+know is refused with its name. They are decoded only after their size was checked, and whatever the bytes are, the
+answer is a value or an error of ours.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Head(NamedTuple):
 
 
 def read_head(data: bytes | bytearray | memoryview) -> Head:
-    """Decode the head at the start of ``data``; raises `SnapshotDamaged`, `UnsupportedFeature`. The digest is not checked."""
+    """Decode the head in front of ``data``, its digest unchecked; raises `SnapshotDamaged`, `UnsupportedFeature`."""
     return Head._make(chunk.read_head(data))
 
 
@@ -143,7 +143,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     base: StoredPosition | None = None
     """A delta's base; None in a full snapshot."""
     scan_base: Unsigned = 0
-    """Full: the sequence at which the scan began; what changed behind it follows by sequence. Delta: the base's sequence."""
+    """Full: the sequence where the scan began; what changed since follows by sequence. Delta: the base's sequence."""
     compression: Annotated[str, msgspec.Meta(pattern="^(none|zstd)$")] = "none"
     chunk_bytes: Annotated[int, msgspec.Meta(ge=1, le=limits.CHUNK_BYTES_MAX)] = limits.CHUNK_BYTES_TARGET
     """Rows of one chunk unless it is a single larger one."""
@@ -170,7 +170,7 @@ class Trailer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a receiver (or a file) is: all that another source needs to go on. Durable beside the rows it speaks of."""
+    """How far a receiver (or a file) is: all that a source needs to go on. Durable beside the rows it speaks of."""
 
     manifest: Manifest
     keys_done: bool

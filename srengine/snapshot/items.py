@@ -62,7 +62,9 @@ def _seal_words(kind: Kind, ordinal: int, view_sequence: int, body: bytes, snaps
     return Sealed(words.read_head(head), head, body)
 
 
-def seal_chunk(plan: ChunkPlan, rows: bytes | memoryview, *, compressor: Compressor, snapshot: bytes, source: bytes) -> Sealed:
+def seal_chunk(
+    plan: ChunkPlan, rows: bytes | memoryview, *, compressor: Compressor, snapshot: bytes, source: bytes
+) -> Sealed:
     """Return the chunk that ``plan`` describes; compresses and hashes without the GIL."""
     encoding, stored = compressor.encode(rows)
     head = chunk.seal(

@@ -5,10 +5,10 @@
          ^                                            |
          +---- budget: bytes between read and used ---+
 
-The native calls of every stage release the GIL, so on two processors the slowest stage decides; work that is cheap is done
-by the caller's thread (``worker=False``), because a hand-over costs some 20 microseconds. The budget counts an item from
-the moment it is read until the caller asks for the next one; a single item larger than the budget passes alone. So memory
-is bounded by the budget + the largest item in use + the next one that was read and waits.
+The native calls of every stage release the GIL, so on two processors the slowest stage decides; work that is cheap is
+done by the caller's thread (``worker=False``), because a hand-over costs some 20 microseconds. The budget counts an
+item from the moment it is read until the caller asks for the next one; a single item larger than the budget passes
+alone. So memory is bounded by the budget + the largest item in use + the next one that was read and waits.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def overlapped(
 ) -> Generator[U, None, None]:
     """Yield ``work(item)`` for each item of ``read``, in order, both running ahead in threads of their own.
 
-    An error of either stage is raised where its item would have come. Closing the generator stops and joins the threads;
-    a ``read`` with a ``close`` method is closed in the thread that ran it.
+    An error of either stage is raised where its item would have come. Closing the generator stops and joins the
+    threads; a ``read`` with a ``close`` method is closed in the thread that ran it.
     """
     budget = _Budget(budget_bytes)
     items: queue.SimpleQueue[_Entry[T]] = queue.SimpleQueue()
@@ -108,20 +108,21 @@ def overlapped(
             if worker:
                 result = results.get()
                 if isinstance(result, _End):
+                    end = result
                     break
                 held, size = [result[0]], result[1]
                 del result
             else:
                 item = items.get()
                 if isinstance(item, _End):
-                    result = item
+                    end = item
                     break
                 held, size = [work(item[0])], item[1]
                 del item
             yield held.pop()
             budget.release(size)
-        if result.error is not None:
-            raise result.error
+        if end.error is not None:
+            raise end.error
     finally:
         budget.stop()
         items.put(_End())
@@ -148,9 +149,7 @@ def _read(
         items.put(_End(error))
 
 
-def _work(
-    items: queue.SimpleQueue[_Entry[T]], work: Callable[[T], U], results: queue.SimpleQueue[_Entry[U]]
-) -> None:
+def _work(items: queue.SimpleQueue[_Entry[T]], work: Callable[[T], U], results: queue.SimpleQueue[_Entry[U]]) -> None:
     while True:
         taken = items.get()
         if isinstance(taken, _End):

@@ -1,18 +1,18 @@
 """Write the items of a snapshot into a tablet: the receiver's driver.
 
-Each item is proved (items.py), placed (transfer_machine.py), and its rows gathered until a transaction is worth its fsync;
-one thread fills while the next rows arrive. The mark goes into the same transaction as the rows it speaks of, so after
-any crash the tablet says itself where to go on. The last transaction writes meta rows, purges, compares root and count
-and takes the mark away: only then is the copy more than a copy in the making.
+Each item is proved (items.py), placed (transfer_machine.py), and its rows gathered until a transaction is worth its
+fsync; one thread fills while the next rows arrive. The mark goes into the same transaction as the rows it speaks of,
+so after any crash the tablet says itself where to go on. The last transaction writes meta rows, purges, compares root
+and count and takes the mark away: only then is the copy more than a copy in the making.
 
-Where to write is a `Target`: a stage beside the real tablet, which takes its place when proved (full copies of a node), or
-the tablet in place (deltas; an empty tablet).
+Where to write is a `Target`: a stage beside the real tablet, which takes its place when proved (full copies of a
+node), or the tablet in place (deltas; an empty tablet).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, Self
 
 from srengine import errors, failpoints, limits
 from srengine.snapshot import format as words
@@ -157,8 +157,9 @@ class SnapshotSink:
     """Takes items in order (`accept`), writes them, and proves the end (`finish`). For one thread at a time.
 
     ``target`` says where to. ``mark`` is what a source needs to go on where an earlier sink stopped: send it with the
-    request (None: nothing to go on with). `accept` blocks for the disk now and then and releases the GIL while it works.
-    A failure leaves what was filled and its mark; a new sink on the same target resumes. `close` it in any case.
+    request (None: nothing to go on with). `accept` blocks for the disk now and then and releases the GIL while it
+    works. A failure leaves what was filled and its mark; a new sink on the same target resumes. `close` it in any
+    case.
     """
 
     def __init__(self, target: Target) -> None:
@@ -184,7 +185,7 @@ class SnapshotSink:
         self._filling: concurrent.futures.Future[None] | None = None
         self._position: Position | None = None
 
-    def __enter__(self) -> SnapshotSink:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -197,7 +198,9 @@ class SnapshotSink:
         """Return how far it is, rows of earlier attempts included."""
         mark = self._machine.mark
         complete = isinstance(self._machine.state, Complete)
-        return Progress(0, 0, 0, complete) if mark is None else Progress(mark.chunks, mark.rows, mark.raw_bytes, complete)
+        return (
+            Progress(0, 0, 0, complete) if mark is None else Progress(mark.chunks, mark.rows, mark.raw_bytes, complete)
+        )
 
     @property
     def resume_mark(self) -> bytes | None:
@@ -237,7 +240,8 @@ class SnapshotSink:
 
     def close(self) -> None:
         """Write what was gathered, if its copy is not complete, and stop the thread. Errors of the disk pass silently:
-        what was not written is sent again."""
+        what was not written is sent again.
+        """
         try:
             if self._position is None and self._batch:
                 self._flush()

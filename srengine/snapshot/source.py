@@ -1,8 +1,9 @@
 """Read a tablet into the items of a snapshot: the sender's driver.
 
-The machine (transfer_machine.SendMachine) says what to read next; here views are opened, rows read, compressed and sealed,
-scan, compression and the reader of the items each in a thread of its own. A view serves a few chunks and is given back,
-so neither a slow receiver nor a large tablet pins one; one that expired is replaced by the next, which loses nothing.
+The machine (transfer_machine.SendMachine) says what to read next; here views are opened, rows read, compressed and
+sealed, scan, compression and the reader of the items each in a thread of its own. A view serves a few chunks and is
+given back, so neither a slow receiver nor a large tablet pins one; one that expired is replaced by the next, which
+loses nothing.
 """
 
 from __future__ import annotations
@@ -75,11 +76,11 @@ class SnapshotSource:
 
     Iterate once, from one thread. ``since``: a delta behind that position (`Diverged` when it is not of this history,
     `BelowPurgeMark` when the log does not reach back so far). ``resume``: a receiver's mark; if this tablet can go on
-    from it, ``resumed`` is true and the items are the manifest again and then the chunks behind the mark, else a new full
-    snapshot follows and ``reason`` says why. ``compression``: "zstd" or "none".
+    from it, ``resumed`` is true and the items are the manifest again and then the chunks behind the mark, else a new
+    full snapshot follows and ``reason`` says why. ``compression``: "zstd" or "none".
 
-    Fields: ``manifest``; ``resumed``; ``reason`` (empty when all went as asked); ``position`` (None until the trailer was
-    produced); ``mark`` (what was produced so far).
+    Fields: ``manifest``; ``resumed``; ``reason`` (empty when all went as asked); ``position`` (None until the trailer
+    was produced); ``mark`` (what was produced so far).
     """
 
     def __init__(
@@ -198,9 +199,7 @@ class SnapshotSource:
             tablet=self._tablet.id,
             kind="full" if since is None else "delta",
             lineage=here.lineage,
-            ancestry=tuple(
-                Ancestor(lineage=lineage, sequence=sequence) for lineage, sequence in self._tablet.ancestry
-            ),
+            ancestry=tuple(Ancestor(lineage=lineage, sequence=sequence) for lineage, sequence in self._tablet.ancestry),
             seed=self._tablet.seed if share_seed else None,
             seed_id=seed_id(self._tablet.seed),
             base=None if since is None else StoredPosition.of(since),

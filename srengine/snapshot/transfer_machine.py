@@ -32,6 +32,7 @@ from typing import Final, NoReturn, TypeAlias, assert_never
 import msgspec
 
 from srengine import errors
+from srengine._native import chunk
 from srengine.snapshot import format as words
 from srengine.snapshot.format import Encoding, Head, Kind, Manifest, Mark, Trailer
 
@@ -68,7 +69,7 @@ Message: TypeAlias = ManifestRead | ChunkRead | TrailerRead
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Begin:
-    """Prepare the target. ``resumed``: it already holds what the mark says; otherwise it starts empty or at the base."""
+    """Prepare the target. ``resumed``: it holds what the mark says already; otherwise it is empty or at the base."""
 
     manifest: Manifest
     resumed: bool
@@ -210,15 +211,11 @@ class ReceiveMachine:
         self._emit(apply=(Finish(trailer),))
 
     def _receiving(self, head: Head) -> Mark:
-        match self.state:
-            case Receiving(mark):
-                return mark
-            case Waiting():
-                _refuse("an item before the manifest", head)
-            case Complete():
-                _refuse("an item after the trailer", head)
-            case _:
-                assert_never(self.state)
+        if isinstance(self.state, Waiting):
+            _refuse("an item before the manifest", head)
+        if isinstance(self.state, Complete):
+            _refuse("an item after the trailer", head)
+        return self.state.mark
 
 
 def first_mark(manifest: Manifest, digest: bytes) -> Mark:
@@ -232,7 +229,7 @@ def first_mark(manifest: Manifest, digest: bytes) -> Mark:
         chunks=0,
         rows=0,
         raw_bytes=0,
-        digest=words.chunk.fold(words.NO_DIGEST, digest),
+        digest=chunk.fold(words.NO_DIGEST, digest),
     )
 
 
@@ -275,7 +272,7 @@ def advance(mark: Mark, head: Head) -> Mark:
         chunks=mark.chunks + 1,
         rows=mark.rows + head.row_count,
         raw_bytes=mark.raw_bytes + head.raw_bytes,
-        digest=words.chunk.fold(mark.digest, head.digest),
+        digest=chunk.fold(mark.digest, head.digest),
     )
 
 

@@ -67,11 +67,26 @@ def seal(
 
 
 def reseal(item: bytes, **changes: object) -> bytes:
-    """Return a whole item with fields of its head (or ``stored``) replaced and the digest right again: a liar's item."""
-    names = (
-        "magic format kind encoding flags ordinal raw_bytes stored_bytes row_count after_bytes last_bytes view_sequence "
-        "after_sequence last_sequence snapshot source reserved"
-    ).split()
+    """Return an item with fields of its head (or ``stored``) replaced and the digest right again: a liar's item."""
+    names = [
+        "magic",
+        "format",
+        "kind",
+        "encoding",
+        "flags",
+        "ordinal",
+        "raw_bytes",
+        "stored_bytes",
+        "row_count",
+        "after_bytes",
+        "last_bytes",
+        "view_sequence",
+        "after_sequence",
+        "last_sequence",
+        "snapshot",
+        "source",
+        "reserved",
+    ]
     fields = dict(zip(names, HEAD.unpack(item[: HEAD.size]), strict=True))
     keys_at = HEAD.size + 16
     after_key = item[keys_at : keys_at + fields["after_bytes"]]

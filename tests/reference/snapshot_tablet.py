@@ -1,4 +1,4 @@
-"""A tablet in plain Python with the faces that snapshots use: views, rows, fill. All of it as slow and plain as can be."""
+"""A tablet in plain Python with the faces that snapshots use: views, rows, fill. As slow and plain as can be."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class Batch(NamedTuple):
 
 
 def root_of(records: dict[bytes, Row]) -> bytes:
-    total = sum(int.from_bytes(hashlib.blake2b(repr(row).encode(), digest_size=16).digest()) for row in records.values())
+    total = sum(
+        int.from_bytes(hashlib.blake2b(repr(row).encode(), digest_size=16).digest()) for row in records.values()
+    )
     return (total % 2**128).to_bytes(16, "little")
 
 
@@ -164,15 +166,15 @@ class PlainTablet:
 
     def promised(self, meta: bytes, state: bytes) -> Position:
         try:
-            eval(meta)  # noqa: S307  (our own repr, in a test)
-            return Position(*eval(state))  # noqa: S307
+            eval(meta)
+            return Position(*eval(state))
         except SyntaxError as error:
             raise errors.FrameError("no repr of ours") from error
 
     def finish_fill(self, meta: bytes, state: bytes, *, rows: bytes | bytearray | memoryview = b"") -> Position:
         before = dict(self.records)
-        lineage, sequence, root, count = eval(state)  # noqa: S307
-        _, mark = eval(meta)  # noqa: S307
+        lineage, sequence, root, count = eval(state)
+        _, mark = eval(meta)
         self._put_rows(rows)
         self._purge(mark)
         if (root_of(self.records), len(self.records)) != (root, count):

@@ -98,7 +98,9 @@ def test_what_is_longer_is_refused(tmp_path):
     refused([*ITEMS, bytes(500)], tmp_path, "no item of a snapshot")
     refused([*ITEMS, ITEMS[-1]], tmp_path, "after the trailer")
     refused([*ITEMS, *ITEMS], tmp_path, "second manifest|after the trailer")
-    refused([*ITEMS[:-1], oracle.reseal(ITEMS[3], ordinal=len(ITEMS) - 1), ITEMS[-1]], tmp_path, "by key after the scan")
+    refused(
+        [*ITEMS[:-1], oracle.reseal(ITEMS[3], ordinal=len(ITEMS) - 1), ITEMS[-1]], tmp_path, "by key after the scan"
+    )
 
 
 def test_reordered_chunks_are_refused(tmp_path):
@@ -267,10 +269,20 @@ def test_any_bytes_as_words_are_a_value_or_a_typed_error(decode, data):
         pass
 
 
-@given(st.dictionaries(st.sampled_from(["format", "snapshot", "kind", "base", "ancestry", "x"]), st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=20) | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
-)))
+@given(
+    st.dictionaries(
+        st.sampled_from(["format", "snapshot", "kind", "base", "ancestry", "x"]),
+        st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers(-(2**63), 2**64 - 1)
+            | st.floats()
+            | st.binary(max_size=20)
+            | st.text(max_size=9),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+        ),
+    )
+)
 def test_any_values_as_a_manifest_are_a_manifest_or_a_typed_error(fields):
     manifest = msgspec.msgpack.decode(words.encode_manifest(words.decode_manifest(ITEMS[0][words.HEAD_BYTES :])))
     try:

@@ -30,13 +30,13 @@ def test_a_full_file_and_a_delta_bring_an_empty_tablet_to_the_source(tmp_path):
     delta = write_snapshot(source, tmp_path / "delta", since=full, chunk_bytes=900)
     assert apply_snapshot(target, tmp_path / "delta") == delta
     assert target.records == source.records
-    assert sorted(os.listdir(tmp_path)) == ["delta", "full"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "full"]
     assert (tmp_path / "full").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("kind", ["full", "delta"])
 def test_a_file_cut_anywhere_is_gone_on_with(kind, tmp_path):
-    """T10: whatever prefix of a partial file is there, the writer goes on behind the last whole chunk, also elsewhere."""
+    """T10: whatever prefix of a partial file is there, a writer goes on behind the last whole chunk, also elsewhere."""
     source = made_tablet(count=120)
     base = source.copy()
     change(source, random.Random(3), 40)
@@ -155,7 +155,7 @@ def test_a_killed_writer_leaves_the_old_file_and_is_gone_on_with(point, tmp_path
     target = PlainTablet(lineage="fresh")
     apply_snapshot(target, path)
     assert target.records == other.records
-    assert os.listdir(tmp_path) == ["snap"]
+    assert [path.name for path in tmp_path.iterdir()] == ["snap"]
 
 
 def test_an_application_cut_in_the_middle_is_gone_on_with(tmp_path, monkeypatch):

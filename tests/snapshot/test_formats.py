@@ -50,9 +50,7 @@ def made() -> dict[str, bytes]:
         after_sequence=0,
         last_sequence=0,
     )
-    chunk = items.seal_chunk(
-        plan, ROWS, compressor=Compressor(active=False), snapshot=SNAPSHOT, source=words.NO_SOURCE
-    )
+    chunk = items.seal_chunk(plan, ROWS, compressor=Compressor(active=False), snapshot=SNAPSHOT, source=words.NO_SOURCE)
     mark = advance(first_mark(manifest, first.head.digest), chunk.head)
     trailer = words.Trailer(
         target=words.StoredPosition(lineage="l", sequence=2, root=b"\x11" * 16, count=2),
@@ -116,5 +114,7 @@ def test_the_rows_are_laid_out_as_the_table_says():
 def test_every_field_is_in_its_table(title, kind):
     text = PAGE.read_text(encoding="utf-8")
     table = text[text.index(title) :].split("\n## ")[0]
-    names = [name.strip() for cell in re.findall(r"^\| ([a-z_, ]+) \|", table, re.MULTILINE) for name in cell.split(",")]
+    names = [
+        name.strip() for cell in re.findall(r"^\| ([a-z_, ]+) \|", table, re.MULTILINE) for name in cell.split(",")
+    ]
     assert [name for name in names if name != "field"] == list(kind.__struct_fields__)

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from srengine import errors, limits
-from srengine.snapshot import SnapshotSource, verify_snapshot, write_snapshot
+from srengine.snapshot import SnapshotSource, write_snapshot
 from srengine.snapshot import format as words
 from srengine.snapshot.compression import Compressor, Decompressor
 from tests.reference import chunk as oracle

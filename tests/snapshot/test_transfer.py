@@ -180,7 +180,7 @@ def test_a_full_copy_does_not_touch_the_tablet_it_will_replace():
         for item in liar_items[:-1]:
             sink.accept(item)
         trailer = words.decode_trailer(items[-1][words.HEAD_BYTES :])
-        honest = sink._machine.mark  # noqa: SLF001  (a liar with a trailer of its own making)
+        honest = sink._machine.mark
         from srengine.snapshot import items as sealing
 
         forged = sealing.seal_trailer(
