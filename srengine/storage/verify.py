@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +29,6 @@ from srengine.storage.report import Damage, VerifyReport
 from srengine.storage.store import IDENTITY_NAME, TABLETS_NAME, TEMPORARY_NAME
 
 _IDENTITY_BYTES_MAX: Final = 1 << 20
-_LOCK_FILE: Final = "lock.mdb"
 _RECORD: Final = struct.Struct("<BBHQQQ")  # format, flags, version entries, sequence, hybrid clock, content checksum
 
 
@@ -138,24 +138,24 @@ def _verify_records(path: Path, tablet_id: str, name: str, report: VerifyReport)
     from srengine.storage.tablet import Tablet
 
     where = f"{TABLETS_NAME}/{tablet_id}/{pages.DATA_NAME}"
-    had_lock_file = (path / _LOCK_FILE).exists()
-    try:
-        tablet = Tablet.open(path, tablet_id, name=name, read_only=True)
+    # LMDB wants to write its lock file beside the data, so the data is shown to it in another place. Nobody else has
+    # the environment open: the directory is locked.
+    with tempfile.TemporaryDirectory(prefix="srengine-verify-") as beside:
+        Path(beside, pages.DATA_NAME).symlink_to((path / pages.DATA_NAME).absolute())
         try:
-            found = tablet.verify()
-        finally:
-            tablet.close()
-    except errors.Error as error:
-        kind = "foreign" if isinstance(error, errors.ForeignData) else "row"
-        report.add(Damage(kind, where, error.message, tablet=tablet_id))
-    else:
-        report.records += found.records
-        report.dropped += found.dropped
-        for damage in found.damages:
-            report.add(damage)
-    finally:
-        if not had_lock_file:
-            (path / _LOCK_FILE).unlink(missing_ok=True)
+            tablet = Tablet.open(Path(beside), tablet_id, name=name, read_only=True)
+            try:
+                found = tablet.verify()
+            finally:
+                tablet.close()
+        except errors.Error as error:
+            kind = "foreign" if isinstance(error, errors.ForeignData) else "row"
+            report.add(Damage(kind, where, error.message.replace(beside, str(path)), tablet=tablet_id))
+            return
+    report.records += found.records
+    report.dropped += found.dropped
+    for damage in found.damages:
+        report.add(damage)
 
 
 def _verify_readable_records(path: Path, tablet_id: str, report: VerifyReport) -> None:

@@ -81,7 +81,7 @@ def test_a_failed_meta_write_fences_the_tablet(library, tmp_path):
     ended = children.run(
         (
             OPEN,
-            "break_from_now(META, 5)\n"
+            "break_from_now(META, 5)\n",
             "tell([code_of(put(1)), code_of(put(2)), code_of(lambda: tablet.get(b'key-0'))])\n",
         ),
         path,

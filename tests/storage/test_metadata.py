@@ -314,8 +314,8 @@ def test_an_input_output_error_fences(library, tmp_path, kind):
     ended = children.run(
         (
             OPEN,
-            f"break_from_now({kind}, 5)\n"
-            "tell([code_of(put(1)), code_of(put(2)), code_of(lambda: store.get('t', b'0'))])",
+            f"break_from_now({kind}, 5)\n",
+            "tell([code_of(put(1)), code_of(put(2)), code_of(lambda: store.get('t', b'0'))])\n",
         ),
         path,
         library=library,
@@ -373,6 +373,7 @@ def test_every_kill_leaves_a_store_that_opens(library, tmp_path):
         assert len(rows) >= len(ended.lines)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_is_refused_and_the_parent_unharmed(store):
     """F18, T14: after a fork the child gets `ForkedEnvironment` from every call; the parent goes on."""
     fill(store, "t", [(b"k", b"v")])
