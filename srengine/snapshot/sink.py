@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 FILL_BYTES: Final = 16 * limits.MIB
 """Rows of one transaction. Held up to three times: gathered, being written, and as LMDB's dirty pages."""
+_FIRST_FILL_BYTES: Final = 2 * limits.MIB
+"""Of the first transaction; each may be twice as large as the one before, so that the disk is soon at work."""
 FILL_ROWS_MAX: Final = 100_000
 
 
@@ -176,7 +178,14 @@ class SnapshotSink:
         self.mark = left
         self._machine = ReceiveMachine(mark)
         self._decompressor = Decompressor()
-        self._batch = bytearray()
+        self._buffers = [bytearray(), bytearray()]
+        """One is gathered into, the other may be being written. Made at their full size once and used again: memory that
+        comes and goes with every transaction costs more than what it holds."""
+        self._batch = memoryview(b"")
+        """The first of the buffers."""
+        self._used = 0
+        """Bytes gathered in it."""
+        self._batch_bytes_max = min(_FIRST_FILL_BYTES, FILL_BYTES)
         self._batch_rows = 0
         self._batch_order: tuple[bool, int] | None = None
         """(by key, view) of the gathered rows: a batch never holds a key twice, so it never mixes these."""
@@ -243,13 +252,13 @@ class SnapshotSink:
         what was not written is sent again.
         """
         try:
-            if self._position is None and self._batch:
+            if self._position is None and self._used:
                 self._flush()
             self._wait()
         except errors.Error:
             pass
         finally:
-            self._batch = bytearray()
+            self._used = 0
             if self._thread is not None:
                 self._thread.shutdown(wait=True)
                 self._thread = None
@@ -259,32 +268,39 @@ class SnapshotSink:
     def _gather(self, head: Head, rows: memoryview, mark: Mark) -> None:
         # Rows by sequence of two views may name a key twice; rows by key never do.
         order = (head.by_key, 0 if head.by_key else head.view_sequence)
-        full = len(self._batch) + len(rows) > FILL_BYTES or self._batch_rows + head.row_count > FILL_ROWS_MAX
-        if self._batch and (full or order != self._batch_order):
+        full = self._used + len(rows) > self._batch_bytes_max or self._batch_rows + head.row_count > FILL_ROWS_MAX
+        if self._used and (full or order != self._batch_order):
             self._flush()
         self._batch_order = order
         self._batch_mark = words.encode_mark(mark)
         if len(rows) > FILL_BYTES // 2:
             # Alone and uncopied, with nothing else in the making: it may be of the largest size.
-            if self._batch:
+            if self._used:
                 self._flush()
             self._wait()
             assert self._tablet is not None, "rows come after the manifest"
             self._fill(self._tablet, rows, self._batch_mark)
             return
-        self._batch += rows
+        if not self._buffers[0]:
+            self._buffers[0] = bytearray(FILL_BYTES)
+            self._batch = memoryview(self._buffers[0])
+        self._batch[self._used : self._used + len(rows)] = rows
+        self._used += len(rows)
         self._batch_rows += head.row_count
 
     def _flush(self) -> None:
         self._wait()
         assert self._tablet is not None, "rows come after the manifest"
-        batch, self._batch, self._batch_rows = self._batch, bytearray(), 0
+        batch = self._batch[: self._used]
+        self._buffers.reverse()
+        self._batch, self._used, self._batch_rows = memoryview(self._buffers[0]), 0, 0
+        self._batch_bytes_max = min(2 * self._batch_bytes_max, FILL_BYTES)
         if self._thread is None:
             self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="srengine-snapshot-fill")
         self._filling = self._thread.submit(self._fill, self._tablet, batch, self._batch_mark)
 
     @staticmethod
-    def _fill(tablet: Tablet, rows: bytearray | memoryview, mark: bytes) -> None:
+    def _fill(tablet: Tablet, rows: memoryview, mark: bytes) -> None:
         failpoints.hit("snapshot.fill.before")
         tablet.fill(rows, mark)
         failpoints.hit("snapshot.fill.after")
@@ -307,12 +323,12 @@ class SnapshotSink:
                     f"snapshot refused: the trailer's target is {target.lineage}:{target.sequence}, its state row says "
                     f"{promised.lineage}:{promised.sequence}, or roots or counts differ"
                 )
-            position = tablet.finish_fill(trailer.meta, trailer.state, rows=self._batch)
+            position = tablet.finish_fill(trailer.meta, trailer.state, rows=self._batch[: self._used])
         except errors.FrameError as error:
             raise errors.SnapshotDamaged(f"snapshot refused: the trailer's rows: {error.message}") from error
         assert position == target, (position, target)
         failpoints.hit("snapshot.finish.after")
-        self._batch = bytearray()
+        self._used = 0
         self._tablet = self._target.complete(tablet)
         failpoints.hit("snapshot.finish.complete")
         self._position = position
