@@ -850,7 +850,7 @@ cdef class Environment:
             free(made)
             free(operations)
 
-    def apply_rows(self, const uint8_t[::1] rows not None, list meta not None, bint append_changes, base, target):
+    def apply_rows(self, const uint8_t[::1] rows not None, meta not None, bint append_changes, base, target):
         """Put rows of another replica, and meta rows [(database, name, value or None)], in one transaction.
 
         ``base`` (sequence, root or None) must be where the tablet stands, if given. With ``target``, the state row of

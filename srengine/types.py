@@ -47,7 +47,7 @@ class Position(NamedTuple):
     lineage: str
     sequence: int
     root: bytes
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own count() is not missed
 
 
 class Record(NamedTuple):

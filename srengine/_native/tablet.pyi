@@ -1,4 +1,4 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 def lmdb_version() -> tuple[int, int, int]: ...
@@ -49,7 +49,7 @@ class Environment:
     def apply_rows(
         self,
         rows: bytes | bytearray | memoryview,
-        meta: list[tuple[int, bytes, bytes | None]],
+        meta: Sequence[tuple[int, bytes, bytes | None]],
         append_changes: bool,
         base: tuple[int, bytes | None] | None,
         target: bytes | None,

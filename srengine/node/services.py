@@ -20,7 +20,7 @@ from srengine.cluster import catalog
 from srengine.ha import leader_machine as lm
 from srengine.ha.journal import Command
 from srengine.storage import Batch, check_operations
-from srengine.storage.tablet import KIND_OPEN_SESSION
+from srengine.storage.entries import KIND_OPEN_SESSION
 from srengine.sync.leading import TabletLeader
 from srengine.sync.reading import Found, Range
 from srengine.transport import Peer, Reply

@@ -19,40 +19,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from srengine.storage.entries import Batch as Batch
+    from srengine.storage.entries import Delta as Delta
+    from srengine.storage.entries import Outcome as Outcome
+    from srengine.storage.entries import check_operations as check_operations
+    from srengine.storage.entries import check_rows as check_rows
+    from srengine.storage.entries import encode_deletes as encode_deletes
+    from srengine.storage.entries import encode_operations as encode_operations
+    from srengine.storage.entries import encode_puts as encode_puts
     from srengine.storage.metadata import MetadataStore as MetadataStore
     from srengine.storage.report import Damage as Damage
     from srengine.storage.report import VerifyReport as VerifyReport
     from srengine.storage.store import Store as Store
     from srengine.storage.store import open_store as open_store
-    from srengine.storage.tablet import Batch as Batch
-    from srengine.storage.tablet import Delta as Delta
-    from srengine.storage.tablet import Outcome as Outcome
-    from srengine.storage.tablet import RowBatch as RowBatch
     from srengine.storage.tablet import Tablet as Tablet
-    from srengine.storage.tablet import check_operations as check_operations
-    from srengine.storage.tablet import check_rows as check_rows
-    from srengine.storage.tablet import encode_deletes as encode_deletes
-    from srengine.storage.tablet import encode_operations as encode_operations
-    from srengine.storage.tablet import encode_puts as encode_puts
     from srengine.storage.verify import verify_directory as verify_directory
+    from srengine.storage.view import RowBatch as RowBatch
     from srengine.storage.view import View as View
 
 _HOME = {
-    "Batch": "tablet",
+    "Batch": "entries",
     "Damage": "report",
-    "Delta": "tablet",
+    "Delta": "entries",
     "MetadataStore": "metadata",
-    "Outcome": "tablet",
-    "RowBatch": "tablet",
+    "Outcome": "entries",
+    "RowBatch": "view",
     "Store": "store",
     "Tablet": "tablet",
     "VerifyReport": "report",
     "View": "view",
-    "check_operations": "tablet",
-    "check_rows": "tablet",
-    "encode_deletes": "tablet",
-    "encode_operations": "tablet",
-    "encode_puts": "tablet",
+    "check_operations": "entries",
+    "check_rows": "entries",
+    "encode_deletes": "entries",
+    "encode_operations": "entries",
+    "encode_puts": "entries",
     "open_store": "store",
     "verify_directory": "verify",
 }

@@ -1,8 +1,8 @@
 """A tablet: records, their change log, root and count; the unit of storage and of replication.
 
-A tablet is a deterministic state machine. Entries go in, each operation has its sequence, records change, and at the end
-of every entry the **root** (the sum modulo 2^128 of the digests of all records) says what the tablet holds. A **position**
-is (lineage, sequence, root, count): equal lineage and sequence mean equal root, anything else is damage.
+A tablet is a deterministic state machine. Entries go in, each operation has its sequence, records change, and at the
+end of every entry the **root** (the sum modulo 2^128 of the digests of all records) says what the tablet holds. A
+**position** is (lineage, sequence, root, count): equal lineage and sequence mean equal root, anything else is damage.
 
     application    get put delete scan view          one process, no network
     log            apply([Batch, ...])               a leader, or whoever feeds the log
@@ -24,116 +24,34 @@ import secrets
 import struct
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from srengine import errors, limits
 from srengine._native import tablet as kernel
-from srengine._native.tablet import check_operations, check_rows
-from srengine._native.tablet import encode_operations as _encode
+from srengine.storage.entries import (
+    APPLIED,
+    CONDITION_FAILED,
+    KIND_OPEN_SESSION,
+    KIND_PURGE,
+    Batch,
+    Delta,
+    Outcome,
+    check_rows,
+    condition,
+    conflict,
+    decode_outcome,
+)
 from srengine.storage.report import DAMAGES_MAX, Damage, VerifyReport
-from srengine.storage.view import TOMBSTONE, RowBatch, View, decode_meta
+from srengine.storage.view import TOMBSTONE, View, decode_meta
 from srengine.types import Position, Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = [
-    "Batch",
-    "Delta",
-    "Outcome",
-    "RowBatch",
-    "Tablet",
-    "check_operations",
-    "check_rows",
-    "encode_deletes",
-    "encode_operations",
-    "encode_puts",
-]
-
 FORMAT: Final = 1
-PUT: Final = 0
-DELETE: Final = 1
-CONDITION_NONE: Final = 0
-IF_ABSENT: Final = 1
-IF_VERSION: Final = 2
-IF_PRESENT: Final = 3
-APPLIED: Final = 0
-CONDITION_FAILED: Final = 1
-NOTHING_TO_DO: Final = 2
-KIND_BATCH: Final = 1
-KIND_OPEN_SESSION: Final = 2
-KIND_PURGE: Final = 3
-_DUPLICATE: Final = 1
-_REFUSED: Final = 2
 _MAP_BYTES_MIN: Final = limits.GIB
 _NO_FLOOR: Final = 2**64 - 1
-_ANSWER = struct.Struct("<16sQQBI")
 _ANCESTOR = struct.Struct("<16sQ")
-
-Operation = tuple[int, bytes, bytes | None, int, int]
-"""(kind PUT or DELETE, key, value, condition, expected version)"""
-
-
-def encode_operations(operations: Iterable[Operation]) -> bytes:
-    """Encode operations for `Batch`. Raises `InvalidValue`, `TypeError` for keys and values out of bounds."""
-    return _encode(operations)
-
-
-def encode_puts(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Encode unconditional puts."""
-    return _encode([(PUT, key, value, CONDITION_NONE, 0) for key, value in pairs])
-
-
-def encode_deletes(keys: Iterable[bytes]) -> bytes:
-    """Encode unconditional deletes."""
-    return _encode([(DELETE, key, None, CONDITION_NONE, 0) for key in keys])
-
-
-class Batch(NamedTuple):
-    """One entry: operations as bytes, applied whole; its request id, if it has one.
-
-    ``session`` is 16 bytes and ``number`` rises from 1 in it; a repeated (session, number) gets the kept answer and
-    changes nothing. ``kind`` KIND_OPEN_SESSION opens the session; KIND_PURGE removes tombstones up to ``argument``.
-    """
-
-    operations: bytes
-    session: bytes = b""
-    number: int = 0
-    kind: int = KIND_BATCH
-    argument: int = 0
-
-
-class Outcome(NamedTuple):
-    """What came of a batch.
-
-    ``results``: one byte an operation (APPLIED, CONDITION_FAILED, NOTHING_TO_DO). Operation i has the version
-    ``first_sequence`` + i. ``entry_end`` is the sequence at the entry's end and ``root`` the root there; an answer may
-    be given once that sequence is safe. A ``duplicate`` was not executed again: results and sequences are those of the
-    first time. A ``refused`` one is older than the kept window, or its session unknown: not executed.
-    """
-
-    first_sequence: int
-    last_sequence: int
-    entry_end: int
-    root: bytes
-    results: bytes
-    duplicate: bool = False
-    refused: bool = False
-
-
-class Delta(NamedTuple):
-    """All that changed after a position, ending at a position of the source; bytes ready for the wire.
-
-    ``rows``: records in sequence order; ``meta``: request and session rows; ``state``: the source's state row, whose
-    root and count the receiver must reach. ``base_root`` is None when the source no longer has it in its ring.
-    """
-
-    base_sequence: int
-    base_root: bytes | None
-    rows: bytes
-    meta: bytes
-    state: bytes
-    position: Position
 
 
 class SnapshotService(Protocol):
@@ -161,7 +79,9 @@ class Tablet:
     ``read_only`` whether writes are refused.
     """
 
-    def __init__(self, environment: kernel.Environment, path: Path, tablet_id: str, name: str, *, read_only: bool) -> None:
+    def __init__(
+        self, environment: kernel.Environment, path: Path, tablet_id: str, name: str, *, read_only: bool
+    ) -> None:
         self.id = tablet_id
         self.name = name
         self.path = path
@@ -230,19 +150,22 @@ class Tablet:
             view_ms_max=int(view_age_s_max * 1000),
         )
         try:
-            found = environment.get_meta(b"tablet")
-            if found != bytes.fromhex(tablet_id):
-                shown = "nothing" if found is None else found.hex()
-                raise errors.ForeignData(f"{path} holds tablet {shown}, not {tablet_id}", path=str(path), tablet=tablet_id)
-            written = environment.get_meta(b"format")
-            if written != struct.pack("<I", FORMAT):
-                raise errors.UnsupportedFeature(
-                    f"{path} has a format that this version does not know; it knows {FORMAT}", path=str(path)
-                )
+            cls._check_identity(environment, path, tablet_id)
             return cls(environment, path, tablet_id, name or tablet_id, read_only=read_only)
         except BaseException:
             environment.close()
             raise
+
+    @staticmethod
+    def _check_identity(environment: kernel.Environment, path: Path, tablet_id: str) -> None:
+        found = environment.get_meta(b"tablet")
+        if found != bytes.fromhex(tablet_id):
+            shown = "nothing" if found is None else found.hex()
+            raise errors.ForeignData(f"{path} holds tablet {shown}, not {tablet_id}", path=str(path), tablet=tablet_id)
+        if environment.get_meta(b"format") != struct.pack("<I", FORMAT):
+            raise errors.UnsupportedFeature(
+                f"{path} has a format that this version does not know; it knows {FORMAT}", path=str(path)
+            )
 
     def _reload(self) -> None:
         image = self._environment.get_meta(b"ancestry")
@@ -343,7 +266,7 @@ class Tablet:
         return self._environment.file_bytes()
 
     def root_at(self, sequence: int) -> bytes | None:
-        """Return the root at the end of the entry that ended at ``sequence``, or None when it is not kept (any more)."""
+        """Return the root at the end of the entry that ended at ``sequence``, or None when it is not kept."""
         return self._environment.root_at(sequence)
 
     @property
@@ -418,8 +341,11 @@ class Tablet:
             if self.seed == other.seed and here.position[2:] == there.position[2:]:
                 return []
             same_history = here.position.lineage == there.position.lineage
-            return list(_differing(here.records(tombstones=same_history), there.records(tombstones=same_history),
-                                   versions=same_history))
+            return list(
+                _differing(
+                    here.records(tombstones=same_history), there.records(tombstones=same_history), versions=same_history
+                )
+            )
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -434,9 +360,7 @@ class Tablet:
         with self._mint_lock:
             if self._adopted:
                 child = (secrets.token_hex(16), self.sequence + 1)
-                self._environment.put_meta(
-                    {b"ancestry": _encode_ancestry([*self._ancestry, child]), b"adopted": None}
-                )
+                self._environment.put_meta({b"ancestry": _encode_ancestry([*self._ancestry, child]), b"adopted": None})
                 self._ancestry.append(child)
                 self._adopted = False
 
@@ -447,17 +371,19 @@ class Tablet:
         `TabletFenced`.
         """
         self._check_writable()
-        result, version, current = self._environment.put(key, value, *_condition(if_absent, if_version))
+        result, version, current = self._environment.put(
+            key, value, *condition(if_absent=if_absent, if_version=if_version)
+        )
         if result == CONDITION_FAILED:
-            raise _conflict(key, current)
+            raise conflict(key, current)
         return version
 
     def delete(self, key: bytes, *, if_version: int | None = None) -> bool:
         """Delete one record durably; return whether there was one. Raises as `put`."""
         self._check_writable()
-        result, _, current = self._environment.delete(key, *_condition(False, if_version))  # noqa: FBT003
+        result, _, current = self._environment.delete(key, *condition(if_version=if_version))
         if result == CONDITION_FAILED:
-            raise _conflict(key, current)
+            raise conflict(key, current)
         return result == APPLIED
 
     def put_many(self, pairs: Iterable[tuple[bytes, bytes]]) -> int:
@@ -480,7 +406,7 @@ class Tablet:
         raw = self._environment.apply(
             [(batch.kind, batch.operations, batch.session, batch.number, batch.argument) for batch in batches]
         )
-        return [_outcome(*fields) for fields in raw]
+        return [decode_outcome(*fields) for fields in raw]
 
     def open_session(self, session: bytes) -> Outcome:
         """Open a session (16 bytes) for request ids."""
@@ -512,7 +438,7 @@ class Tablet:
             if not batch.done or len(batch.rows) > bytes_max:
                 return None
             meta = view.meta_rows(sequence) if sequence else view.meta_rows(0)
-            return Delta(sequence, self.root_at(sequence), batch.rows, meta, view.state, view.position)
+            return Delta(sequence, self.root_at(sequence), bytes(batch.rows), meta, view.state, view.position)
 
     def apply_delta(self, delta: Delta) -> Position:
         """Apply a delta in one transaction and prove root and count at its end; return the new position.
@@ -534,7 +460,11 @@ class Tablet:
         check_rows(delta.rows, sorted_by=2)
         meta = [row for row in decode_meta(delta.meta) if row[0] != 0]
         self._environment.apply_rows(
-            delta.rows, meta, True, (delta.base_sequence, delta.base_root), bytes(delta.state)  # noqa: FBT003
+            delta.rows,
+            meta,
+            True,
+            (delta.base_sequence, delta.base_root),
+            bytes(delta.state),
         )
         return self.position
 
@@ -546,7 +476,7 @@ class Tablet:
         return self._fill_mark
 
     def adopt_seed(self, seed: bytes) -> None:
-        """Take over the seed of the tablet that this empty one becomes a copy of. Raises `Conflict` if it is not empty."""
+        """Take over the seed of the tablet that this empty one becomes a copy of. Raises `Conflict` unless empty."""
         self._environment.adopt_seed(seed)
 
     def mark_adopted(self) -> None:
@@ -582,7 +512,9 @@ class Tablet:
         try:
             self._environment.apply_rows(rows, [*decoded, (0, b"fill", None)], not whole, None, bytes(state))
         except errors.Diverged as error:
-            raise errors.SnapshotDamaged(f"the copy of tablet {self.id} is not what its source proved", tablet=self.id) from error
+            raise errors.SnapshotDamaged(
+                f"the copy of tablet {self.id} is not what its source proved", tablet=self.id
+            ) from error
         self._reload()
         return self.position
 
@@ -590,7 +522,9 @@ class Tablet:
         """Return the position that `finish_fill` would prove; nothing is written. Raises `FrameError`."""
         lineage = self.lineage
         if self._fills_whole():
-            image = next((value for database, name, value in decode_meta(meta) if (database, name) == (0, b"ancestry")), b"")
+            image = next(
+                (value for database, name, value in decode_meta(meta) if (database, name) == (0, b"ancestry")), b""
+            )
             if not image or len(image) % _ANCESTOR.size:
                 raise errors.FrameError("the rows of a full copy name no lineage")
             lineage = [raw.hex() for raw, _ in _ANCESTOR.iter_unpack(image)][-1]
@@ -621,7 +555,7 @@ class Tablet:
     def verify(self) -> VerifyReport:
         """Check every record, the root and the counts against the records, and the change log both ways."""
         with self._view(3600.0) as view:
-            records, damages = view._reader.verify(DAMAGES_MAX)  # noqa: SLF001
+            records, damages = view._reader.verify(DAMAGES_MAX)
         report = VerifyReport(tablets=1, records=records, bytes=self.file_bytes)
         for what, key in damages:
             kind = "record" if what == "record" else "change" if "change" in what else what.split(":", 1)[0]
@@ -649,35 +583,6 @@ def _encode_ancestry(ancestry: list[tuple[str, int]]) -> bytes:
     return b"".join(_ANCESTOR.pack(bytes.fromhex(lineage), since) for lineage, since in ancestry)
 
 
-def _condition(if_absent: bool, if_version: int | None) -> tuple[int, int]:  # noqa: FBT001
-    if if_absent and if_version is not None:
-        raise errors.InvalidValue("if_absent and if_version exclude each other")
-    if if_absent:
-        return IF_ABSENT, 0
-    if if_version is not None:
-        if not isinstance(if_version, int) or not 0 <= if_version < 2**64:
-            raise errors.InvalidValue(f"if_version is {if_version!r}, which is no version")
-        return IF_VERSION, if_version
-    return CONDITION_NONE, 0
-
-
-def _conflict(key: bytes, current: int) -> errors.Conflict:
-    state = f"has version {current}" if current else "is absent"
-    return errors.Conflict(f"the condition does not hold: key {key!r} {state}", key=key, current_version=current or None)
-
-
-def _outcome(decision: int, first: int, last: int, root: bytes, answer: bytes) -> Outcome:
-    if decision == _REFUSED:
-        return Outcome(first, last, last, root, b"", refused=True)
-    if decision == _DUPLICATE:
-        _, _, kept_last, raw, count = _ANSWER.unpack_from(answer)
-        results = answer[_ANSWER.size :]
-        if not raw:
-            results = results * count
-        return Outcome(kept_last - max(count, 1) + 1, kept_last, last, root, results, duplicate=True)
-    return Outcome(first, last, last, root, answer)
-
-
 def _differing(here: Iterator[Record], there: Iterator[Record], *, versions: bool) -> Iterator[bytes]:
     """Merge two sequences of records in key order and yield the keys that differ."""
     one, other = next(here, None), next(there, None)
@@ -690,6 +595,10 @@ def _differing(here: Iterator[Record], there: Iterator[Record], *, versions: boo
             yield other.key
             other = next(there, None)
         else:
-            if one.value != other.value or one.tombstone != other.tombstone or (versions and one.version != other.version):
+            if (
+                one.value != other.value
+                or one.tombstone != other.tombstone
+                or (versions and one.version != other.version)
+            ):
                 yield one.key
             one, other = next(here, None), next(there, None)

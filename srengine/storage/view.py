@@ -8,7 +8,7 @@ view after view and goes on by key (`View.rows_by_key`) or by sequence (`View.ro
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Final, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from srengine import errors, limits
 from srengine._native import tablet as kernel
@@ -35,7 +35,7 @@ class RowBatch(NamedTuple):
     """
 
     rows: bytes | memoryview
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own count() is not missed
     last: bytes | int | None
     done: bool
 
@@ -67,7 +67,8 @@ def encode_meta(rows: list[tuple[int, bytes, bytes]]) -> bytes:
 def decode_meta(data: bytes | memoryview) -> list[tuple[int, bytes, bytes]]:
     """Decode what `encode_meta` made; raises `FrameError` for anything else."""
     data = bytes(data)
-    rows, at = [], 0
+    rows: list[tuple[int, bytes, bytes]] = []
+    at = 0
     while at < len(data):
         if len(data) - at < _META_ROW.size:
             raise errors.FrameError(f"meta rows end inside the head of row {len(rows)}")
@@ -95,7 +96,7 @@ class View:
         sequence, root, count, *_ = reader.state_tuple
         self.position = Position(tablet.lineage, sequence, root, count)
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -165,17 +166,18 @@ class View:
             for key, value, sequence, clock, flags in page:
                 yield Record(key, value, sequence, clock, bool(flags & TOMBSTONE))
 
-    @overload
     def _pages(
-        self, start: bytes | None, stop: bytes | None, prefix: bytes | None, *, reverse: bool, limit: int | None,
-        headers: bool, tombstones: bool,
-    ) -> Iterator[list[tuple[bytes, bytes]]]: ...
-    @overload
-    def _pages(
-        self, start: bytes | None, stop: bytes | None, prefix: bytes | None, *, reverse: bool, limit: int | None,
-        headers: bool, tombstones: bool,
-    ) -> Iterator[list[tuple[bytes, bytes, int, int, int]]]: ...
-    def _pages(self, start, stop, prefix, *, reverse, limit, headers, tombstones):  # type: ignore[no-untyped-def]
+        self,
+        start: bytes | None,
+        stop: bytes | None,
+        prefix: bytes | None,
+        *,
+        reverse: bool,
+        limit: int | None,
+        headers: bool,
+        tombstones: bool,
+    ) -> Iterator[list[Any]]:
+        """Yield pages of pairs, or with ``headers`` of (key, value, sequence, clock, flags)."""
         start, stop = scan_bounds(start, stop, prefix)
         if limit is not None and limit < 0:
             raise errors.InvalidValue(f"limit is {limit}, which is negative")
@@ -193,7 +195,10 @@ class View:
                 yield page
 
     def check_all(self) -> tuple[int, int]:
-        """Verify every record; return (records, bytes of keys and values). Raises `CorruptionError` at the first damage."""
+        """Verify every record; return (records, bytes of keys and values).
+
+        Raises `CorruptionError` at the first damage.
+        """
         return self._reader.check_all()
 
     # --- rows for the wire -------------------------------------------------------------------------------------------
@@ -201,8 +206,8 @@ class View:
     def rows_by_key(self, after: bytes | None, *, bytes_max: int, buffer: bytearray | None = None) -> RowBatch:
         """Return rows after a key (None: from the first), in key order, at least one unless done.
 
-        A record larger than ``bytes_max`` comes alone. With a ``buffer`` rows that fit are written into it, and ``rows``
-        is a view of its start: who reads much saves an allocation for each batch.
+        A record larger than ``bytes_max`` comes alone. With a ``buffer`` rows that fit are written into it, and
+        ``rows`` is a view of its start: who reads much saves an allocation for each batch.
         """
         rows, count, last, done = self._reader.rows_by_key(after, bytes_max, buffer)
         if isinstance(rows, int):

@@ -35,8 +35,14 @@ def row_digest(seed: bytes, domain: int, name: bytes, value: bytes) -> int:
     number = int.from_bytes(seed, "little")
     layout = struct.pack(
         "<BBHIIIQQ",
-        domain, 1, 0, len(name), len(value), 0,
-        xxhash.xxh3_64_intdigest(name, seed=number), xxhash.xxh3_64_intdigest(value, seed=number),
+        domain,
+        1,
+        0,
+        len(name),
+        len(value),
+        0,
+        xxhash.xxh3_64_intdigest(name, seed=number),
+        xxhash.xxh3_64_intdigest(value, seed=number),
     )
     return xxhash.xxh3_128_intdigest(layout, seed=number)
 

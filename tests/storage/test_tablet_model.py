@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from srengine import errors
 from srengine.storage import Batch, Store, encode_operations
-from srengine.storage.tablet import KIND_PURGE
+from srengine.storage.entries import KIND_PURGE
 from tests.reference.tablet import DELETE, PUT, ReferenceTablet
 
 KEYS = st.one_of(st.binary(min_size=1, max_size=3), st.sampled_from([b"a", b"ab", b"abc", b"\xff" * 511, b"\x00"]))
@@ -89,9 +89,13 @@ class TabletMachine(RuleBasedStateMachine):
         assert self.tablet.delete_many(keys) == len({key for key in keys if key in before})
         self.did([(DELETE, key, None, 0, 0) for key in keys])
 
-    @rule(entries=st.lists(
-        st.lists(st.tuples(st.sampled_from([PUT, DELETE]), KEYS, VALUES, CONDITIONS), max_size=12), min_size=1, max_size=5
-    ))
+    @rule(
+        entries=st.lists(
+            st.lists(st.tuples(st.sampled_from([PUT, DELETE]), KEYS, VALUES, CONDITIONS), max_size=12),
+            min_size=1,
+            max_size=5,
+        )
+    )
     def apply(self, entries):
         encoded = [
             [(kind, key, value if kind == PUT else None, condition, 0) for kind, key, value, condition in entry]
@@ -135,8 +139,13 @@ class TabletMachine(RuleBasedStateMachine):
         assert self.tablet.get(key) == self.model.live().get(key)
         assert (key in self.tablet) == (key in self.model.live())
 
-    @rule(start=st.none() | KEYS, stop=st.none() | KEYS, prefix=st.none() | st.binary(max_size=2),
-          reverse=st.booleans(), limit=st.none() | st.integers(0, 7))
+    @rule(
+        start=st.none() | KEYS,
+        stop=st.none() | KEYS,
+        prefix=st.none() | st.binary(max_size=2),
+        reverse=st.booleans(),
+        limit=st.none() | st.integers(0, 7),
+    )
     def scan(self, start, stop, prefix, reverse, limit):
         expected = [
             (key, value)
@@ -194,7 +203,9 @@ def test_roots_between_entries_of_one_transaction(tmp_path):
     with Store(tmp_path / "data") as store:
         tablet = store.tablet("t")
         model = ReferenceTablet(tablet.seed)
-        entries = [[(PUT, b"k", b"%d" % i, 0, 0), (DELETE, b"k", None, 0, 0), (PUT, b"k%d" % i, b"v", 0, 0)] for i in range(5)]
+        entries = [
+            [(PUT, b"k", b"%d" % i, 0, 0), (DELETE, b"k", None, 0, 0), (PUT, b"k%d" % i, b"v", 0, 0)] for i in range(5)
+        ]
         outcomes = tablet.apply([Batch(encode_operations(entry)) for entry in entries])
         last = tablet.hybrid_clock
         clocks = [tablet.get_record(b"k%d" % i).hybrid_clock for i in range(5)]
