@@ -80,7 +80,7 @@ types: $(VENV)/.kernels
 	$(BIN)/python tools/check_stubs.py
 
 layers: $(VENV)/.kernels
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/check_kernels.py
 
 bench: $(VENV)/.bench

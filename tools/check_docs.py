@@ -4,6 +4,7 @@
   directory to work in. A block without prompts is only compiled, unless ``<!-- run -->`` stands on the line before it.
 * Every relative link must lead to a file, and ``#anchor`` to a heading of it. Links to the outside are not fetched.
 * Docstrings of srengine with ``>>>`` run as doctests.
+* A document that a source file names must exist, from the root, from docs/ or beside the file.
 
 Prints each finding; exit code 1 if there are any.
 """
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 BLOCK = re.compile(r"^(?P<before>[^\n]*)\n```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]\n]+\]\((?P<target>[^)\s]+)\)")
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+MENTION = re.compile(r"(?<![\w/.*-])[A-Za-z][\w/.-]*\.md\b")
 HEADING = re.compile(r"^#+ +(?P<text>.+?) *$", re.MULTILINE)
 
 
@@ -98,9 +100,21 @@ def docstring_findings() -> Iterator[str]:
                 yield f"{test.name}: " + "".join(output)
 
 
+def mention_findings() -> Iterator[str]:
+    """Yield every document that a source file names and that is not there."""
+    for folder in ("srengine", "ext", "tests", "benchmarks", "tools"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix not in {".py", ".pyi", ".pyx", ".pxi", ".pxd", ".c"} or path.name == "test_house.py":
+                continue
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                for name in MENTION.findall(line):
+                    if not any((place / name).is_file() for place in (ROOT, ROOT / "docs", path.parent)):
+                        yield f"{path.relative_to(ROOT)}:{number}: there is no {name}"
+
+
 def main() -> int:
     """Print the findings; return the exit code."""
-    found = []
+    found = list(mention_findings())
     for path in documents():
         text = path.read_text(encoding="utf-8")
         with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
