@@ -139,7 +139,7 @@ def bench_snapshot_applied(
             times.ratio("C loop"),
             rate(data.count, times.ours_s, "rec"),
             rate(data.count, times.reference_s("C loop"), "rec"),
-            note="From memory, every item proved; both durable after each 16 MiB of rows.",
+            note="From memory, every item proved; both durable after each 8 MiB of rows.",
         )
     )
     close()

@@ -1,10 +1,12 @@
-"""The receiving process of the rows on shipping: ``python -m benchmarks.receiver MODE ADDRESS KEY DIRECTORY COUNT``.
+"""The receiving process of the rows on shipping: ``python -m benchmarks.receiver ADDRESS RAW_ADDRESS KEY``.
 
-It imports everything first, then does its work and prints one JSON line: the seconds that it took, and by how
-much its memory, mapped pages aside, grew meanwhile.
+It connects, then reads commands, one a line on stdin, and answers each with a line of JSON: the seconds that it took,
+and by how much its memory, mapped pages aside, grew meanwhile.
 
-    ship     read a stream of prepared items and drop them        all      read a snapshot as it is made, and apply it
-    apply    read the prepared items, then, timed, apply them      raw      read as many frames over a bare pyzmq socket
+    ship COUNT              read a stream of prepared items and drop them
+    raw COUNT               read as many frames over a bare pyzmq socket
+    apply COUNT DIRECTORY   read the prepared items, then, timed, apply them to an empty tablet there
+    all 0 DIRECTORY         read a snapshot as it is made, and apply it meanwhile
 """
 
 from __future__ import annotations
@@ -22,64 +24,72 @@ import zmq
 from benchmarks.shipping import STREAM_S_MAX, Made, Memory, Prepared, secure
 from srengine.snapshot import InPlace, SnapshotSink
 from srengine.storage import Store
-from srengine.transport import Endpoint, Identity, KeyPair, new_key_pair
+from srengine.transport import Endpoint, Identity, new_key_pair
 
 
-async def receive(
-    address: str, server_key: bytes, message: msgspec.Struct, take: Callable[[memoryview], object] | None
-) -> float:
-    """Read a whole stream; ``take`` each item in another thread, in order. Return the seconds from the asking on."""
-    keys: KeyPair | None = new_key_pair() if server_key else None
-    endpoint = Endpoint(Identity(keys=keys))
-    loop = asyncio.get_running_loop()
-    try:
-        channel = endpoint.channel(address, port="bulk", server_key=server_key or None)
-        start = time.perf_counter()
-        async for item in channel.stream(message, timeout_s=STREAM_S_MAX):
+class Receiver:
+    """Two connections to the server: one of ours, one bare."""
+
+    def __init__(self, runner: asyncio.Runner, address: str, raw_address: str, key: bytes) -> None:
+        """Connect both."""
+        self.runner = runner
+        self.endpoint = runner.run(self._connect(address, key))
+        self.socket = zmq.Context().socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        secure(self.socket, key)
+        self.socket.connect(raw_address)
+        self.raw(0)
+
+    async def _connect(self, address: str, key: bytes) -> Endpoint:
+        endpoint = Endpoint(Identity(keys=new_key_pair() if key else None))
+        self.channel = endpoint.channel(address, port="bulk", server_key=key or None)
+        async for _ in self.channel.stream(Prepared(0), timeout_s=STREAM_S_MAX):
+            pass
+        return endpoint
+
+    async def read(self, message: msgspec.Struct, take: Callable[[memoryview], object] | None) -> None:
+        """Read a whole stream; ``take`` each item in another thread, in order."""
+        loop = asyncio.get_running_loop()
+        async for item in self.channel.stream(message, timeout_s=STREAM_S_MAX):
             if take is not None:
                 await loop.run_in_executor(None, take, item)
-        return time.perf_counter() - start
-    finally:
-        await endpoint.close()
 
+    def raw(self, count: int) -> None:
+        """Read ``count`` bare frames."""
+        self.socket.send(b"%d" % count)
+        for _ in range(count + 1):
+            self.socket.recv(copy=False)
 
-def receive_raw(address: str, server_key: bytes, count: int) -> float:
-    """Read ``count`` frames from a bare socket."""
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        secure(socket, server_key)
-        socket.connect(address)
-        start = time.perf_counter()
-        socket.send(b"go")
-        for _ in range(count):
-            socket.recv(copy=False)
-        return time.perf_counter() - start
-
-
-def main(mode: str, address: str, key: str, directory: str, count: str) -> None:
-    """Be the child."""
-    server_key = bytes.fromhex(key)
-    if mode in {"raw", "ship"}:
-        memory = Memory()
-        if mode == "raw":
-            seconds = receive_raw(address, server_key, int(count))
-        else:
-            seconds = asyncio.run(receive(address, server_key, Prepared(), None))
-    else:
-        items: list[bytes] = []
-        if mode == "apply":
-            asyncio.run(receive(address, server_key, Prepared(), lambda item: items.append(bytes(item))))
-        with Store(Path(directory)) as store, SnapshotSink(InPlace(store.tablet("copy"))) as sink:
-            memory = Memory()
-            if mode == "all":
-                seconds = asyncio.run(receive(address, server_key, Made(), sink.accept))
-                start = time.perf_counter()
+    def work(self, command: str, count: str, directory: str = "") -> dict[str, float]:
+        """Do one command."""
+        if command in {"ship", "raw"}:
+            memory, start = Memory(), time.perf_counter()
+            if command == "raw":
+                self.raw(int(count))
             else:
-                seconds, start = 0.0, time.perf_counter()
-                for item in items:
-                    sink.accept(item)
+                self.runner.run(self.read(Prepared(int(count)), None))
+            return {"seconds": time.perf_counter() - start, "memory": memory.stop()}
+        items: list[bytes] = []
+        if command == "apply":
+            self.runner.run(self.read(Prepared(int(count)), lambda item: items.append(bytes(item))))
+        with Store(Path(directory)) as store, SnapshotSink(InPlace(store.tablet("copy"))) as sink:
+            memory, start = Memory(), time.perf_counter()
+            if command == "all":
+                self.runner.run(self.read(Made(), sink.accept))
+            for item in items:
+                sink.accept(item)
             sink.finish()
-            seconds += time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "memory": memory.stop()}))
+            return {"seconds": time.perf_counter() - start, "memory": memory.stop()}
+
+
+def main(address: str, raw_address: str, key: str) -> None:
+    """Be the child until stdin ends."""
+    with asyncio.Runner() as runner:
+        receiver = Receiver(runner, address, raw_address, bytes.fromhex(key))
+        for line in sys.stdin:
+            print(json.dumps(receiver.work(*line.split())), flush=True)
+        receiver.socket.close()
+        runner.run(receiver.endpoint.close())
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ T = TypeVar("T")
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """Ask for the prepared items."""
+    """Ask for the prepared items, the first ``count`` of them."""
+
+    count: int
 
 
 class Made(msgspec.Struct, frozen=True):
@@ -98,7 +100,7 @@ class Server:
         return await self.endpoint.listen("bulk", "tcp://127.0.0.1:0")
 
     async def _prepared(self, peer: Peer, message: Prepared) -> AsyncIterator[bytes]:
-        for item in self.prepared:
+        for item in self.prepared[: message.count]:
             yield item
 
     async def _made(self, peer: Peer, message: Made) -> AsyncIterator[bytes]:
@@ -107,35 +109,15 @@ class Server:
             yield item
 
     def _serve_raw(self) -> None:
-        while self.socket.recv() == b"go":
-            for item in self.prepared:
+        while (asked := self.socket.recv()) != b"stop":
+            self.socket.send(b"connected")
+            for item in self.prepared[: int(asked)]:
                 self.socket.send(item, copy=False)
         self.socket.close()
 
-    def child(self, mode: str, directory: Path) -> dict[str, float]:
-        """Run a child to its end and return what it says."""
-        key = self.keys.public.hex() if self.keys is not None else ""
-        address = self.raw_address if mode == "raw" else self.address
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.receiver",
-            mode,
-            address,
-            key,
-            str(directory),
-            str(len(self.prepared)),
-        ]
-        done = subprocess.run(
-            command,
-            cwd=Path(__file__).parent.parent,
-            check=True,
-            stdout=subprocess.PIPE,
-            timeout=CHILD_S_MAX,
-            text=True,
-        )
-        said: dict[str, float] = json.loads(done.stdout)
-        return said
+    def child(self) -> Child:
+        """Start a receiving process."""
+        return Child([self.address, self.raw_address, self.keys.public.hex() if self.keys is not None else ""])
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -153,6 +135,36 @@ class Server:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(STREAM_S_MAX)
         self.loop.close()
+
+
+class Child:
+    """A receiving process; a context manager."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        """Start it."""
+        command = [sys.executable, "-m", "benchmarks.receiver", *arguments]
+        self.process = subprocess.Popen(
+            command, cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, *words: object) -> dict[str, float]:
+        """Have it do one command and return what it says."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
+        self.process.stdin.flush()
+        said = self.process.stdout.readline()
+        assert said, ("the receiving process ended with", self.process.wait(CHILD_S_MAX))
+        answer: dict[str, float] = json.loads(said)
+        return answer
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let it end."""
+        self.process.communicate(timeout=CHILD_S_MAX)
 
 
 class Anyone:
