@@ -10,6 +10,7 @@ The pieces, each in a file beside this one:
 * ``tablet_record.pxi``: the bytes of a record, its checks, its digest; rows of the wire; sorting by key.
 * ``tablet_apply.pxi``: entries and raw rows into one transaction: conditions, requests, change log, purge, root.
 * ``tablet_writer.pxi``: group commit, growth of the map, expiry of readers, fences, forks, the SIGBUS marker.
+* ``tablet_track.pxi``: notes of what changed, for the Merkle tree; walks for other kernels; repair by an authority's rows.
 * ``tablet_reader.pxi``: pinned readers: pages for Python, rows for the wire, the full check.
 
 Invariants:
@@ -31,8 +32,8 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc cimport errno
 from libc.errno cimport EDQUOT, EFBIG, EIO, ENOENT, ENOSPC
-from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcmp, memcpy, memset, strncpy
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcmp, memcpy, memmove, memset, strncpy
 
 from srengine._native.lmdb cimport *
 from srengine._native.xxhash cimport *
@@ -42,12 +43,19 @@ from srengine import errors
 cdef extern from * nogil:
     """
     #define sr_bswap64 __builtin_bswap64
+    /* Take up to `wanted` of what is left; 0 or less: nothing is. */
+    static inline long long sr_claim(int64_t *left, int64_t wanted) {
+        int64_t found = __atomic_fetch_sub(left, wanted, __ATOMIC_RELAXED);
+        return found < wanted ? found : wanted;
+    }
     """
+    int64_t sr_claim(int64_t *left, int64_t wanted)
     uint64_t bswap64 "sr_bswap64"(uint64_t value)
 
 include "tablet_record.pxi"
 include "tablet_apply.pxi"
 include "tablet_writer.pxi"
+include "tablet_track.pxi"
 
 cdef enum:
     OPERATION_HEADER = 16
@@ -423,6 +431,7 @@ cdef class Environment:
             if rc == 0:
                 rc = mdb_txn_begin(self.env, NULL, MDB_RDONLY, &self.get_txn)
             if rc == 0:
+                self.noted_txn = mdb_txn_id(self.get_txn)
                 mdb_txn_reset(self.get_txn)
                 mdb_reader_check(self.env, NULL)
         if rc != 0:
@@ -456,6 +465,8 @@ cdef class Environment:
     def __dealloc__(self):
         if not self.is_closed and self.generation == sr_generation:
             self.shut()
+        notes_free(&self.pending)
+        notes_free(&self.noted)
         free(self.ring_sequences)
         free(self.ring_roots)
         if self.generation != sr_generation:
@@ -924,6 +935,77 @@ cdef class Environment:
             job.operation_count = count
             job.rows = made
             job.row_count = len(meta)
+            self.finish(&job)
+        finally:
+            free(operations)
+            free(made)
+
+    def repair(self, const uint8_t[::1] rows not None, list removed not None, meta, base, target not None, actual):
+        """Put an authority's rows over whatever stands here and take ``removed`` keys away, in one transaction.
+
+        ``meta``: its request and session rows, which replace all of ours, or None: they are equal. ``base``: (sequence,
+        root) where the tablet must stand. ``target``: the state row of the authority; root and count must be equal at
+        the end. ``actual``: (root, count, live count, records with a change entry) as summed from the records, which
+        stand in for what the state row carries, or None.
+        """
+        cdef Submission job
+        cdef Operation *operations = NULL
+        cdef MetaRow *made = NULL
+        cdef size_t size = rows.shape[0]
+        cdef size_t at = 0
+        cdef size_t used = 0
+        cdef size_t count = 0
+        cdef size_t room
+        cdef Py_ssize_t i
+        cdef bytes root
+        cdef list table = [] if meta is None else meta
+        memset(&job, 0, sizeof(Submission))
+        job.mode = MODE_RAW
+        job.repair = True
+        job.append_changes = True
+        job.bytes = size
+        job.check_target = True
+        load_state(target, &job.target)
+        sequence, root = base
+        if len(root) != 16:
+            raise errors.InvalidValue("a root has 16 bytes")
+        job.check_base = True
+        job.base.sequence = sequence
+        memcpy(&job.base.root, PyBytes_AS_STRING(root), 16)
+        if actual is not None:
+            root, job.actual.count, job.actual.live_count, job.actual_entries = actual
+            memcpy(&job.actual.root, PyBytes_AS_STRING(root), 16)
+            job.check_actual = True
+        for key in removed:
+            check_key(key)
+        try:
+            room = len(removed) + check_rows(rows)[0]
+            operations = <Operation *>calloc(room + 1, sizeof(Operation))
+            made = <MetaRow *>calloc(len(table) + 1, sizeof(MetaRow))
+            if operations is NULL or made is NULL:
+                raise MemoryError
+            while at < size and count < room:
+                row_read(&rows[at], &rows[0] + size, &operations[count], &used)
+                at += used
+                count += 1
+            for key in removed:
+                set_operation(&operations[count], REMOVE, key, None)
+                count += 1
+            i = 0
+            for database, name, value in table:
+                if database not in (DATABASE_REQUESTS, DATABASE_SESSIONS):
+                    raise errors.FrameError("only request and session rows repair a tablet")
+                made[i].database = database
+                made[i].name = <const uint8_t *><char *>name
+                made[i].name_bytes = len(name)
+                made[i].value = <const uint8_t *><char *>value
+                made[i].value_bytes = len(value)
+                i += 1
+            job.operations = operations
+            job.operation_count = count
+            job.rows = made
+            job.row_count = i
+            job.replace_rows = meta is not None
             self.finish(&job)
         finally:
             free(operations)

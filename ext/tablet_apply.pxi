@@ -12,6 +12,7 @@ cdef enum:
     PUT = 0
     DELETE = 1
     RAW = 2
+    REMOVE = 3                   # repair only: the record goes, without a tombstone
     CONDITION_NONE = 0
     IF_ABSENT = 1
     IF_VERSION = 2
@@ -65,6 +66,9 @@ cdef struct Work:
     size_t last_key_bytes
     Failure *failure
     bint append_changes
+    bint repair
+    bint tracked                 # note what changes
+    uint64_t entries             # repair: records that have a change entry
 
 
 cdef inline int fail(Failure *failure, int code, const char *what, const uint8_t *key, size_t key_bytes) noexcept nogil:
@@ -94,10 +98,13 @@ cdef int store(Environment env, Work *work, Operation *operation, uint8_t flags,
     cdef uint8_t header[HEADER_FIXED + 16 * VERSIONS_MAX + 4]
     cdef size_t header_bytes
     cdef MDB_val key, data
-    cdef Sum digest
+    cdef Sum digest, before
     cdef int rc
     cdef unsigned int put_flags
     cdef bint replaced = known_present
+    cdef bint legible = True
+    if known_present and work.tracked:
+        before = digest_of(env, operation.key, operation.key_bytes, old)
     header_bytes = header_write(header, operation.key, operation.key_bytes, flags, operation.version_count,
                                 operation.versions, operation.sequence, operation.hybrid_clock, checksum)
     key.mv_data = <void *>operation.key
@@ -112,13 +119,15 @@ cdef int store(Environment env, Work *work, Operation *operation, uint8_t flags,
             put_flags |= MDB_APPEND
         rc = mdb_cursor_put(work.records, &key, &data, put_flags)
         if rc == MDB_KEYEXIST:
-            if not header_read(operation.key, operation.key_bytes, <const uint8_t *>data.mv_data, data.mv_size, old):
+            legible = header_read(operation.key, operation.key_bytes, <const uint8_t *>data.mv_data, data.mv_size, old)
+            if not legible and not work.repair:
                 return fail(work.failure, CODE_CORRUPT, b"record header", operation.key, operation.key_bytes)
-            if operation.kind == RAW and old.sequence >= operation.sequence:
+            if operation.kind == RAW and not work.repair and old.sequence >= operation.sequence:
                 return 0
-            if account and env.digests:
-                digest = digest_of(env, operation.key, operation.key_bytes, old)
-                sum_sub(difference, &digest)
+            if legible and (account or work.tracked) and env.digests:
+                before = digest_of(env, operation.key, operation.key_bytes, old)
+                if account:
+                    sum_sub(difference, &before)
             replaced = True
         elif rc != 0:
             return fail(work.failure, rc, b"put", operation.key, operation.key_bytes)
@@ -128,8 +137,10 @@ cdef int store(Environment env, Work *work, Operation *operation, uint8_t flags,
         rc = mdb_cursor_put(work.records, &key, &data, MDB_CURRENT | MDB_RESERVE)
         if rc != 0:
             return fail(work.failure, rc, b"overwrite", operation.key, operation.key_bytes)
+    if replaced and legible:
         if has_change_entry(&work.state, old):
             work.state.dead += 1
+            work.entries -= 1
         if old.flags & TOMBSTONE:
             work.state.live_count += 1
     else:
@@ -140,10 +151,13 @@ cdef int store(Environment env, Work *work, Operation *operation, uint8_t flags,
     memcpy(data.mv_data, header, header_bytes)
     if operation.value_bytes:
         memcpy(<uint8_t *>data.mv_data + header_bytes, operation.value, operation.value_bytes)
-    if account and env.digests:
+    if (account or work.tracked) and env.digests:
         digest = record_digest(env.seed, operation.key, operation.key_bytes, flags, operation.version_count,
                                operation.versions, operation.sequence, operation.hybrid_clock, checksum)
-        sum_add(difference, &digest)
+        if account:
+            sum_add(difference, &digest)
+        if work.tracked:
+            note(env, work, operation.key, operation.key_bytes, &before if replaced and legible else NULL, &digest)
     operation.stored = 1
     return 0
 
@@ -171,9 +185,11 @@ cdef int apply_group(Environment env, Work *work, Operation *operations, Entry *
         operation.result = APPLIED
         return store(env, work, operation, 0, content_checksum(operation.value, operation.value_bytes, 0), &old,
                      False, &entries[operation.entry].difference, True)
-    if operation.kind == RAW:
+    if operation.kind == RAW or operation.kind == REMOVE:
         if count != 1:
             return fail(work.failure, CODE_ROWS_MALFORMED, b"a key stands twice", operation.key, operation.key_bytes)
+        if operation.kind == REMOVE:
+            return remove_record(env, work, operation)
         operation.result = APPLIED
         return store(env, work, operation, operation.flags,
                      content_checksum(operation.value, operation.value_bytes, operation.flags), &old, False,
@@ -611,6 +627,9 @@ cdef int purge(Environment env, Work *work, uint64_t mark, Sum *difference) noex
             digest = digest_of(env, name, name_bytes, &header)
             sum_sub(difference, &digest)
             work.state.count -= 1
+            work.entries -= 1
+            if work.tracked:
+                note(env, work, name, name_bytes, &digest, NULL)
             rc = mdb_cursor_del(work.records, 0)
             if rc != 0:
                 return fail(work.failure, rc, b"purge", name, name_bytes)
@@ -737,16 +756,28 @@ cdef int transact(Environment env, Submission *job) noexcept nogil:
     cdef size_t i
     cdef Entry *entry
     cdef Sum root
+    cdef uint64_t number
     cdef int rc
     job.failure.code = 0
     memset(&work, 0, sizeof(Work))
     work.failure = &job.failure
     work.state = env.state
     work.append_changes = True
+    work.repair = job.repair
+    pthread_mutex_lock(&env.queue_lock)
+    work.tracked = env.tracked and env.digests
+    pthread_mutex_unlock(&env.queue_lock)
+    env.pending.used = 0
+    env.pending_lost = False
     if job.mode == MODE_RAW:
         work.append_changes = job.append_changes
     if job.check_base and (env.state.sequence != job.base.sequence or not sum_equal(&env.state.root, &job.base.root)):
         return fail(&job.failure, CODE_BASE_MISMATCH, b"base position", NULL, 0)
+    if job.check_actual:
+        work.state.root = job.actual.root
+        work.state.count = job.actual.count
+        work.state.live_count = job.actual.live_count
+        work.entries = job.actual_entries
     rc = mdb_txn_begin(env.env, NULL, 0, &work.txn)
     if rc != 0:
         return fail(&job.failure, rc, b"begin", NULL, 0)
@@ -756,6 +787,9 @@ cdef int transact(Environment env, Submission *job) noexcept nogil:
     if rc != 0:
         mdb_txn_abort(work.txn)
         return fail(&job.failure, rc, b"cursor", NULL, 0)
+    if rc == 0 and job.repair and not job.check_actual:
+        rc = mdb_stat(work.txn, env.changes, &stat)
+        work.entries = stat.ms_entries - work.state.dead
     for i in range(job.entry_count):
         job.entries[i].difference.low = 0
         job.entries[i].difference.high = 0
@@ -771,7 +805,9 @@ cdef int transact(Environment env, Submission *job) noexcept nogil:
             rc = admit(env, &work, job.entries, i)
     if rc == 0:
         rc = run_operations(env, &work, job.operations, job.operation_count, job.entries)
-    if rc == 0:
+    if rc == 0 and job.repair:
+        rc = repair_changes(env, &work, job.operations, job.operation_count, job.target.sequence)
+    elif rc == 0:
         rc = append_changes(env, &work, job.operations, job.operation_count)
     for i in range(job.entry_count):
         if rc != 0:
@@ -790,6 +826,10 @@ cdef int transact(Environment env, Submission *job) noexcept nogil:
             work.state.hybrid_clock = job.entries[i].hybrid_clock
         work.state.applied_index += job.entry_count
         work.state.root = root
+    if rc == 0 and job.replace_rows:
+        rc = drop_rows(env, &work, env.requests, DOMAIN_REQUEST)
+        if rc == 0:
+            rc = drop_rows(env, &work, env.sessions, DOMAIN_SESSION)
     if rc == 0 and job.row_count:
         rc = put_rows(env, &work, job.rows, job.row_count, &work.total)
     if rc == 0 and job.mode == MODE_RAW:
@@ -800,6 +840,10 @@ cdef int transact(Environment env, Submission *job) noexcept nogil:
                 rc = evict_requests(env, &work, &work.total, 0)
             if rc == 0:
                 rc = evict_session(env, &work, &work.total)
+        if rc == 0 and job.repair:
+            rc = settle_purge_mark(env, &work, job.target.purge_mark)
+        if rc == 0 and job.repair:
+            rc = settle_dead(env, &work)
         sum_add(&work.state.root, &work.total)
         for i in range(job.operation_count):
             if job.operations[i].sequence > work.state.sequence:
@@ -824,6 +868,7 @@ cdef int transact(Environment env, Submission *job) noexcept nogil:
         if job.failure.code == 0:
             fail(&job.failure, rc, b"transaction", NULL, 0)
         return rc
+    number = mdb_txn_id(work.txn)
     rc = mdb_txn_commit(work.txn)
     if rc != 0:
         return fail(&job.failure, rc, b"commit", NULL, 0)
@@ -838,6 +883,9 @@ cdef int transact(Environment env, Submission *job) noexcept nogil:
     pthread_mutex_lock(&env.queue_lock)
     env.state = work.state
     env.commits += 1
+    publish_notes(env, &work, number)
+    if job.repair:
+        env.ring_count = 0       # what the ring says of the history before is not the authority's
     for i in range(job.entry_count):
         ring_push(env, job.entries[i].last_sequence, &job.entries[i].root)
     if job.mode == MODE_RAW and job.check_target:

@@ -98,6 +98,11 @@ cdef struct Submission:          # one caller's work for the writer
     bint append_changes          # RAW: write change entries
     bint check_base
     bint check_target
+    bint repair                  # RAW: the rows are an authority's: they replace whatever stands here
+    bint replace_rows            # repair: request and session rows, too
+    bint check_actual            # repair: `actual` was summed from the records and stands in for the carried state
+    State actual
+    uint64_t actual_entries      # records that have a change entry
     State base
     State target
     Failure failure
@@ -114,6 +119,23 @@ cdef struct ReaderLink:          # a pinned reader in its environment's list; gu
     bint is_expired
     ReaderLink *previous
     ReaderLink *following
+
+cdef struct Notes:               # bytes of notes, see ext/tablet_track.pxi
+    uint8_t *data
+    size_t used
+    size_t room
+
+cdef struct Range:               # which records a walk visits
+    const uint8_t *start         # with start_bytes 0: from the first (backward: from the last) record
+    const uint8_t *stop
+    size_t start_bytes
+    size_t stop_bytes
+    int64_t *left                # shared by two walks from both ends: records that neither has taken
+    bint has_stop
+    bint backward
+
+ctypedef int (*Visit)(void *context, const uint8_t *key, size_t key_bytes, const Header *header,
+                      const Sum *digest) noexcept nogil
 
 cdef class Environment:
     cdef MDB_env *env
@@ -144,6 +166,12 @@ cdef class Environment:
     cdef uint64_t *ring_sequences
     cdef Sum *ring_roots
     cdef size_t ring_start, ring_count
+    cdef bint tracked                     # the writer notes what it changes
+    cdef bint pending_lost                # writer's own: the running transaction's notes do not fit
+    cdef Notes pending                    # writer's own: notes of the running transaction
+    cdef Notes noted                      # published, not yet taken
+    cdef uint64_t noted_txn               # number of the latest published transaction
+    cdef uint64_t lost_txn                # a cache of an earlier transaction than this cannot be brought up to date
     cdef char marker[4096]
     cdef readonly bytes path
     cdef int check_not_forked(self) except -1
@@ -164,3 +192,17 @@ cdef class Reader:
     cdef State state
     cdef MDB_txn *begin(self) except NULL
     cdef void end(self) noexcept
+
+cdef void notes_free(Notes *notes) noexcept nogil
+cdef void track(Environment env, bint on) noexcept nogil
+cdef int take_notes(Environment env, uint64_t txn, Notes *out, uint64_t *lost) noexcept nogil
+cdef uint64_t txn_number(Reader reader) noexcept nogil
+cdef int64_t record_count(Environment env, MDB_txn *txn) noexcept nogil
+cdef int walk_records(Environment env, MDB_txn *txn, const Range *bounds, Visit visit, void *context,
+                      Failure *failure) noexcept nogil
+cdef size_t row_size(size_t key_bytes, const Header *header) noexcept nogil
+cdef size_t row_copy(uint8_t *out, const uint8_t *key, size_t key_bytes, const Header *header) noexcept nogil
+cdef bint value_is_whole(const Header *header) noexcept nogil
+cdef bint keeps_change_entry(const State *state, const Header *header) noexcept nogil
+cdef int raise_walk(Environment env, Failure *failure) except -1
+cdef Sum rows_digest(Environment env, MDB_txn *txn, const State *state, Failure *failure) noexcept nogil

@@ -1,0 +1,93 @@
+"""Leaves, estimator and sketches in plain Python, from docs/formats-exchange.md alone. Slow and obvious."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import xxhash
+
+from tests.reference.tablet import MASK
+
+ID_BITS = 47
+BUCKETS = 192
+
+
+def key_hash(seed: bytes, key: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(key, seed=int.from_bytes(seed, "little"))
+
+
+def value_of(digest: int) -> int:
+    return (digest & (1 << 64) - 1) >> 24 or 1
+
+
+@dataclass
+class Leaf:
+    key: bytes
+    id: int
+    sum: int = 0
+    value_sum: int = 0
+    weighted: int = 0
+    count: int = 0
+
+    def fields(self) -> tuple[bytes, int, bytes, int, int, int]:
+        return (
+            self.key,
+            self.id,
+            (self.sum & MASK).to_bytes(16, "little"),
+            self.value_sum & (1 << 64) - 1,
+            self.weighted & MASK,
+            self.count,
+        )
+
+
+def leaves(seed: bytes, digests: dict[bytes, int], boundary_bits: int = 5, id_bits: int = ID_BITS) -> list[Leaf]:
+    """Leaves of the records {key: digest}."""
+    shift = 64 - id_bits
+    result = [Leaf(b"", key_hash(seed, b"") >> shift)]
+    for key in sorted(digests):
+        hashed = key_hash(seed, key)
+        if hashed & (1 << boundary_bits) - 1 == 0:
+            result.append(Leaf(key, hashed >> shift))
+        leaf, value = result[-1], value_of(digests[key])
+        leaf.sum += digests[key]
+        leaf.value_sum += value
+        leaf.weighted += value * (hashed >> shift)
+        leaf.count += 1
+    return result
+
+
+def estimator(seed: bytes, digests: dict[bytes, int]) -> bytes:
+    buckets = [0] * BUCKETS
+    for key, digest in digests.items():
+        wide = key_hash(seed, key) >> 17
+        step = value_of(digest) & 1
+        buckets[(wide & 0xFFFFFFFF) * BUCKETS >> 32] += -step if wide >> 46 & 1 else step
+    return bytes(bucket & 0xFF for bucket in buckets)
+
+
+def places(item: int, seed: int, third: int) -> list[int]:
+    hashed = xxhash.xxh3_128_intdigest(item.to_bytes(8, "little"), seed=seed)
+    return [i * third + ((hashed >> 32 * i & 0xFFFFFFFF) * third >> 32) for i in range(3)]
+
+
+class Sketch:
+    """A table of three subtables; the cells are plain integers that never wrap until they are encoded."""
+
+    def __init__(self, third: int, seed: int, *, by_leaf: bool) -> None:
+        self.third, self.seed, self.by_leaf = third, seed, by_leaf
+        self.cells = [[0, 0, 0] for _ in range(3 * third)]
+
+    def add(self, item: int, value: int, weighted: int = 0) -> None:
+        for place in places(item, self.seed, self.third):
+            cell = self.cells[place]
+            cell[0] += value
+            cell[1] += value * item
+            cell[2] += weighted
+
+    def encode(self) -> bytes:
+        widths = (6, 12, 12) if self.by_leaf else (6, 11)
+        return b"".join(
+            (part & (1 << 8 * width) - 1).to_bytes(width, "little")
+            for cell in self.cells
+            for part, width in zip(cell, widths, strict=False)
+        )
