@@ -1,34 +1,35 @@
 # Sketches: tables of sums from which few differing items can be read back, whatever the number of equal ones.
 #
-# An item has an id (47 bits) and a value; it is added to one cell in each of three subtables, chosen by its id and the
-# table's seed. Subtracting the table of the other side leaves the sums of what differs. A cell is *pure* when its product
+# An item has an id (47 bits) and a value; it is added to one cell in each of three or four subtables (`ways`; four peel
+# better below some hundred cells), chosen by its id and the table's seed. Subtracting the table of the other side leaves the sums of what differs. A cell is *pure* when its product
 # is a multiple of its value and the quotient is an id that belongs into this cell: then it holds one item, which is taken
 # out of its other cells, which makes more cells pure ("peeling"). An updated item is one unknown: value new - old.
 #
 #   cell on the wire   leaves   6 sum of values | 12 sum of value x id | 12 sum of weighted sums        30 bytes
 #                      records  6 sum of values | 11 sum of value x id                                  17 bytes
-#   places             h = XXH3-128(id as 8 bytes, seed): subtable 0 by h's bits 0..31, 1 by 32..63, 2 by 64..95,
-#                      each number x cells of a subtable / 2^32
+#   places             h = XXH3-128(id as 8 bytes, seed): subtable 0 by h's bits 0..31, 1 by 32..63, 2 by 64..95, 3 by
+#                      96..127, each number x cells of a subtable / 2^32
 #
 # NB: the quotient test replaces a checksum: a cell with two items passes it with a chance of about 2^-40.
 
 cdef extern from *:
     """
-    static inline void sr_places(uint64_t id, uint64_t seed, uint64_t third, uint64_t *out) {
+    static inline void sr_places(uint64_t id, uint64_t seed, uint64_t width, uint64_t *out) {
         XXH128_hash_t h = XXH3_128bits_withSeed(&id, 8, seed);
-        out[0] = ((h.low64 & 0xffffffffu) * third) >> 32;
-        out[1] = third + (((h.low64 >> 32) * third) >> 32);
-        out[2] = 2 * third + (((h.high64 & 0xffffffffu) * third) >> 32);
+        out[0] = ((h.low64 & 0xffffffffu) * width) >> 32;
+        out[1] = width + (((h.low64 >> 32) * width) >> 32);
+        out[2] = 2 * width + (((h.high64 & 0xffffffffu) * width) >> 32);
+        out[3] = 3 * width + (((h.high64 >> 32) * width) >> 32);
     }
     static inline sr_u128 sr_wide(uint64_t low, uint64_t high) { return ((sr_u128)high << 64) | low; }
-    static inline void sr_add(sr_cell *cells, uint64_t third, uint64_t seed, uint64_t id, uint64_t value,
+    static inline void sr_add(sr_cell *cells, uint64_t width, int ways, uint64_t seed, uint64_t id, uint64_t value,
                               uint64_t weighted_low, uint64_t weighted_high) {
-        uint64_t at[3];
+        uint64_t at[4];
         /* The value is signed: its product must be taken modulo 2^128 of the signed number. */
         sr_u128 product = (sr_u128)((sr_i128)(int64_t)value * (sr_i128)id);
         sr_u128 weighted = sr_wide(weighted_low, weighted_high);
-        sr_places(id, seed, third, at);
-        for (int i = 0; i < 3; i++) {
+        sr_places(id, seed, width, at);
+        for (int i = 0; i < ways; i++) {
             cells[at[i]].value += value;
             cells[at[i]].product += product;
             cells[at[i]].weighted += weighted;
@@ -48,36 +49,36 @@ cdef extern from *:
         *id = (uint64_t)quotient;
         return 1;
     }
-    static inline void sr_take(sr_cell *cells, const uint64_t *at, uint64_t id, int64_t value, sr_i128 weighted) {
+    static inline void sr_take(sr_cell *cells, int ways, const uint64_t *at, uint64_t id, int64_t value, sr_i128 weighted) {
         sr_u128 product = (sr_u128)((sr_i128)value * (sr_i128)id);
-        for (int i = 0; i < 3; i++) {
+        for (int i = 0; i < ways; i++) {
             cells[at[i]].value -= (uint64_t)value;
             cells[at[i]].product -= product;
             cells[at[i]].weighted -= (sr_u128)weighted;
         }
     }
     typedef struct { uint64_t id; int64_t value; uint64_t weighted_low; int64_t weighted_high; } sr_item;
-    typedef struct { sr_cell *cells; uint64_t third; uint64_t seed; } sr_table;
+    typedef struct { sr_cell *cells; uint64_t width; uint64_t seed; int ways; } sr_table;
 
     /* Peel tables of the same items together. Returns the number of items, -1: stuck, -2: no memory. Destroys the cells.
        Work is bounded: an item taken out twice too often ends it. */
     static long long sr_peel(sr_table *tables, int count, int bits, int by_leaf, uint64_t id_limit, sr_item *out,
                              uint64_t room) {
-        uint64_t total = 0, used = 0, head = 0, tail = 0, queue_room, at[3], id;
-        for (int t = 0; t < count; t++) total += 3 * tables[t].third;
-        queue_room = 4 * total + 16;
+        uint64_t total = 0, used = 0, head = 0, tail = 0, queue_room, at[4], id;
+        for (int t = 0; t < count; t++) total += tables[t].ways * tables[t].width;
+        queue_room = 5 * total + 16;
         uint64_t *queue = (uint64_t *)malloc(queue_room * sizeof(uint64_t));
         if (!queue) return -2;
         for (int t = 0; t < count; t++)
-            for (uint64_t i = 0; i < 3 * tables[t].third; i++)
+            for (uint64_t i = 0; i < tables[t].ways * tables[t].width; i++)
                 if (sr_pure(&tables[t].cells[i], bits, id_limit, &id)) queue[tail++] = ((uint64_t)t << 56) | i;
         while (head < tail) {
             uint64_t entry = queue[head++];
             sr_table *table = &tables[entry >> 56];
             uint64_t i = entry & ((1ull << 56) - 1);
             if (!sr_pure(&table->cells[i], bits, id_limit, &id)) continue;
-            sr_places(id, table->seed, table->third, at);
-            if (at[0] != i && at[1] != i && at[2] != i) continue;
+            sr_places(id, table->seed, table->width, at);
+            if (at[i / table->width] != i) continue;
             if (used == room) { free(queue); return -1; }
             int64_t value = sr_value(&table->cells[i]);
             sr_i128 weighted = by_leaf ? sr_narrow(table->cells[i].weighted, 96) : 0;
@@ -87,9 +88,9 @@ cdef extern from *:
             out[used].weighted_high = (int64_t)(weighted >> 64);
             used++;
             for (int t = 0; t < count; t++) {
-                sr_places(id, tables[t].seed, tables[t].third, at);
-                sr_take(tables[t].cells, at, id, value, weighted);
-                for (int j = 0; j < 3; j++) {
+                sr_places(id, tables[t].seed, tables[t].width, at);
+                sr_take(tables[t].cells, tables[t].ways, at, id, value, weighted);
+                for (int j = 0; j < tables[t].ways; j++) {
                     uint64_t other;
                     if (tail < queue_room && sr_pure(&tables[t].cells[at[j]], bits, id_limit, &other))
                         queue[tail++] = ((uint64_t)t << 56) | at[j];
@@ -98,7 +99,7 @@ cdef extern from *:
         }
         free(queue);
         for (int t = 0; t < count; t++)
-            for (uint64_t i = 0; i < 3 * tables[t].third; i++) {
+            for (uint64_t i = 0; i < tables[t].ways * tables[t].width; i++) {
                 const sr_cell *cell = &tables[t].cells[i];
                 if (sr_value(cell) || sr_narrow(cell->product, bits) || (by_leaf && sr_narrow(cell->weighted, 96)))
                     return -1;
@@ -128,10 +129,11 @@ cdef extern from *:
         int64_t weighted_high
     ctypedef struct Table "sr_table":
         Cell *cells
-        uint64_t third
+        uint64_t width
         uint64_t seed
-    void sr_add(Cell *cells, uint64_t third, uint64_t seed, uint64_t id, uint64_t value, uint64_t weighted_low,
-                uint64_t weighted_high) noexcept nogil
+        int ways
+    void sr_add(Cell *cells, uint64_t width, int ways, uint64_t seed, uint64_t id, uint64_t value,
+                uint64_t weighted_low, uint64_t weighted_high) noexcept nogil
     long long sr_peel(Table *tables, int count, int bits, int by_leaf, uint64_t id_limit, Item *out,
                       uint64_t room) noexcept nogil
     void sr_pack(const Cell *cell, int by_leaf, uint8_t *out) noexcept nogil
@@ -141,19 +143,20 @@ cdef enum:
     LEAF_CELL = 30
     RECORD_CELL = 17
     TABLES_MAX = 4
-    THIRD_MAX = 16777216
+    WIDTH_MAX = 16777216
 
 
 cdef class Sketch:
-    """A table of 3 x ``third`` cells over leaves or records. See the top of ext/merkle_sketch.pxi."""
+    """A table of ``ways`` x ``width`` cells over leaves or records. See the top of ext/merkle_sketch.pxi."""
 
-    def __cinit__(self, size_t third, uint64_t seed, *, bint by_leaf):
-        if not 1 <= third <= THIRD_MAX:
-            raise errors.InvalidValue(f"a sketch has 1 to {THIRD_MAX} cells a subtable, not {third}")
-        self.third = third
+    def __cinit__(self, size_t width, uint64_t seed, *, bint by_leaf, int ways=3):
+        if not 1 <= width <= WIDTH_MAX or ways not in (3, 4):
+            raise errors.InvalidValue(f"a sketch has 3 or 4 subtables of 1 to {WIDTH_MAX} cells, not {ways} of {width}")
+        self.width = width
+        self.ways = ways
         self.seed = seed
         self.by_leaf = by_leaf
-        self.cells = <Cell *>calloc(3 * third, sizeof(Cell))
+        self.cells = <Cell *>calloc(ways * width, sizeof(Cell))
         if self.cells is NULL:
             raise MemoryError
 
@@ -161,12 +164,12 @@ cdef class Sketch:
         free(self.cells)
 
     def __len__(self):
-        return 3 * self.third
+        return self.ways * self.width
 
     def add(self, uint64_t id, int64_t value, weighted=0):
         """Add one item; ``value`` negative takes it away. For tests and simulations."""
         cdef object wide = weighted & ((1 << 128) - 1)
-        sr_add(self.cells, self.third, self.seed, id, <uint64_t>value, wide & 0xffffffffffffffff, wide >> 64)
+        sr_add(self.cells, self.width, self.ways, self.seed, id, <uint64_t>value, wide & 0xffffffffffffffff, wide >> 64)
 
     def add_leaves(self, Tree tree not None):
         """Add every leaf of a tree that is up to date."""
@@ -180,7 +183,7 @@ cdef class Sketch:
             for i in range(tree.block_count):
                 for k in range(tree.blocks[i].used):
                     leaf = &tree.blocks[i].leaves[k]
-                    sr_add(self.cells, self.third, self.seed, leaf.id, leaf.value_sum, leaf.weighted.low,
+                    sr_add(self.cells, self.width, self.ways, self.seed, leaf.id, leaf.value_sum, leaf.weighted.low,
                            leaf.weighted.high)
 
     def add_records(self, Records records not None):
@@ -190,16 +193,16 @@ cdef class Sketch:
             raise errors.InvalidValue("a sketch over leaves takes leaves")
         with nogil:
             for i in range(records.count):
-                sr_add(self.cells, self.third, self.seed, records.ids[i], records.values[i], 0, 0)
+                sr_add(self.cells, self.width, self.ways, self.seed, records.ids[i], records.values[i], 0, 0)
 
     def encode(self):
         """Return the cells as they travel."""
         cdef size_t i
         cdef size_t size = LEAF_CELL if self.by_leaf else RECORD_CELL
-        cdef bytes out = PyBytes_FromStringAndSize(NULL, 3 * self.third * size)
+        cdef bytes out = PyBytes_FromStringAndSize(NULL, self.ways * self.width * size)
         cdef uint8_t *data = <uint8_t *>PyBytes_AS_STRING(out)
         with nogil:
-            for i in range(3 * self.third):
+            for i in range(self.ways * self.width):
                 sr_pack(&self.cells[i], self.by_leaf, data + i * size)
         return out
 
@@ -207,15 +210,15 @@ cdef class Sketch:
         """Subtract the other side's cells; raises FrameError when there are not as many as here."""
         cdef size_t i
         cdef size_t size = LEAF_CELL if self.by_leaf else RECORD_CELL
-        if <size_t>cells.shape[0] != 3 * self.third * size:
-            raise errors.FrameError(f"{3 * self.third} cells have {3 * self.third * size} bytes, not {cells.shape[0]}")
+        if <size_t>cells.shape[0] != len(self) * size:
+            raise errors.FrameError(f"{len(self)} cells have {len(self) * size} bytes, not {cells.shape[0]}")
         with nogil:
-            for i in range(3 * self.third):
+            for i in range(self.ways * self.width):
                 sr_unpack_subtract(&self.cells[i], self.by_leaf, &cells[i * size])
 
     def negate(self):
         """Turn the sign of every cell: what was there minus here becomes here minus there."""
-        cdef Sketch other = Sketch(self.third, self.seed, by_leaf=self.by_leaf)
+        cdef Sketch other = Sketch(self.width, self.seed, by_leaf=self.by_leaf, ways=self.ways)
         other.subtract(self.encode())
         return other
 
@@ -244,13 +247,14 @@ def peel(list sketches not None, int id_bits=ID_BITS):
             sketch = <Sketch?>sketches[k]
             if sketch.by_leaf != by_leaf:
                 raise errors.InvalidValue("tables over leaves and over records are not peeled together")
-            total += 3 * sketch.third
-            tables[k].third = sketch.third
+            total += sketch.ways * sketch.width
+            tables[k].width = sketch.width
+            tables[k].ways = sketch.ways
             tables[k].seed = sketch.seed
-            tables[k].cells = <Cell *>malloc(3 * sketch.third * sizeof(Cell))
+            tables[k].cells = <Cell *>malloc(sketch.ways * sketch.width * sizeof(Cell))
             if tables[k].cells is NULL:
                 raise MemoryError
-            memcpy(tables[k].cells, sketch.cells, 3 * sketch.third * sizeof(Cell))
+            memcpy(tables[k].cells, sketch.cells, sketch.ways * sketch.width * sizeof(Cell))
         items = <Item *>malloc((total + 1) * sizeof(Item))
         if items is NULL:
             raise MemoryError

@@ -636,6 +636,34 @@ cdef class Tree:
             free(pick.wanted)
         return result
 
+    def compare_rows(self, Reader reader not None, const uint8_t[::1] rows not None):
+        """Return [(key, whether the record here is the same, start, end)] of encoded rows; FrameError if malformed."""
+        cdef Operation row
+        cdef Failure failure
+        cdef size_t size = rows.shape[0]
+        cdef size_t at = 0
+        cdef size_t used = 0
+        cdef MDB_txn *txn
+        cdef int here
+        result = []
+        if size == 0:
+            return result
+        txn = reader.begin()
+        try:
+            while at < size:
+                if not row_parse(&rows[at], &rows[0] + size, &row, &used):
+                    raise errors.FrameError(f"row {len(result)} is malformed", ordinal=len(result))
+                here = row_is_here(self.environment, txn, &row)
+                if here not in (0, 1):
+                    memset(&failure, 0, sizeof(Failure))
+                    failure.code = here
+                    raise_walk(self.environment, &failure)
+                result.append((PyBytes_FromStringAndSize(<char *>row.key, row.key_bytes), bool(here), at, at + used))
+                at += used
+        finally:
+            reader.end()
+        return result
+
     def rows_digest(self, Reader reader not None):
         """Return the sum of the digests of requests, sessions and purge mark: the root without its records."""
         cdef Failure failure

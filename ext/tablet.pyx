@@ -538,6 +538,20 @@ cdef class Environment:
         pthread_mutex_unlock(&self.queue_lock)
         return state_as_tuple(&state)
 
+    def stands_at(self, bytes where not None):
+        """Whether the tablet stands at ``where``: root, count and sequence as 32 bytes (docs/formats-exchange.md)."""
+        cdef uint64_t image[4]
+        cdef bint equal
+        if len(where) != 32:
+            raise errors.FrameError(f"a comparison has 32 bytes, not {len(where)}")
+        self.check_not_forked()
+        memcpy(image, PyBytes_AS_STRING(where), 32)
+        pthread_mutex_lock(&self.queue_lock)
+        equal = image[0] == self.state.root.low and image[1] == self.state.root.high \
+            and image[2] == self.state.count and image[3] == self.state.sequence
+        pthread_mutex_unlock(&self.queue_lock)
+        return equal
+
     @property
     def counters(self):
         """Counts since the open: commits, grown (of the map), expired (views), and the present map_bytes and pinned."""

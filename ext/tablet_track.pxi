@@ -218,6 +218,31 @@ cdef size_t row_copy(uint8_t *out, const uint8_t *key, size_t key_bytes, const H
     return row_write(out, key, key_bytes, header)
 
 
+cdef bint row_parse(const uint8_t *cursor, const uint8_t *end, Operation *out, size_t *used) noexcept nogil:
+    return row_read(cursor, end, out, used)
+
+
+cdef int row_is_here(Environment env, MDB_txn *txn, const Operation *row) noexcept nogil:
+    """1: the record that stands here has the row's digest; 0: it has not, or there is none; else an LMDB code."""
+    cdef MDB_val key, data
+    cdef Header header
+    cdef Sum here, there
+    cdef int rc
+    key.mv_data = <void *>row.key
+    key.mv_size = row.key_bytes
+    rc = mdb_get(txn, env.records, &key, &data)
+    if rc == MDB_NOTFOUND:
+        return 0
+    if rc != 0:
+        return rc if rc != 1 else EIO
+    if not header_read(row.key, row.key_bytes, <const uint8_t *>data.mv_data, data.mv_size, &header):
+        return 0
+    here = digest_of(env, row.key, row.key_bytes, &header)
+    there = record_digest(env.seed, row.key, row.key_bytes, row.flags, row.version_count, row.versions, row.sequence,
+                          row.hybrid_clock, content_checksum(row.value, row.value_bytes, row.flags))
+    return 1 if sum_equal(&here, &there) else 0
+
+
 cdef bint value_is_whole(const Header *header) noexcept nogil:
     return content_checksum(header.value, header.value_bytes, header.flags) == header.checksum
 

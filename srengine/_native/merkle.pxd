@@ -61,6 +61,7 @@ cdef class Records:
 
 cdef class Sketch:
     cdef Cell *cells
-    cdef readonly size_t third             # cells of each of the three subtables
+    cdef readonly size_t width             # cells of each subtable
+    cdef readonly int ways                 # subtables: 3 or 4
     cdef readonly uint64_t seed
     cdef readonly bint by_leaf

@@ -16,10 +16,11 @@ def peel(sketches: list[Sketch], id_bits: int = 47) -> list[tuple[int, int, int]
     """
 
 class Sketch:
-    """3 x ``third`` cells over leaves (30 bytes each on the wire) or records (17 bytes each)."""
+    """``ways`` (3 or 4) subtables of ``width`` cells over leaves (30 bytes each on the wire) or records (17 bytes each)."""
 
-    def __init__(self, third: int, seed: int, *, by_leaf: bool) -> None: ...
-    third: int
+    def __init__(self, width: int, seed: int, *, by_leaf: bool, ways: int = 3) -> None: ...
+    width: int
+    ways: int
     seed: int
     by_leaf: bool
     def __len__(self) -> int: ...
@@ -88,6 +89,9 @@ class Tree:
         self, reader: Reader, start: bytes, stop: bytes | None, ids: list[int] | None, with_rows: bool
     ) -> list[tuple[int, int, bytes, bytes, bytes | None]]:
         """Return as `records` does, of keys in [start, stop)."""
+
+    def compare_rows(self, reader: Reader, rows: Buffer) -> list[tuple[bytes, bool, int, int]]:
+        """Return (key, whether the record here is the same, start, end in ``rows``). Raises `FrameError`."""
 
     def rows_digest(self, reader: Reader) -> bytes:
         """Return the root without its records: requests, sessions, purge mark."""

@@ -202,6 +202,8 @@ cdef int walk_records(Environment env, MDB_txn *txn, const Range *bounds, Visit 
                       Failure *failure) noexcept nogil
 cdef size_t row_size(size_t key_bytes, const Header *header) noexcept nogil
 cdef size_t row_copy(uint8_t *out, const uint8_t *key, size_t key_bytes, const Header *header) noexcept nogil
+cdef bint row_parse(const uint8_t *cursor, const uint8_t *end, Operation *out, size_t *used) noexcept nogil
+cdef int row_is_here(Environment env, MDB_txn *txn, const Operation *row) noexcept nogil
 cdef bint value_is_whole(const Header *header) noexcept nogil
 cdef bint keeps_change_entry(const State *state, const Header *header) noexcept nogil
 cdef int raise_walk(Environment env, Failure *failure) except -1

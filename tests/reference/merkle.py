@@ -65,20 +65,20 @@ def estimator(seed: bytes, digests: dict[bytes, int]) -> bytes:
     return bytes(bucket & 0xFF for bucket in buckets)
 
 
-def places(item: int, seed: int, third: int) -> list[int]:
+def places(item: int, seed: int, width: int, ways: int) -> list[int]:
     hashed = xxhash.xxh3_128_intdigest(item.to_bytes(8, "little"), seed=seed)
-    return [i * third + ((hashed >> 32 * i & 0xFFFFFFFF) * third >> 32) for i in range(3)]
+    return [i * width + ((hashed >> 32 * i & 0xFFFFFFFF) * width >> 32) for i in range(ways)]
 
 
 class Sketch:
-    """A table of three subtables; the cells are plain integers that never wrap until they are encoded."""
+    """A table of some subtables; the cells are plain integers that never wrap until they are encoded."""
 
-    def __init__(self, third: int, seed: int, *, by_leaf: bool) -> None:
-        self.third, self.seed, self.by_leaf = third, seed, by_leaf
-        self.cells = [[0, 0, 0] for _ in range(3 * third)]
+    def __init__(self, width: int, seed: int, *, by_leaf: bool, ways: int = 3) -> None:
+        self.width, self.seed, self.by_leaf, self.ways = width, seed, by_leaf, ways
+        self.cells = [[0, 0, 0] for _ in range(ways * width)]
 
     def add(self, item: int, value: int, weighted: int = 0) -> None:
-        for place in places(item, self.seed, self.third):
+        for place in places(item, self.seed, self.width, self.ways):
             cell = self.cells[place]
             cell[0] += value
             cell[1] += value * item

@@ -208,11 +208,12 @@ def test_records_of_leaves(tablet):
     reader.close()
 
 
+@pytest.mark.parametrize("ways", [3, 4])
 @pytest.mark.parametrize("by_leaf", [True, False])
-def test_sketch_cells_equal_the_oracle(by_leaf):
+def test_sketch_cells_equal_the_oracle(by_leaf, ways):
     """T08: cells of a sketch are byte for byte those of the plain Python oracle, negative values included."""
     rng = random.Random(5)
-    here, there = merkle.Sketch(7, 99, by_leaf=by_leaf), oracle.Sketch(7, 99, by_leaf=by_leaf)
+    here, there = merkle.Sketch(7, 99, by_leaf=by_leaf, ways=ways), oracle.Sketch(7, 99, by_leaf=by_leaf, ways=ways)
     for _ in range(50):
         item, value = rng.getrandbits(47), rng.choice((1, -1)) * rng.getrandbits(40)
         weighted = value * rng.getrandbits(47) if by_leaf else 0
@@ -221,13 +222,14 @@ def test_sketch_cells_equal_the_oracle(by_leaf):
     assert here.encode() == there.encode()
 
 
+@pytest.mark.parametrize("ways", [3, 4])
 @pytest.mark.parametrize("by_leaf", [True, False])
-def test_peeling_finds_what_was_put_in(by_leaf):
+def test_peeling_finds_what_was_put_in(by_leaf, ways):
     """T08: a table that is large enough gives its items back, of either sign; one that is too small gives none."""
     rng = random.Random(6)
     for count in (0, 1, 2, 5, 50, 700):
         items = {rng.getrandbits(47): (rng.choice((1, -1)) * rng.randrange(1, 1 << 40)) for _ in range(count)}
-        sketch = merkle.Sketch(count + 20, 3, by_leaf=by_leaf)
+        sketch = merkle.Sketch(count + 20, 3, by_leaf=by_leaf, ways=ways)
         for item, value in items.items():
             sketch.add(item, value, value * 77 if by_leaf else 0)
         found = merkle.peel([sketch])
@@ -236,7 +238,7 @@ def test_peeling_finds_what_was_put_in(by_leaf):
         assert all(weighted == (value * 77 if by_leaf else 0) for _, value, weighted in found)
         assert len(found) == count
     assert count == 700
-    small = merkle.Sketch(100, 3, by_leaf=by_leaf)
+    small = merkle.Sketch(100, 3, by_leaf=by_leaf, ways=ways)
     for item, value in items.items():
         small.add(item, value)
     assert merkle.peel([small]) is None
