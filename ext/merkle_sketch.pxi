@@ -216,11 +216,12 @@ cdef class Sketch:
             for i in range(self.ways * self.width):
                 sr_unpack_subtract(&self.cells[i], self.by_leaf, &cells[i * size])
 
-    def negate(self):
-        """Turn the sign of every cell: what was there minus here becomes here minus there."""
-        cdef Sketch other = Sketch(self.width, self.seed, by_leaf=self.by_leaf, ways=self.ways)
-        other.subtract(self.encode())
-        return other
+    def minus(self, const uint8_t[::1] cells not None):
+        """Return a new table: this one without the other side's cells."""
+        cdef Sketch result = Sketch(self.width, self.seed, by_leaf=self.by_leaf, ways=self.ways)
+        memcpy(result.cells, self.cells, len(self) * sizeof(Cell))
+        result.subtract(cells)
+        return result
 
 
 def peel(list sketches not None, int id_bits=ID_BITS):

@@ -211,6 +211,8 @@ cdef struct Pick:
     uint64_t seed
     int shift
     bint every
+    size_t bytes
+    size_t bytes_max             # CODE_ENOUGH beyond it
 
 
 cdef int visit_pick(void *context, const uint8_t *key, size_t key_bytes, const Header *header,
@@ -228,6 +230,9 @@ cdef int visit_pick(void *context, const uint8_t *key, size_t key_bytes, const H
             at = (at + 1) & pick.wanted_mask
         if not pick.wanted[at]:
             return 0
+    pick.bytes += row_size(key_bytes, header)
+    if pick.bytes > pick.bytes_max:
+        return CODE_ENOUGH
     if pick.used == pick.room:
         room = 2 * pick.room if pick.room else 64
         found = <Picked *>realloc(pick.found, room * sizeof(Picked))
@@ -574,17 +579,17 @@ cdef class Tree:
                 ordinal += 1
         return result
 
-    def records(self, Reader reader not None, size_t first, size_t last, list ids, bint with_rows):
+    def records(self, Reader reader not None, size_t first, size_t last, list ids, bint with_rows, bytes_max=None):
         """Return [(id, value, key, digest, row or None)] of the records in leaves [first, last), those of ``ids`` or all.
 
         The reader is the one that the leaves stand at. Rows are checked: CorruptionError for a value that is damaged.
         """
         start = self.leaf_key(first)
         stop = self.leaf_key(last)
-        return self.records_between(reader, start, stop, ids, with_rows)
+        return self.records_between(reader, start, stop, ids, with_rows, bytes_max)
 
-    def records_between(self, Reader reader not None, bytes start, bytes stop, list ids, bint with_rows):
-        """Return as `records` does, of keys in [start, stop); stop None: to the end."""
+    def records_between(self, Reader reader not None, bytes start, bytes stop, list ids, bint with_rows, bytes_max=None):
+        """Return as `records` does, of keys in [start, stop); stop None: to the end. QuotaExceeded past ``bytes_max``."""
         cdef Environment env = self.environment
         cdef Range bounds
         cdef Pick pick
@@ -606,6 +611,7 @@ cdef class Tree:
         pick.seed = env.seed
         pick.shift = self.id_shift
         pick.every = ids is None
+        pick.bytes_max = <size_t>-1 if bytes_max is None else max(bytes_max, 0)
         if ids is not None:
             pick.wanted = wanted_table(ids, &pick.wanted_mask)
         result = []
@@ -614,6 +620,8 @@ cdef class Tree:
             try:
                 with nogil:
                     rc = walk_records(env, txn, &bounds, visit_pick, &pick, &failure)
+                if rc == CODE_ENOUGH:
+                    raise errors.QuotaExceeded(f"more than {bytes_max} bytes of records", limit=bytes_max)
                 if rc != 0:
                     raise_walk(env, &failure)
                 for i in range(pick.used):
@@ -1010,3 +1018,54 @@ cdef class Records:
                 at = (at + 1) & mask
         free(table)
         return result
+
+
+def differing_ranges(Tree here not None, Tree there not None):
+    """Return [(start, stop or None)]: the key ranges between boundaries common to both trees whose sums differ."""
+    cdef size_t here_block = 0
+    cdef size_t here_index = 0
+    cdef size_t there_block = 0
+    cdef size_t there_index = 0
+    cdef Leaf *one
+    cdef Leaf *other
+    cdef Leaf *start = NULL
+    cdef Sum difference
+    cdef int64_t count = 0
+    cdef int order
+    if here.dirty or there.dirty or here.txn == 0 or there.txn == 0:
+        raise errors.NotReady("the trees are not up to date")
+    difference.low = difference.high = 0
+    result = []
+    while True:
+        one = &here.blocks[here_block].leaves[here_index] if here_block < here.block_count else NULL
+        other = &there.blocks[there_block].leaves[there_index] if there_block < there.block_count else NULL
+        order = 0
+        if one is not NULL and other is not NULL:
+            order = order_of(one.key, one.key_bytes, other.key, other.key_bytes)
+        elif one is not NULL:
+            order = -1
+        elif other is not NULL:
+            order = 1
+        if order == 0:
+            if start is not NULL and (difference.low or difference.high or count):
+                result.append((PyBytes_FromStringAndSize(<char *>start.key, start.key_bytes), None if one is NULL else
+                               PyBytes_FromStringAndSize(<char *>one.key, one.key_bytes)))
+            difference.low = difference.high = 0
+            count = 0
+            start = one
+            if one is NULL:
+                return result
+        if order <= 0:
+            add(&difference, &one.sum)
+            count += one.count
+            here_index += 1
+            if here_index == here.blocks[here_block].used:
+                here_index = 0
+                here_block += 1
+        if order >= 0:
+            subtract(&difference, &other.sum)
+            count -= other.count
+            there_index += 1
+            if there_index == there.blocks[there_block].used:
+                there_index = 0
+                there_block += 1

@@ -954,10 +954,11 @@ cdef class Environment:
             free(operations)
             free(made)
 
-    def repair(self, const uint8_t[::1] rows not None, list removed not None, meta, base, target not None, actual):
+    def repair(self, const uint8_t[::1] rows not None, list removed not None, list meta not None, bint replace_rows, base,
+               bytes target not None, actual):
         """Put an authority's rows over whatever stands here and take ``removed`` keys away, in one transaction.
 
-        ``meta``: its request and session rows, which replace all of ours, or None: they are equal. ``base``: (sequence,
+        ``meta``: meta rows of its; with ``replace_rows`` its request and session rows replace all of ours. ``base``: (sequence,
         root) where the tablet must stand. ``target``: the state row of the authority; root and count must be equal at
         the end. ``actual``: (root, count, live count, records with a change entry) as summed from the records, which
         stand in for what the state row carries, or None.
@@ -972,7 +973,7 @@ cdef class Environment:
         cdef size_t room
         cdef Py_ssize_t i
         cdef bytes root
-        cdef list table = [] if meta is None else meta
+        cdef list kept = []
         memset(&job, 0, sizeof(Submission))
         job.mode = MODE_RAW
         job.repair = True
@@ -995,7 +996,7 @@ cdef class Environment:
         try:
             room = len(removed) + check_rows(rows)[0]
             operations = <Operation *>calloc(room + 1, sizeof(Operation))
-            made = <MetaRow *>calloc(len(table) + 1, sizeof(MetaRow))
+            made = <MetaRow *>calloc(len(meta) + 1, sizeof(MetaRow))
             if operations is NULL or made is NULL:
                 raise MemoryError
             while at < size and count < room:
@@ -1006,9 +1007,10 @@ cdef class Environment:
                 set_operation(&operations[count], REMOVE, key, None)
                 count += 1
             i = 0
-            for database, name, value in table:
-                if database not in (DATABASE_REQUESTS, DATABASE_SESSIONS):
-                    raise errors.FrameError("only request and session rows repair a tablet")
+            for database, name, value in meta:
+                if database == DATABASE_META:
+                    value = with_check(name, value)
+                    kept.append(value)
                 made[i].database = database
                 made[i].name = <const uint8_t *><char *>name
                 made[i].name_bytes = len(name)
@@ -1019,7 +1021,7 @@ cdef class Environment:
             job.operation_count = count
             job.rows = made
             job.row_count = i
-            job.replace_rows = meta is not None
+            job.replace_rows = replace_rows
             self.finish(&job)
         finally:
             free(operations)

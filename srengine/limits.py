@@ -91,6 +91,19 @@ PROGRESS_S_MAX: Final = 30.0
 PULL_BYTES_MAX: Final = 4 * MIB
 """A delta that fits is sent in the answer and applied in one transaction; a larger one is shipped in bulk."""
 
+EXCHANGE_RECORDS_MAX: Final = 16_000_000
+"""Records whose ids and values are held in memory (16 bytes each) while an exchange compares record by record."""
+EXCHANGE_CELLS_MAX: Final = 1_500_000
+"""Cells of a sketch: enough for a million differing records; a peer cannot make us fill a larger one."""
+EXCHANGE_BYTES_MAX: Final = 64 * MIB
+"""Cells, dumps, ids and rows of one message of an exchange; what is more goes as a full copy."""
+EXCHANGE_ATTEMPTS_MAX: Final = 3
+"""Sketches of one exchange before leaf digests are dumped: the first, another seed, another size."""
+EXCHANGE_ROUNDS_MAX: Final = 12
+"""Requests of one exchange, whatever the other side answers."""
+EXCHANGE_RANGES_MAX: Final = 4096
+"""Ranges of keys shipped whole in one message."""
+
 # --- client ----------------------------------------------------------------------------------------------------------
 READ_MESSAGE_KEYS_MAX: Final = 4096
 READ_MESSAGE_KEYS_BYTES_MAX: Final = 256 * KIB
@@ -106,6 +119,7 @@ ENDPOINTS_MAX: Final = 64
 FAILED_KEYS_NAMED_MAX: Final = 100
 """Keys that the error of a partly failed batch names; the rest is counted."""
 
+assert EXCHANGE_CELLS_MAX * 30 <= EXCHANGE_BYTES_MAX <= CONNECTION_BYTES_MAX, (EXCHANGE_CELLS_MAX, EXCHANGE_BYTES_MAX)
 assert KEY_BYTES_MIN >= 1 and KEY_BYTES_MAX <= 511, (KEY_BYTES_MIN, KEY_BYTES_MAX)
 assert ENTRY_BYTES_MAX >= VALUE_BYTES_MAX + 64 * KIB, (ENTRY_BYTES_MAX, VALUE_BYTES_MAX)
 assert CHUNK_BYTES_MAX >= VALUE_BYTES_MAX + KEY_BYTES_MAX, (CHUNK_BYTES_MAX, VALUE_BYTES_MAX)

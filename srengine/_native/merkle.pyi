@@ -39,8 +39,8 @@ class Sketch:
     def subtract(self, cells: Buffer) -> None:
         """Subtract the other side's cells. Raises `FrameError` for another number of cells."""
 
-    def negate(self) -> Sketch:
-        """Return the table with the sign of every cell turned."""
+    def minus(self, cells: Buffer) -> Sketch:
+        """Return a new table: this one without the other side's cells. Raises as `subtract`."""
 
 class Tree:
     """The leaves of one tablet: a cache. One tree an environment; the caller serializes its calls."""
@@ -81,12 +81,17 @@ class Tree:
     def find_leaves(self, ids: list[int]) -> dict[int, int]: ...
     def leaves_at(self, positions: list[int]) -> list[int]: ...
     def records(
-        self, reader: Reader, first: int, last: int, ids: list[int] | None, with_rows: bool
+        self, reader: Reader, first: int, last: int, ids: list[int] | None, with_rows: bool,
+        bytes_max: int | None = None,
     ) -> list[tuple[int, int, bytes, bytes, bytes | None]]:
-        """Return (id, value, key, digest, row) of the records in leaves [first, last). Raises `CorruptionError`."""
+        """Return (id, value, key, digest, row) of the records in leaves [first, last).
+
+        Raises `CorruptionError`, `QuotaExceeded` past ``bytes_max``.
+        """
 
     def records_between(
-        self, reader: Reader, start: bytes, stop: bytes | None, ids: list[int] | None, with_rows: bool
+        self, reader: Reader, start: bytes, stop: bytes | None, ids: list[int] | None, with_rows: bool,
+        bytes_max: int | None = None,
     ) -> list[tuple[int, int, bytes, bytes, bytes | None]]:
         """Return as `records` does, of keys in [start, stop)."""
 
@@ -103,3 +108,6 @@ class Records:
     count: int
     def find(self, ids: list[int]) -> list[int]:
         """Return the positions of records with these ids, rising."""
+
+def differing_ranges(here: Tree, there: Tree) -> list[tuple[bytes, bytes | None]]:
+    """Return the key ranges between boundaries common to both trees whose sums differ; both stand at their readers."""

@@ -41,6 +41,7 @@ from srengine.storage.entries import (
     conflict,
     decode_outcome,
 )
+from srengine.storage.merkle import Actual, Leaves, differing_keys
 from srengine.storage.report import DAMAGES_MAX, Damage, VerifyReport
 from srengine.storage.view import TOMBSTONE, View, decode_meta
 from srengine.types import Position, Record
@@ -88,6 +89,7 @@ class Tablet:
         self.read_only = read_only
         self._environment = environment
         self._mint_lock = threading.Lock()
+        self._leaves: Leaves | None = None
         self._ancestry: list[tuple[str, int]] = []
         self._reload()
 
@@ -334,18 +336,74 @@ class Tablet:
     def diff(self, other: Tablet) -> list[bytes]:
         """Return the keys whose records differ between two tablets, in key order.
 
-        With one seed, equal roots and counts answer at once; otherwise both are scanned. Records of one lineage differ
-        when their versions or values do, others when their values do.
+        With one seed, equal roots and counts answer at once, and otherwise leaves are compared and only the records of
+        those that differ; with different seeds both are scanned. Records of one lineage differ when their versions or
+        values do, others when their values do.
         """
+        if self is other:
+            return []
         with self.view() as here, other.view() as there:
-            if self.seed == other.seed and here.position[2:] == there.position[2:]:
-                return []
             same_history = here.position.lineage == there.position.lineage
+            if self.seed == other.seed:
+                if here.position[2:] == there.position[2:]:
+                    return []
+                return differing_keys(self, other, versions=same_history)
             return list(
                 _differing(
                     here.records(tombstones=same_history), there.records(tombstones=same_history), versions=same_history
                 )
             )
+
+    # --- exchange ----------------------------------------------------------------------------------------------------
+
+    @property
+    def leaves(self) -> Leaves:
+        """The tablet's leaves: a cache that is built when first used. See `srengine.storage.merkle`."""
+        if self._leaves is None:
+            with self._mint_lock:
+                if self._leaves is None:
+                    self._leaves = Leaves(self._environment)
+        return self._leaves
+
+    def stands_at(self, where: bytes) -> bool:
+        """Whether root, count and sequence are ``where`` (32 bytes, docs/formats-exchange.md). Raises `FrameError`."""
+        return self._environment.stands_at(where)
+
+    def repair(
+        self,
+        rows: bytes | memoryview,
+        removed: Sequence[bytes],
+        meta: bytes | memoryview,
+        state: bytes | memoryview,
+        *,
+        replace_rows: bool,
+        base: tuple[int, bytes],
+        actual: Actual | None = None,
+    ) -> Position:
+        """Become equal to an authority in one transaction that must reach its root and count; return the new position.
+
+        ``rows`` replace what stands under their keys, whatever its version; ``removed`` keys go without a tombstone.
+        ``meta``: its ancestry, and with ``replace_rows`` its request and session rows. ``state``: its state row. ``base``:
+        the sequence and root at which this tablet stood when the repair was worked out. ``actual``: what its records
+        add up to, if that is not what its state row carries (damage); the sums start from there.
+
+        Raises `Diverged` when the tablet has moved on or the root would not be reached, `FrameError`; then nothing
+        changed.
+        """
+        self._check_whole()
+        if self.read_only:
+            raise errors.Denied(f"tablet {self.name} is open for reading only", tablet=self.id)
+        decoded = decode_meta(meta)
+        for database, name, value in decoded:
+            if database == 0 and (name != b"ancestry" or not value or len(value) % _ANCESTOR.size):
+                raise errors.FrameError(f"meta row {name!r} has no place in a repair")
+            if database != 0 and not replace_rows:
+                raise errors.FrameError("request and session rows come whole or not at all")
+        self._environment.repair(
+            rows, list(removed), decoded, replace_rows, base, bytes(state), None if actual is None else tuple(actual)
+        )
+        self._reload()
+        return self.position
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
