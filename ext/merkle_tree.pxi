@@ -268,6 +268,54 @@ cdef uint64_t *wanted_table(list ids, uint64_t *mask) except NULL:
     return table
 
 
+cdef extern from *:
+    """
+    /* Which two records make a difference (value, weighted), given ours: 1 when found.
+       Either one of ours is missing there and one of theirs here; or both are ours, missing there or of another value,
+       and then their two shares follow from two equations, which rarely have whole solutions for the wrong two. */
+    static int sr_two(int64_t value, sr_i128 weighted, const uint64_t *ids, const uint64_t *values, size_t count,
+                      uint64_t id_limit, uint64_t *one, uint64_t *two) {
+        const sr_i128 limit = (sr_i128)1 << 40;
+        for (size_t i = 0; i < count; i++) {
+            sr_i128 rest = (sr_i128)value - (sr_i128)values[i];
+            sr_i128 wide = weighted - (sr_i128)values[i] * (sr_i128)ids[i];
+            if (rest >= 0 || rest <= -limit || wide > 0 || wide % rest) continue;
+            sr_i128 other = wide / rest;
+            if (other < 0 || other > (sr_i128)id_limit) continue;
+            int ours = 0;
+            for (size_t k = 0; k < count; k++) ours |= ids[k] == (uint64_t)other;
+            if (ours) continue;
+            *one = ids[i];
+            *two = (uint64_t)other;
+            return 1;
+        }
+        for (size_t i = 0; i < count; i++) {
+            sr_i128 rest = weighted - (sr_i128)value * (sr_i128)ids[i];
+            for (size_t k = i + 1; k < count; k++) {
+                sr_i128 apart = (sr_i128)ids[k] - (sr_i128)ids[i];
+                if (!apart) continue;
+                /* Nearly all are ruled out by size, before the slow division: the share is less than 2^40. */
+                sr_i128 bound = apart < 0 ? -apart * limit : apart * limit;
+                if (rest >= bound || rest <= -bound || rest % apart) continue;
+                sr_i128 share = rest / apart;
+                if (!share || share == value || (sr_i128)value - share >= limit || (sr_i128)value - share <= -limit) continue;
+                *one = ids[i];
+                *two = ids[k];
+                return 1;
+            }
+        }
+        return 0;
+    }
+    static inline sr_i128 sr_signed(uint64_t low, uint64_t high) { return (sr_i128)sr_wide(low, high); }
+    static inline int sr_two_of(int64_t value, uint64_t low, uint64_t high, const uint64_t *ids, const uint64_t *values,
+                                size_t count, uint64_t id_limit, uint64_t *one, uint64_t *two) {
+        return sr_two(value, sr_signed(low, high), ids, values, count, id_limit, one, two);
+    }
+    """
+    int sr_two_of(int64_t value, uint64_t low, uint64_t high, const uint64_t *ids, const uint64_t *values, size_t count,
+                  uint64_t id_limit, uint64_t *one, uint64_t *two) noexcept nogil
+
+
 cdef class Tree:
     """The leaves of one tablet. One tree an environment; calls are serialized by the caller.
 
@@ -580,7 +628,7 @@ cdef class Tree:
         return result
 
     def records(self, Reader reader not None, size_t first, size_t last, list ids, bint with_rows, bytes_max=None):
-        """Return [(id, value, key, digest, row or None)] of the records in leaves [first, last), those of ``ids`` or all.
+        """Return [(id, value, key, digest, row or None, bytes of the row)] of the records in leaves [first, last), those of ``ids`` or all.
 
         The reader is the one that the leaves stand at. Rows are checked: CorruptionError for a value that is damaged.
         """
@@ -636,13 +684,72 @@ cdef class Tree:
                         row_copy(<uint8_t *>PyBytes_AS_STRING(row), found.key, found.key_bytes, &found.header)
                     result.append((found.id, value_of(&found.digest),
                                    PyBytes_FromStringAndSize(<char *>found.key, found.key_bytes),
-                                   PyBytes_FromStringAndSize(<char *>&found.digest, 16), row))
+                                   PyBytes_FromStringAndSize(<char *>&found.digest, 16), row,
+                                   row_size(found.key_bytes, &found.header)))
             finally:
                 reader.end()
         finally:
             free(pick.found)
             free(pick.wanted)
         return result
+
+    def two_records(self, Reader reader not None, size_t ordinal, int64_t value, weighted, size_t records_max):
+        """Return the key ids of the two records that make a leaf differ by (value, weighted), or None.
+
+        None also for a leaf of more than ``records_max`` records: the work is their number squared.
+        """
+        cdef Pick pick
+        cdef Range bounds
+        cdef Failure failure
+        cdef MDB_txn *txn
+        cdef uint64_t *ids = NULL
+        cdef uint64_t one = 0
+        cdef uint64_t two = 0
+        cdef uint64_t low, high
+        cdef size_t i
+        cdef int rc
+        cdef int found = 0
+        wide = weighted & ((1 << 128) - 1)
+        low = wide & 0xffffffffffffffff
+        high = wide >> 64
+        start, stop = self.leaf_key(ordinal), self.leaf_key(ordinal + 1)
+        memset(&pick, 0, sizeof(Pick))
+        memset(&bounds, 0, sizeof(Range))
+        failure.code = 0
+        bounds.start = <const uint8_t *><const char *>start
+        bounds.start_bytes = len(start)
+        if stop is not None:
+            bounds.stop = <const uint8_t *><const char *>stop
+            bounds.stop_bytes = len(stop)
+            bounds.has_stop = True
+        pick.seed = self.environment.seed
+        pick.shift = self.id_shift
+        pick.every = True
+        pick.bytes_max = <size_t>-1
+        try:
+            txn = reader.begin()
+            try:
+                with nogil:
+                    rc = walk_records(self.environment, txn, &bounds, visit_pick, &pick, &failure)
+            finally:
+                reader.end()
+            if rc != 0:
+                raise_walk(self.environment, &failure)
+            if not 0 < pick.used <= records_max:
+                return None
+            ids = <uint64_t *>malloc(2 * pick.used * sizeof(uint64_t))
+            if ids is NULL:
+                raise MemoryError
+            with nogil:
+                for i in range(pick.used):
+                    ids[i] = pick.found[i].id
+                    ids[pick.used + i] = value_of(&pick.found[i].digest)
+                found = sr_two_of(value, low, high, ids, ids + pick.used, pick.used,
+                                  (<uint64_t>1 << (64 - self.id_shift)) - 1, &one, &two)
+            return (one, two) if found else None
+        finally:
+            free(pick.found)
+            free(ids)
 
     def compare_rows(self, Reader reader not None, const uint8_t[::1] rows not None):
         """Return [(key, whether the record here is the same, start, end)] of encoded rows; FrameError if malformed."""

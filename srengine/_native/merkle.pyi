@@ -83,8 +83,8 @@ class Tree:
     def records(
         self, reader: Reader, first: int, last: int, ids: list[int] | None, with_rows: bool,
         bytes_max: int | None = None,
-    ) -> list[tuple[int, int, bytes, bytes, bytes | None]]:
-        """Return (id, value, key, digest, row) of the records in leaves [first, last).
+    ) -> list[tuple[int, int, bytes, bytes, bytes | None, int]]:
+        """Return (id, value, key, digest, row, bytes of the row) of the records in leaves [first, last).
 
         Raises `CorruptionError`, `QuotaExceeded` past ``bytes_max``.
         """
@@ -92,8 +92,13 @@ class Tree:
     def records_between(
         self, reader: Reader, start: bytes, stop: bytes | None, ids: list[int] | None, with_rows: bool,
         bytes_max: int | None = None,
-    ) -> list[tuple[int, int, bytes, bytes, bytes | None]]:
+    ) -> list[tuple[int, int, bytes, bytes, bytes | None, int]]:
         """Return as `records` does, of keys in [start, stop)."""
+
+    def two_records(
+        self, reader: Reader, ordinal: int, value: int, weighted: int, records_max: int
+    ) -> tuple[int, int] | None:
+        """Return the key ids of the two records that make a leaf differ by (value, weighted), or None."""
 
     def compare_rows(self, reader: Reader, rows: Buffer) -> list[tuple[bytes, bool, int, int]]:
         """Return (key, whether the record here is the same, start, end in ``rows``). Raises `FrameError`."""

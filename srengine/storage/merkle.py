@@ -14,8 +14,8 @@ the difference w of its weighted sums, ours minus theirs. Then, cheapest first:
    the two together give its id, as in 1.
 3. Two records differ, each of them either here or missing here with one that is: every pair of ours is tried; the
    quotients that do not come out whole rule out the others.
-4. What remains is shipped whole, as a range of keys. About one leaf in a hundred comes to this at 1000 differences in a
-   million records; listing its records first would cost a third round trip.
+4. What remains (two leaves in a hundred, at 1000 differences in a million records) is shipped whole as a range of keys
+   when that is little, else its digests are listed, which locates the records, and they are fetched one round later.
 
 A wrong guess has a chance of about 2^-40 and is no danger: an exchange ends by a transaction that must reach the root.
 """
@@ -39,8 +39,8 @@ ESTIMATOR_BYTES: Final = merkle.ESTIMATOR_BYTES
 MASK: Final = (1 << 128) - 1
 ID_LIMIT: Final = 1 << 47
 VALUE_LIMIT: Final = 1 << 40
-_PAIR_RECORDS_MAX: Final = 96
-"""Records of a leaf up to which pairs are tried: about 4600 divisions."""
+_PAIR_RECORDS_MAX: Final = 512
+"""Records of a leaf up to which pairs are tried: 130 000 of them, about a millisecond."""
 _PAIR_LEAVES_MAX: Final = 512
 _JOIN_TRIES_MAX: Final = 1_000_000
 
@@ -50,12 +50,25 @@ Item = tuple[int, int, int]
 """(id, value, weighted sum) of something that differs, ours minus theirs."""
 
 
+class Listed(NamedTuple):
+    """A range of keys and the low 6 bytes of the digests of records in it: of all that are there, or of the wanted ones."""
+
+    start: bytes
+    stop: bytes | None
+    digests: list[bytes]
+
+
 class Located(NamedTuple):
-    """Where the differences are: (leaf id, key id) of records, key ids alone (record mode), ranges of keys."""
+    """Where the differences are.
+
+    ``pairs``: (leaf id, key id) of records; ``ids``: key ids alone (record mode); ``ranges``: of keys, shipped whole;
+    ``listed``: ranges of which the digests are told first.
+    """
 
     pairs: list[tuple[int, int]]
     ids: list[int]
     ranges: list[Range]
+    listed: list[Listed] = []
 
 
 class Rows(NamedTuple):
@@ -262,6 +275,9 @@ class Moment:
         """Boundaries of theirs that are no records of ours: with the leaf of ours that they cut, one record remains."""
         found = []
         for item, value, weighted in unknown:
+            if weighted == item * value:
+                found.append((item, item))  # nothing lies between it and the next boundary
+                continue
             for candidates in (several, located):
                 if len(unknown) * len(candidates) > _JOIN_TRIES_MAX:
                     continue
@@ -303,13 +319,8 @@ class Moment:
         if len(several) > _PAIR_LEAVES_MAX:
             return found
         for ordinal in sorted(several):
-            own = {
-                record[0]: record[1]
-                for record in self._tree.records(self._reader, ordinal, ordinal + 1, None, False)  # noqa: FBT003
-            }
-            if len(own) > _PAIR_RECORDS_MAX:
-                continue
-            two = _two_records(*several[ordinal], own, self._leaves.id_limit)
+            value, weighted = several[ordinal]
+            two = self._tree.two_records(self._reader, ordinal, value, weighted, _PAIR_RECORDS_MAX)
             if two is not None:
                 found += [(ids[ordinal], two[0]), (ids[ordinal], two[1])]
                 del several[ordinal]
@@ -365,7 +376,8 @@ class Moment:
     def rows_of(self, located: Located, since: int | None, *, bytes_max: int) -> Rows:
         """Return what is here of the located records, ranges whole, and what changed after ``since`` (None: nothing).
 
-        Raises `QuotaExceeded` for more than ``bytes_max``, `BelowPurgeMark` when the change log does not answer.
+        Of ``located.listed`` the records with those digests. Raises `QuotaExceeded` for more than ``bytes_max``,
+        `BelowPurgeMark` when the change log does not answer.
         """
         parts: dict[bytes, bytes] = {}
         seen_pairs, seen_ids = set(), set()
@@ -378,10 +390,13 @@ class Moment:
             size += len(found.row)
             if size > bytes_max:
                 raise _too_large(bytes_max)
-        for start, stop in located.ranges:
+        for start, stop, digests in [*located.listed, *((start, stop, None) for start, stop in located.ranges)]:
+            wanted = None if digests is None else set(digests)
             for record in self._tree.records_between(
                 self._reader, start, stop, None, True, bytes_max - size  # noqa: FBT003
             ):
+                if wanted is not None and record[3][:6] not in wanted:
+                    continue
                 assert record[4] is not None, record
                 parts[record[2]] = record[4]
                 size += len(record[4])
@@ -393,6 +408,39 @@ class Moment:
             [pair for pair in located.pairs if pair not in seen_pairs],
             [item for item in located.ids if item not in seen_ids],
         )
+
+    def list_ranges(self, located: Located) -> Located:
+        """Return the same with ranges listed instead of shipped whole, unless they are small.
+
+        Raises `QuotaExceeded` for more records than a list may have.
+        """
+        listed: list[Listed] = []
+        size = 0
+        for start, stop in located.ranges:
+            records = self._tree.records_between(
+                self._reader, start, stop, None, False, limits.EXCHANGE_BYTES_MAX  # noqa: FBT003
+            )
+            size += sum(record[5] for record in records)
+            listed.append(Listed(start, stop, [record[3][:6] for record in records]))
+        if size <= limits.EXCHANGE_WHOLE_BYTES_MAX:
+            return located
+        return located._replace(ranges=[], listed=listed)
+
+    def compare_listed(self, listed: list[Listed]) -> tuple[list[bytes], list[Listed]]:
+        """Return (our keys that are not in the lists, the lists of what is not here)."""
+        extra: list[bytes] = []
+        wanted: list[Listed] = []
+        for start, stop, digests in listed:
+            here = {
+                record[3][:6]: record[2]
+                for record in self._tree.records_between(self._reader, start, stop, None, False)  # noqa: FBT003
+            }
+            there = set(digests)
+            extra += [key for digest, key in here.items() if digest not in there]
+            missing = [digest for digest in digests if digest not in here]
+            if missing:
+                wanted.append(Listed(start, stop, missing))
+        return extra, wanted
 
     def _changed_since(self, since: int, bytes_max: int) -> Iterator[tuple[bytes, bytes]]:
         state = self._reader.state_tuple
@@ -419,14 +467,16 @@ class Moment:
         rows = [(0, b"ancestry", kernel.check_row(b"ancestry", stored[b"ancestry"]))]
         return encode_meta(rows + (self._reader.meta_rows(0) if with_rows else []))
 
-    def settle(self, rows: bytes | memoryview, absent: Located) -> Repair:
-        """Work out the repair: ``rows`` of the authority, ``absent``: what it does not have, ranges that ``rows`` cover.
+    def settle(self, rows: bytes | memoryview, absent: Located, extra: list[bytes]) -> Repair:
+        """Work out the repair: ``rows`` of the authority, ``absent``: what it does not have, ranges that ``rows`` cover,
+        ``extra``: keys here that its lists do not name.
 
         Raises `FrameError` for malformed rows.
         """
         compared = self._tree.compare_rows(self._reader, rows)
         sent = {key for key, _, _, _ in compared}
         removed = {found.key for found in self._find(absent.pairs, absent.ids, with_rows=False)}
+        removed.update(extra)
         for start, stop in absent.ranges:
             removed.update(
                 record[2] for record in self._tree.records_between(self._reader, start, stop, None, False)  # noqa: FBT003
@@ -439,6 +489,20 @@ class Moment:
         kept = b"".join(view[start:end] for _, same, start, end in compared if not same)
         report = sorted({key for key, same, _, _ in compared if not same} | removed)
         return Repair(kept, sorted(removed), report, len(rows) - len(kept))
+
+
+def sequence_of(state: bytes) -> int:
+    """Return the sequence of a state row. Raises `FrameError`."""
+    return kernel.decode_state(state)[0]
+
+
+def merge_rows(older: bytes, newer: bytes) -> bytes:
+    """Return rows of both, in key order; of a key in both the newer one. Raises `FrameError` for malformed rows."""
+    kernel.check_rows(older)
+    kernel.check_rows(newer)
+    parts = {key: older[start:end] for key, start, end in _row_bounds(older)}
+    parts.update((key, newer[start:end]) for key, start, end in _row_bounds(newer))
+    return b"".join(parts[key] for key in sorted(parts))
 
 
 class _Found(NamedTuple):
@@ -464,27 +528,6 @@ def _row_bounds(rows: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def _dumped(dump: bytes) -> dict[int, bytes]:
     return {int.from_bytes(dump[at : at + 6], "little"): dump[at + 6 : at + 14] for at in range(0, len(dump), 14)}
-
-
-def _two_records(value: int, weighted: int, own: dict[int, int], id_limit: int) -> tuple[int, int] | None:
-    """Return the key ids of the two records that make this difference, when ``own`` {id: value} determines them.
-
-    Either one of ours is missing there and one of theirs here, or both are ours, missing there or of another value.
-    """
-    for item, part in own.items():
-        rest, rest_weighted = value - part, weighted - part * item
-        if -VALUE_LIMIT < rest < 0 and rest_weighted % rest == 0:
-            other = rest_weighted // rest
-            if 0 <= other < id_limit and other not in own:
-                return item, other
-    ids = sorted(own)
-    for at, one in enumerate(ids):
-        rest = weighted - value * one
-        for other in ids[at + 1 :]:
-            part, remainder = divmod(rest, other - one)
-            if not remainder and part and part != value and abs(part) < VALUE_LIMIT and abs(value - part) < VALUE_LIMIT:
-                return one, other
-    return None
 
 
 def differing_keys(here: Tablet, there: Tablet, *, versions: bool) -> list[bytes]:

@@ -39,7 +39,7 @@ from typing import Final, Protocol, assert_never
 
 from srengine import errors, limits
 from srengine._native import merkle
-from srengine.storage.merkle import ESTIMATOR_BYTES, Actual, Item, Located, Moment
+from srengine.storage.merkle import ESTIMATOR_BYTES, Actual, Item, Located, Moment, merge_rows, sequence_of
 from srengine.sync.exchange_messages import (
     PREFIX_WAYS,
     PREFIX_WIDTH,
@@ -79,8 +79,12 @@ LEAF_MODE_SHARE: Final = 1 / 16
 FULL_COPY_SHARE: Final = 1 / 4
 FULL_COPY_RECORDS_MIN: Final = 256
 """A tablet of which fewer records differ is never worth a full copy."""
-DEVIATIONS: Final = 1.75
-"""How far above the estimate a table is sized: about one in twenty-five estimates is lower than that."""
+SAMPLE_DEVIATIONS: Final = 1.2
+BUCKET_DEVIATIONS: Final = 1.75
+"""How far above the estimate a table is sized, in standard deviations of its two errors: every second record counts (square
+root of the number), and there are so many buckets (a tenth). With the slack of the table itself one in thirty is too small."""
+CELLS_MIN: Final = 9
+"""Cells beyond the factor: small tables are peeled by luck."""
 EXTENSION_SHARE: Final = 0.5
 WAYS_LIMIT: Final = 600
 """Below so many cells four subtables peel better than three, above it three need fewer cells."""
@@ -179,7 +183,8 @@ def estimate(here: bytes, there: bytes) -> float:
 def upper(records: float) -> float:
     """Return a number of records that the truth is rarely above, for an estimate of ``records``."""
     records = max(records, 2.0)
-    return records + DEVIATIONS * math.sqrt(records + records * records * 2 / ESTIMATOR_BYTES)
+    sample, buckets = records, records * records * 2 / ESTIMATOR_BYTES
+    return records + math.sqrt(SAMPLE_DEVIATIONS**2 * sample + BUCKET_DEVIATIONS**2 * buckets)
 
 
 def leaves_with(records: float, leaf_count: int) -> float:
@@ -192,7 +197,7 @@ def cells_for(items: float) -> int:
     for (low, factor), (high, following) in zip(_FACTORS, _FACTORS[1:], strict=False):
         if items <= high:
             share = math.log(max(items, 1) / max(low, 1)) / math.log(high / max(low, 1))
-            return 6 + math.ceil(items * (factor + (following - factor) * min(max(share, 0.0), 1.0)))
+            return CELLS_MIN + math.ceil(items * (factor + (following - factor) * min(max(share, 0.0), 1.0)))
     raise AssertionError(items)
 
 
@@ -200,14 +205,14 @@ def shape_for(items: float, seed: int, *, by_leaf: bool) -> Shape:
     """Return the shape of a table for so many items."""
     cells = min(cells_for(items), limits.EXCHANGE_CELLS_MAX - 4)
     ways = 4 if cells < WAYS_LIMIT else 3
-    return Shape(by_leaf, ways, -(-cells // ways), seed)
+    return Shape(by_leaf, ways, max(1, round(cells / ways)), seed)
 
 
 def extension_of(shape: Shape) -> Shape:
     """Return the second table that goes with one that was too small."""
     cells = min(int(shape.cells * EXTENSION_SHARE) + 9, limits.EXCHANGE_CELLS_MAX - 4)
     ways = 4 if cells < WAYS_LIMIT else 3
-    return Shape(shape.by_leaf, ways, -(-cells // ways), shape.seed ^ 0x5EED5EED5EED5EED)
+    return Shape(shape.by_leaf, ways, max(1, round(cells / ways)), shape.seed ^ 0x5EED5EED5EED5EED)
 
 
 def prefix_of(moment: Moment, root: bytes) -> merkle.Sketch:
@@ -242,9 +247,12 @@ class Sketching:
 
 @dataclass(frozen=True, slots=True)
 class Fetching:
-    """Waits for the records that it asked for."""
+    """Waits for the records that it asked for. ``rows``, ``extra``, ``absent``: what an earlier answer said, with lists."""
 
     asked: Located
+    rows: bytes = b""
+    extra: tuple[bytes, ...] = ()
+    absent: Located = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,15 +470,29 @@ class Initiator:
             raise errors.FrameError(f"the end of an exchange has three attachments, not {len(attachments)}")
         rows, meta, state = (bytes(part) for part in attachments)
         absent, replace_rows = decode_close(reply.body)
-        if isinstance(self._state, Fetching):
-            asked = self._state.asked
-            absent = Located(asked.pairs + absent.pairs, asked.ids + absent.ids, asked.ranges + absent.ranges)
-        elif not self.figures.locating_rounds:
-            self.figures.locating_rounds = self.figures.rounds
+        extra: list[bytes] = []
         with self._side.moment() as moment:
             if self._moved(moment):
                 return
-            repair = moment.settle(rows, absent)
+            if isinstance(self._state, Fetching):
+                asked, earlier = self._state.asked, self._state.absent
+                if absent != NOTHING:
+                    raise errors.FrameError("records that were asked for come without anything else")
+                rows = merge_rows(self._state.rows, rows)
+                absent = Located(
+                    asked.pairs + earlier.pairs, asked.ids + earlier.ids, asked.ranges + earlier.ranges
+                )
+                extra = list(self._state.extra)
+            elif absent.listed:
+                extra, wanted = moment.compare_listed(absent.listed)
+                absent = absent._replace(listed=[])
+                if wanted:
+                    self._fetch(moment, Located([], [], [], wanted), sequence_of(state))
+                    self._state = Fetching(Located([], [], []), rows, tuple(extra), absent)
+                    return
+            if not self.figures.locating_rounds:
+                self.figures.locating_rounds = self.figures.rounds
+            repair = moment.settle(rows, absent, extra)
         self.figures.locating_bytes += repair.equal_bytes
         self.figures.record_bytes -= repair.equal_bytes
         self._state = Applying(repair.report, isinstance(self._state, Dumping))
@@ -560,7 +582,7 @@ class Responder:
             difference = mine.minus(cells)
             items = moment.peel([difference])
             if items is not None:
-                located = _located(moment, items, by_leaf=shape.by_leaf)
+                located = moment.list_ranges(_located(moment, items, by_leaf=shape.by_leaf))
                 if len(located.ranges) <= limits.EXCHANGE_RANGES_MAX:
                     return self._close(moment, located, digest, None)
             extension = extension_of(shape)
@@ -586,9 +608,10 @@ class Responder:
     def _close(
         self, moment: Moment, located: Located, digest: bytes, since: int | None
     ) -> tuple[ExchangeClose, tuple[bytes, ...]]:
-        found = moment.rows_of(located, since, bytes_max=limits.EXCHANGE_BYTES_MAX)
+        wanted = located if since is not None else located._replace(listed=[])
+        found = moment.rows_of(wanted, since, bytes_max=limits.EXCHANGE_BYTES_MAX)
         replace_rows = moment.rows_digest[:8] != digest
-        absent = Located(found.missing_pairs, found.missing_ids, located.ranges)
+        absent = Located(found.missing_pairs, found.missing_ids, located.ranges, located.listed)
         return (
             ExchangeClose(encode_close(absent, replace_rows=replace_rows)),
             (found.rows, moment.meta(with_rows=replace_rows), moment.state),

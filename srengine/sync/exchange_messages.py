@@ -24,7 +24,7 @@ import msgspec
 
 from srengine import errors, limits
 from srengine.codec import registry
-from srengine.storage.merkle import ESTIMATOR_BYTES, ID_LIMIT, Located
+from srengine.storage.merkle import ESTIMATOR_BYTES, ID_LIMIT, Listed, Located
 
 PREFIX_WIDTH: Final = 2
 PREFIX_WAYS: Final = 3
@@ -183,16 +183,22 @@ def encode_number(number: int) -> bytes:
 
 
 def encode_located(located: Located) -> bytes:
-    """Encode pairs (count, 6 + 6 each), ids (count, 6 each), ranges (count, two keys each)."""
+    """Encode pairs (count, 6 + 6 each), ids (count, 6 each), ranges (count, two keys each), lists (count, two keys, count, 6)."""
     parts = [encode_number(len(located.pairs))]
     parts += [leaf.to_bytes(6, "little") + item.to_bytes(6, "little") for leaf, item in located.pairs]
     parts.append(encode_number(len(located.ids)))
     parts += [item.to_bytes(6, "little") for item in located.ids]
     parts.append(encode_number(len(located.ranges)))
-    for start, stop in located.ranges:
-        parts.append(len(start).to_bytes(2, "little") + start)
-        parts.append(TO_THE_END.to_bytes(2, "little") if stop is None else len(stop).to_bytes(2, "little") + stop)
+    parts += [_encode_range(start, stop) for start, stop in located.ranges]
+    parts.append(encode_number(len(located.listed)))
+    for start, stop, digests in located.listed:
+        parts += [_encode_range(start, stop), encode_number(len(digests)), *digests]
     return b"".join(parts)
+
+
+def _encode_range(start: bytes, stop: bytes | None) -> bytes:
+    end = TO_THE_END.to_bytes(2, "little") if stop is None else len(stop).to_bytes(2, "little") + stop
+    return len(start).to_bytes(2, "little") + start + end
 
 
 def decode_located(cursor: Cursor) -> Located:
@@ -206,19 +212,30 @@ def decode_located(cursor: Cursor) -> Located:
     ids = [int.from_bytes(raw[at : at + 6], "little") for at in range(0, len(raw), 6)]
     if any(item >= ID_LIMIT for item in ids) or any(max(pair) >= ID_LIMIT for pair in pairs):
         raise errors.FrameError("an id has 47 bits")
+    ranges = [_decode_range(cursor) for _ in range(_range_count(cursor))]
+    listed = []
+    for _ in range(_range_count(cursor)):
+        start, stop = _decode_range(cursor)
+        raw = cursor.take(6 * cursor.count())
+        listed.append(Listed(start, stop, [raw[at : at + 6] for at in range(0, len(raw), 6)]))
+    cursor.end()
+    return Located(pairs, ids, ranges, listed)
+
+
+def _range_count(cursor: Cursor) -> int:
     count = cursor.count()
     if count > limits.EXCHANGE_RANGES_MAX:
         raise errors.FrameError(f"{count} ranges are more than {limits.EXCHANGE_RANGES_MAX}")
-    ranges: list[tuple[bytes, bytes | None]] = []
-    for _ in range(count):
-        start = _key(cursor, cursor.number(2))
-        size = cursor.number(2)
-        stop = None if size == TO_THE_END else _key(cursor, size)
-        if stop is not None and stop <= start:
-            raise errors.FrameError("a range of keys ends before it begins")
-        ranges.append((start, stop))
-    cursor.end()
-    return Located(pairs, ids, ranges)
+    return count
+
+
+def _decode_range(cursor: Cursor) -> tuple[bytes, bytes | None]:
+    start = _key(cursor, cursor.number(2))
+    size = cursor.number(2)
+    stop = None if size == TO_THE_END else _key(cursor, size)
+    if stop is not None and stop <= start:
+        raise errors.FrameError("a range of keys ends before it begins")
+    return start, stop
 
 
 def _key(cursor: Cursor, size: int) -> bytes:
