@@ -636,6 +636,58 @@ cdef class Tree:
         stop = self.leaf_key(last)
         return self.records_between(reader, start, stop, ids, with_rows, bytes_max)
 
+    def records_of(self, Reader reader not None, list ordinals not None, list ids not None, bint with_rows):
+        """Return [(leaf ordinal, id, key, row or None)] of the records with one of ``ids`` in these leaves, which rise."""
+        cdef Environment env = self.environment
+        cdef Pick pick
+        cdef Failure failure
+        cdef Range bounds
+        cdef Picked *found
+        cdef MDB_txn *txn
+        cdef size_t b = 0
+        cdef size_t before = 0
+        cdef size_t ordinal, k, i
+        cdef int rc = 0
+        cdef bytes row
+        memset(&pick, 0, sizeof(Pick))
+        failure.code = 0
+        pick.seed = env.seed
+        pick.shift = self.id_shift
+        pick.bytes_max = <size_t>-1
+        pick.wanted = wanted_table(ids, &pick.wanted_mask)
+        result = []
+        try:
+            txn = reader.begin()
+            try:
+                for ordinal in ordinals:
+                    if ordinal >= self.leaf_count or ordinal < before:
+                        raise errors.InvalidValue("leaf ordinals rise and are below their number")
+                    while ordinal - before >= self.blocks[b].used:
+                        before += self.blocks[b].used
+                        b += 1
+                    k = ordinal - before
+                    memset(&bounds, 0, sizeof(Range))
+                    bounds.start = self.blocks[b].leaves[k].key
+                    bounds.start_bytes = self.blocks[b].leaves[k].key_bytes
+                    if ordinal + 1 < self.leaf_count:
+                        found_next(self, b, k, &bounds)
+                    pick.used = 0
+                    with nogil:
+                        rc = walk_records(env, txn, &bounds, visit_pick, &pick, &failure)
+                    if rc != 0:
+                        raise_walk(env, &failure)
+                    for i in range(pick.used):
+                        found = &pick.found[i]
+                        row = picked_row(env, found) if with_rows else None
+                        result.append((ordinal, found.id, PyBytes_FromStringAndSize(<char *>found.key, found.key_bytes),
+                                       row))
+            finally:
+                reader.end()
+        finally:
+            free(pick.found)
+            free(pick.wanted)
+        return result
+
     def records_between(self, Reader reader not None, bytes start, bytes stop, list ids, bint with_rows, bytes_max=None):
         """Return as `records` does, of keys in [start, stop); stop None: to the end. QuotaExceeded past ``bytes_max``."""
         cdef Environment env = self.environment
@@ -674,14 +726,7 @@ cdef class Tree:
                     raise_walk(env, &failure)
                 for i in range(pick.used):
                     found = &pick.found[i]
-                    row = None
-                    if with_rows:
-                        if not value_is_whole(&found.header):
-                            raise errors.CorruptionError("the value of a record is damaged",
-                                                         key=PyBytes_FromStringAndSize(<char *>found.key, found.key_bytes),
-                                                         tablet=env.path.decode("utf-8", "replace"), what="record")
-                        row = PyBytes_FromStringAndSize(NULL, row_size(found.key_bytes, &found.header))
-                        row_copy(<uint8_t *>PyBytes_AS_STRING(row), found.key, found.key_bytes, &found.header)
+                    row = picked_row(env, found) if with_rows else None
                     result.append((found.id, value_of(&found.digest),
                                    PyBytes_FromStringAndSize(<char *>found.key, found.key_bytes),
                                    PyBytes_FromStringAndSize(<char *>&found.digest, 16), row,
@@ -793,6 +838,32 @@ cdef class Tree:
         if failure.code != 0:
             raise_walk(self.environment, &failure)
         return PyBytes_FromStringAndSize(<char *>&total, 16)
+
+
+cdef bytes picked_row(Environment env, const Picked *found):
+    """Return a record as a row of the wire; CorruptionError for a damaged value."""
+    cdef bytes row
+    if not value_is_whole(&found.header):
+        raise errors.CorruptionError("the value of a record is damaged",
+                                     key=PyBytes_FromStringAndSize(<char *>found.key, found.key_bytes),
+                                     tablet=env.path.decode("utf-8", "replace"), what="record")
+    row = PyBytes_FromStringAndSize(NULL, row_size(found.key_bytes, &found.header))
+    row_copy(<uint8_t *>PyBytes_AS_STRING(row), found.key, found.key_bytes, &found.header)
+    return row
+
+
+cdef void found_next(Tree tree, size_t block, size_t index, Range *bounds) noexcept nogil:
+    """End a range where the following leaf begins."""
+    cdef Leaf *following
+    if index + 1 < tree.blocks[block].used:
+        following = &tree.blocks[block].leaves[index + 1]
+    elif block + 1 < tree.block_count:
+        following = &tree.blocks[block + 1].leaves[0]
+    else:
+        return
+    bounds.stop = following.key
+    bounds.stop_bytes = following.key_bytes
+    bounds.has_stop = True
 
 
 cdef list damaged_keys(const Gather *gather):
@@ -1010,7 +1081,6 @@ cdef int rescan(Tree tree, MDB_txn *txn, Failure *failure) noexcept nogil:
     """Walk the records of every dirty leaf again."""
     cdef size_t b, k
     cdef Leaf *leaf
-    cdef Leaf *following
     cdef Range bounds
     cdef Rescan work
     cdef int rc
@@ -1021,19 +1091,10 @@ cdef int rescan(Tree tree, MDB_txn *txn, Failure *failure) noexcept nogil:
             leaf = &tree.blocks[b].leaves[k]
             if not leaf.dirty:
                 continue
-            if k + 1 < tree.blocks[b].used:
-                following = &tree.blocks[b].leaves[k + 1]
-            elif b + 1 < tree.block_count:
-                following = &tree.blocks[b + 1].leaves[0]
-            else:
-                following = NULL
             memset(&bounds, 0, sizeof(Range))
             bounds.start = leaf.key
             bounds.start_bytes = leaf.key_bytes
-            if following is not NULL:
-                bounds.stop = following.key
-                bounds.stop_bytes = following.key_bytes
-                bounds.has_stop = True
+            found_next(tree, b, k, &bounds)
             memset(&leaf.sum, 0, sizeof(Sum))
             memset(&leaf.weighted, 0, sizeof(Sum))
             leaf.value_sum = 0

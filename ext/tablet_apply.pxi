@@ -818,7 +818,7 @@ cdef int transact(Environment env, Submission *job) noexcept nogil:
         if rc == 0 and entry.number and entry.decision == RUN:
             rc = keep_answer(env, &work, job.operations, entry)
     if rc == 0:
-        root = env.state.root
+        root = work.state.root
         for i in range(job.entry_count):
             sum_add(&root, &job.entries[i].difference)
             job.entries[i].root = root

@@ -89,6 +89,11 @@ class Tree:
         Raises `CorruptionError`, `QuotaExceeded` past ``bytes_max``.
         """
 
+    def records_of(
+        self, reader: Reader, ordinals: list[int], ids: list[int], with_rows: bool
+    ) -> list[tuple[int, int, bytes, bytes | None]]:
+        """Return (leaf ordinal, id, key, row) of the records with one of ``ids`` in these leaves, which rise."""
+
     def records_between(
         self, reader: Reader, start: bytes, stop: bytes | None, ids: list[int] | None, with_rows: bool,
         bytes_max: int | None = None,

@@ -11,7 +11,7 @@ the difference w of its weighted sums, ours minus theirs. Then, cheapest first:
 
 1. w is a multiple of d and the quotient a key id: one record differs, and this is its id.
 2. A boundary key that one side lacks makes two leaves differ, by everything between it and the next boundary. The sums of
-   the two together give its id, as in 1.
+   the two together give its id, as in 1. A leaf whose id is not here begins with a key that is not here, in any case.
 3. Two records differ, each of them either here or missing here with one that is: every pair of ours is tried; the
    quotients that do not come out whole rule out the others.
 4. What remains (two leaves in a hundred, at 1000 differences in a million records) is shipped whole as a range of keys
@@ -114,6 +114,8 @@ class Leaves:
         self.id_bits = id_bits
         self.builds = 0
         """How often all records were walked."""
+        self.scan: tuple[int, merkle.Records] | None = None
+        """Ids and values of all records at a transaction, while an exchange compares record by record."""
 
     @contextmanager
     def moment(self, *, recount: bool = False, threads: int = 1) -> Iterator[Moment]:
@@ -124,6 +126,8 @@ class Leaves:
         """
         with self._lock:
             reader = self._align(recount=recount, threads=threads)
+            if self.scan is not None and self.scan[0] != self.tree.txn:
+                self.scan = None
             try:
                 yield Moment(self, reader, self._environment)
             finally:
@@ -132,6 +136,7 @@ class Leaves:
     def drop(self) -> None:
         """Forget the leaves; the next moment builds them again."""
         with self._lock:
+            self.scan = None
             self.tree.drop()
 
     def _align(self, *, recount: bool, threads: int) -> kernel.Reader:
@@ -169,7 +174,6 @@ class Moment:
         self._tree = leaves.tree
         self._reader = reader
         self._environment = environment
-        self._scan: merkle.Records | None = None
         self._rows_digest: bytes | None = None
         self.sequence, self.root, self.count, *_ = reader.state_tuple
 
@@ -227,9 +231,11 @@ class Moment:
         return merkle.peel(sketches, self._leaves.id_bits)
 
     def _records(self) -> merkle.Records:
-        if self._scan is None:
-            self._scan = merkle.Records(self._tree, self._reader, limits.EXCHANGE_RECORDS_MAX)
-        return self._scan
+        kept = self._leaves.scan
+        if kept is None or kept[0] != self._tree.txn:
+            kept = (self._tree.txn, merkle.Records(self._tree, self._reader, limits.EXCHANGE_RECORDS_MAX))
+            self._leaves.scan = kept
+        return kept[1]
 
     # --- from sums to records ------------------------------------------------------------------------------------------
 
@@ -272,19 +278,20 @@ class Moment:
         several: dict[int, tuple[int, int]],
         located: dict[int, tuple[int, int]],
     ) -> list[tuple[int, int]]:
-        """Boundaries of theirs that are no records of ours: with the leaf of ours that they cut, one record remains."""
-        found = []
+        """Boundaries of theirs that are no records of ours: each is a record only they have, whatever else differs there.
+
+        Together with the leaf of ours that they cut mostly nothing else remains; then that leaf is explained, too.
+        """
+        found = [(item, item) for item, _, _ in unknown]
         for item, value, weighted in unknown:
             if weighted == item * value:
-                found.append((item, item))  # nothing lies between it and the next boundary
-                continue
+                continue  # nothing lies between it and the next boundary
             for candidates in (several, located):
                 if len(unknown) * len(candidates) > _JOIN_TRIES_MAX:
                     continue
                 for ordinal in candidates:
                     own_value, own_weighted = known[ordinal]
                     if own_weighted + weighted == item * (own_value + value) and own_value + value:
-                        found.append((item, item))
                         del candidates[ordinal]
                         break
                 else:
@@ -337,41 +344,34 @@ class Moment:
                 result.append((start, stop))
         return result
 
-    def differing_leaves(self, dump: bytes | memoryview) -> list[Range]:
-        """Return the ranges in which another side's dump of leaf digests differs from ours. Raises `FrameError`."""
+    def differing_leaves(self, dump: bytes | memoryview) -> Located:
+        """Return the ranges of ours that another side's dump of leaf digests does not show, and the boundaries only it has.
+
+        Raises `FrameError`.
+        """
         if len(dump) % 14:
             raise errors.FrameError(f"a dump of leaf digests has 14 bytes a leaf, not {len(dump)} in all")
-        mine, theirs = _dumped(self.dump), _dumped(bytes(dump))
+        mine, theirs = _dumped(self.dump), dict(_dumped(bytes(dump)))
         ordinals = [i for i, (item, part) in enumerate(mine) if theirs.get(item) != part]
-        return self._ranges(ordinals)
+        here = {item for item, _ in mine}
+        return Located(sorted((item, item) for item in theirs if item not in here), [], self._ranges(ordinals))
 
     # --- rows ------------------------------------------------------------------------------------------------------------
 
     def _find(self, pairs: list[tuple[int, int]], ids: list[int], *, with_rows: bool) -> Iterator[_Found]:
         """Yield the records that we have of ``pairs`` and ``ids``."""
         if pairs:
-            wanted: dict[int, list[int]] = {}
-            for leaf, item in pairs:
-                wanted.setdefault(leaf, []).append(item)
-            for leaf, ordinal in self._tree.find_leaves(list(wanted)).items():
-                for record in self._tree.records(self._reader, ordinal, ordinal + 1, wanted[leaf], with_rows):
-                    yield _Found(leaf, record[0], record[2], record[4])
+            leaves = {ordinal: leaf for leaf, ordinal in self._tree.find_leaves(list({leaf for leaf, _ in pairs})).items()}
+            wanted = set(pairs)
+            for ordinal, item, key, row in self._tree.records_of(
+                self._reader, sorted(leaves), list({item for _, item in pairs}), with_rows
+            ):
+                if (leaves[ordinal], item) in wanted:
+                    yield _Found(leaves[ordinal], item, key, row)
         if ids:
-            last = None
-            for ordinal in self._tree.leaves_at(self._records().find(ids)):
-                # Neighbouring leaves in one walk: a seek costs as much as thirty records.
-                if last is not None and ordinal - last[1] <= 1 and ordinal - last[0] < 1024:
-                    last = (last[0], ordinal)
-                    continue
-                if last is not None:
-                    yield from self._find_between(last, ids, with_rows=with_rows)
-                last = (ordinal, ordinal)
-            if last is not None:
-                yield from self._find_between(last, ids, with_rows=with_rows)
-
-    def _find_between(self, span: tuple[int, int], ids: list[int], *, with_rows: bool) -> Iterator[_Found]:
-        for record in self._tree.records(self._reader, span[0], span[1] + 1, ids, with_rows):
-            yield _Found(0, record[0], record[2], record[4])
+            ordinals = self._tree.leaves_at(self._records().find(ids))
+            for _, item, key, row in self._tree.records_of(self._reader, ordinals, ids, with_rows):
+                yield _Found(0, item, key, row)
 
     def rows_of(self, located: Located, since: int | None, *, bytes_max: int) -> Rows:
         """Return what is here of the located records, ranges whole, and what changed after ``since`` (None: nothing).
@@ -526,8 +526,8 @@ def _row_bounds(rows: bytes) -> Iterator[tuple[bytes, int, int]]:
         at = end
 
 
-def _dumped(dump: bytes) -> dict[int, bytes]:
-    return {int.from_bytes(dump[at : at + 6], "little"): dump[at + 6 : at + 14] for at in range(0, len(dump), 14)}
+def _dumped(dump: bytes) -> list[tuple[int, bytes]]:
+    return [(int.from_bytes(dump[at : at + 6], "little"), dump[at + 6 : at + 14]) for at in range(0, len(dump), 14)]
 
 
 def differing_keys(here: Tablet, there: Tablet, *, versions: bool) -> list[bytes]:

@@ -83,8 +83,9 @@ SAMPLE_DEVIATIONS: Final = 1.2
 BUCKET_DEVIATIONS: Final = 1.75
 """How far above the estimate a table is sized, in standard deviations of its two errors: every second record counts (square
 root of the number), and there are so many buckets (a tenth). With the slack of the table itself one in thirty is too small."""
-CELLS_MIN: Final = 9
-"""Cells beyond the factor: small tables are peeled by luck."""
+CELLS_MORE: Final = 10
+CELLS_MIN: Final = 24
+"""Cells beyond the factor, and at least: small tables are peeled by luck, and small estimates are mostly too low."""
 EXTENSION_SHARE: Final = 0.5
 WAYS_LIMIT: Final = 600
 """Below so many cells four subtables peel better than three, above it three need fewer cells."""
@@ -197,7 +198,8 @@ def cells_for(items: float) -> int:
     for (low, factor), (high, following) in zip(_FACTORS, _FACTORS[1:], strict=False):
         if items <= high:
             share = math.log(max(items, 1) / max(low, 1)) / math.log(high / max(low, 1))
-            return CELLS_MIN + math.ceil(items * (factor + (following - factor) * min(max(share, 0.0), 1.0)))
+            share = min(max(share, 0.0), 1.0)
+            return max(CELLS_MIN, CELLS_MORE + math.ceil(items * (factor + (following - factor) * share)))
     raise AssertionError(items)
 
 
@@ -600,10 +602,10 @@ class Responder:
         if len(body) < 8:
             raise errors.FrameError("a dump of leaf digests begins with the digest of the rows")
         with self._side.moment() as moment:
-            ranges = moment.differing_leaves(body[8:])
-            if len(ranges) > limits.EXCHANGE_RANGES_MAX:
+            located = moment.differing_leaves(body[8:])
+            if len(located.ranges) > limits.EXCHANGE_RANGES_MAX:
                 return _full(Reason.TOO_DIFFERENT), ()
-            return self._close(moment, Located([], [], ranges), body[:8], None)
+            return self._close(moment, located, body[:8], None)
 
     def _close(
         self, moment: Moment, located: Located, digest: bytes, since: int | None

@@ -191,7 +191,7 @@ def test_records_of_leaves(tablet):
     assert [record[2] for record in every] == [b"%05d" % i for i in range(2000)]
     assert kernel.decode_rows(every[7][4])[0][:2] == (b"00007", b"v7")
     digests = digests_of(tablet)
-    assert {key: int.from_bytes(digest, "little") for _, _, key, digest, _ in every} == digests
+    assert {key: int.from_bytes(digest, "little") for _, _, key, digest, _, _ in every} == digests
     ids = [leaf[1] for leaf in tree.leaves()]
     found = tree.find_leaves([*ids[3:9], 12345])
     assert found == {ids[i]: i for i in range(3, 9)}
