@@ -79,6 +79,7 @@ ORDER = (
     "write, ship, apply",
     "16 threads",
     "rejoin",
+    "exchange",
     "durable put_many, inserts",
     "get, warm",
     "scan, warm",

@@ -377,6 +377,31 @@ cdef class Store:
         check(code)
         return records, total
 
+    def scan_headers(self):
+        """Walk all records with a cursor and read every header: the sum of all sequences and checksums, modulo 2^64."""
+        cdef MDB_txn *txn = NULL
+        cdef MDB_cursor *cursor = NULL
+        cdef MDB_val key, data
+        cdef uint64_t total = 0
+        cdef uint64_t sequence, checksum
+        cdef int code
+        with nogil:
+            code = mdb_txn_begin(self.environment, NULL, MDB_RDONLY, &txn)
+            if code == MDB_SUCCESS:
+                code = mdb_cursor_open(txn, self.records, &cursor)
+                if code == MDB_SUCCESS:
+                    code = mdb_cursor_get(cursor, &key, &data, MDB_FIRST)
+                    while code == MDB_SUCCESS:
+                        memcpy(&sequence, <uint8_t *>data.mv_data + 4, 8)
+                        memcpy(&checksum, <uint8_t *>data.mv_data + 20, 8)
+                        total += sequence + checksum
+                        code = mdb_cursor_get(cursor, &key, &data, MDB_NEXT)
+                    mdb_cursor_close(cursor)
+                mdb_txn_abort(txn)
+        if code != MDB_NOTFOUND:
+            check(code)
+        return total
+
     def scan_blocks(self, size_t block_bytes=1 << 20, *, bint keep=False):
         """Walk all records and copy them as rows (24 bytes of header, key, value) into blocks.
 
@@ -450,3 +475,17 @@ cdef class Store:
 
 cdef void keep_block(void *blocks, const uint8_t *buffer, size_t size) noexcept with gil:
     (<list>blocks).append(PyBytes_FromStringAndSize(<const char *>buffer, size))
+
+
+def hash_64_bytes(size_t times):
+    """Take XXH3-64 of 64 bytes so many times, each depending on the one before; return the last."""
+    cdef uint8_t data[64]
+    cdef uint64_t hashed = 0
+    cdef size_t i
+    for i in range(64):
+        data[i] = <uint8_t>i
+    with nogil:
+        for i in range(times):
+            memcpy(data, &hashed, 8)
+            hashed = XXH3_64bits(data, 64)
+    return hashed

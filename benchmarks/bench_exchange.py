@@ -1,0 +1,332 @@
+"""The exchange: what equality, leaves, sketches cost beside plain C loops; bytes against a level-by-level Merkle walk."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import merkle_walk, settings
+from benchmarks._reference import hash_64_bytes
+from benchmarks.data import Data, Sizes
+from benchmarks.race import race
+from benchmarks.stores import Loaded
+from benchmarks.table import Row, at_least, at_most
+from srengine.storage import Tablet
+from srengine.storage.merkle import Moment
+from srengine.sync.exchange_machine import Figures, Initiator, Responder
+
+Report = Callable[[Row], None]
+CHECKS = 20_000
+
+
+class Side:
+    """A tablet as the machine sees it."""
+
+    def __init__(self, tablet: Tablet) -> None:
+        self.tablet = tablet
+
+    @property
+    def place(self) -> tuple[bytes, int, int]:
+        position = self.tablet.position
+        return position.root, position.count, position.sequence
+
+    def stands_at(self, where: bytes) -> bool:
+        return self.tablet.stands_at(where)
+
+    def moment(self, *, recount: bool = False) -> AbstractContextManager[Moment]:
+        return self.tablet.leaves.moment(recount=recount)
+
+
+def locate(here: Tablet, there: Tablet, seed: int, *, records: bool = False) -> tuple[Any, Figures]:
+    """Run an exchange up to the repair, which is returned, not applied."""
+    initiator = Initiator("t", Side(here), random.Random(seed), prefer_records=records)
+    responder = Responder(Side(there))
+    initiator.start()
+    while True:
+        effects = initiator.drain()
+        if effects.send is None:
+            return effects.apply or effects.outcome, initiator.figures
+        initiator.step(*responder.step(effects.send.message))
+
+
+def repair(tablet: Tablet, work: Any) -> None:
+    """Apply what `locate` found."""
+    tablet.repair(work.rows, work.removed, work.meta, work.state, replace_rows=work.replace_rows, base=work.base)
+
+
+def differ(one: Tablet, other: Tablet, keys: list[bytes], count: int, seed: int) -> None:
+    """One third only here, one third only there, one third updated."""
+    rng = random.Random(f"{count}/{seed}")
+    third = count // 3
+    if third:
+        one.put_many([(rng.randbytes(24), b"here") for _ in range(third)])
+        other.put_many([(rng.randbytes(24), b"there") for _ in range(third)])
+    other.put_many([(key, b"%d" % seed) for key in rng.sample(keys, count - 2 * third)])
+
+
+@pytest.fixture(scope="module")
+def twins(place: Path, data: Data, sizes: Sizes) -> Iterator[tuple[Tablet, Tablet, list[bytes]]]:
+    """Two equal tablets with all records, and their keys."""
+    paths = [place / "twin-a", place / "twin-b"]
+    paths[0].mkdir()
+    made = Tablet.create(paths[0], "00" * 16, lineage="ab" * 16, seed=b"12345678", map_bytes=settings.MAP_BYTES)
+    for start in range(0, data.count, sizes.load_batch):
+        made.put_many(data.pairs(start, min(start + sizes.load_batch, data.count)))
+    made.close()
+    shutil.copytree(paths[0], paths[1])
+    one, other = (Tablet.open(path, "00" * 16, map_bytes=settings.MAP_BYTES) for path in paths)
+    yield one, other, [data.key(number) for number in range(data.count)]
+    one.close()
+    other.close()
+    for path in paths:
+        shutil.rmtree(path)
+
+
+def bench_equality(benchmark: Any, report: Report, loaded: Loaded, sizes: Sizes) -> None:
+    """Compare root, count and sequence: independent of the size."""
+    tablet = loaded.tablet
+    where = tablet.root + tablet.count.to_bytes(8, "little") + tablet.sequence.to_bytes(8, "little")
+    stands_at = tablet._environment.stands_at
+    assert stands_at(where)
+
+    def ours(_: int) -> None:
+        for _ in range(CHECKS):
+            stands_at(where)
+
+    times = race(benchmark, ours, {"XXH3": lambda _: hash_64_bytes(CHECKS)}, rounds=sizes.rounds)
+    report(
+        Row(
+            "exchange: equality check / XXH3 of 64 bytes",
+            at_most(20),
+            1 / times.ratio("XXH3"),
+            f"{times.ours_s / CHECKS * 1e9:.0f} ns",
+            f"{times.reference_s('XXH3') / CHECKS * 1e9:.1f} ns",
+        )
+    )
+
+
+def bench_build(benchmark: Any, report: Report, loaded: Loaded, data: Data, sizes: Sizes) -> None:
+    """Build the leaves by one walk, against a C loop that reads every header; then by two."""
+    leaves = loaded.tablet.leaves
+
+    def build(threads: int) -> None:
+        with leaves.moment(recount=True, threads=threads) as moment:
+            assert moment.actual.root == moment.root
+
+    build(1)
+    loaded.reference.scan_headers()
+    times = race(
+        benchmark,
+        lambda _: build(1),
+        {"C loop": lambda _: loaded.reference.scan_headers(), "two": lambda _: build(2)},
+        rounds=sizes.rounds,
+    )
+    leaves.drop()
+    nanoseconds = {name: times.reference_s(name) / data.count * 1e9 for name in ("C loop", "two")}
+    report(
+        Row(
+            "exchange: leaves built / C cursor loop over headers",
+            at_least(0.65),
+            times.ratio("C loop"),
+            f"{times.ours_s / data.count * 1e9:.0f} ns/rec",
+            f"{nanoseconds['C loop']:.0f} ns/rec",
+        )
+    )
+    report(
+        Row(
+            "exchange: leaves built by two threads / by one",
+            at_least(1.5),
+            1 / times.ratio("two"),
+            f"{nanoseconds['two']:.0f} ns/rec",
+            f"{times.ours_s / data.count * 1e9:.0f} ns/rec",
+        )
+    )
+
+
+def bench_adjust(benchmark: Any, report: Report, loaded: Loaded, data: Data, sizes: Sizes) -> None:
+    """Adjust warm leaves for a durable batch, against the batch itself."""
+    tablet = loaded.tablet
+    rng = random.Random(9)
+    with tablet.leaves.moment():
+        pass
+
+    def put(number: int) -> None:
+        tablet.put_many(data.changed(rng.sample(range(data.count), sizes.batch), seed=number))
+
+    def adjust(_: int) -> None:
+        with tablet.leaves.moment():
+            pass
+
+    times = race(benchmark, adjust, {"put": put}, rounds=sizes.rounds)
+    tablet.leaves.drop()
+    report(
+        Row(
+            "exchange: warm leaves adjusted / the durable put_many beside it",
+            at_most(0.05),
+            1 / times.ratio("put"),
+            f"{times.ours_s / sizes.batch * 1e9:.0f} ns/rec",
+            f"{times.reference_s('put') / sizes.batch * 1e9:.0f} ns/rec",
+        )
+    )
+
+
+@pytest.mark.parametrize(("name", "records", "target"), [("leaf", False, 0.15), ("record", True, 2.0)])
+def bench_diff(  # noqa: PLR0913
+    benchmark: Any,
+    report: Report,
+    twins: tuple[Tablet, Tablet, list[bytes]],
+    loaded: Loaded,
+    sizes: Sizes,
+    name: str,
+    records: bool,
+    target: float,
+) -> None:
+    """Find 100 differences between warm tablets, against one C loop over all headers.
+
+    By leaves: the time of both sides together. By records each side walks all of its own, on a machine of its own: half.
+    """
+    one, other, keys = twins
+    work: list[Any] = []
+    count = min(100, len(keys) // 20)
+
+    def prepare(number: int) -> None:
+        if work:
+            repair(one, work.pop())
+        differ(one, other, keys, count, number)
+        for tablet in (one, other):
+            with tablet.leaves.moment():
+                pass
+            tablet.leaves.scan = None
+
+    def ours(number: int) -> None:
+        work.append(locate(one, other, number, records=records)[0])
+
+    times = race(
+        benchmark, ours, {"C loop": lambda _: loaded.reference.scan_headers()}, rounds=sizes.rounds, before=prepare
+    )
+    repair(one, work.pop())
+    assert one.root == other.root
+    sides = 2 if records else 1
+    report(
+        Row(
+            f"exchange: {count} differences found, {name} mode, {'a side' if records else 'both sides'} / "
+            "C cursor loop over headers",
+            at_most(target),
+            1 / times.ratio("C loop") / sides,
+            f"{times.ours_s / sides * 1e3:.1f} ms",
+            f"{times.reference_s('C loop') * 1e3:.1f} ms",
+        )
+    )
+
+
+# --- bytes and rounds against a level-by-level walk --------------------------------------------------------------------
+
+LIMITS = {1: 475, 10: 1450, 100: 7800, 1000: 90_000, 10_000: 300_000, 100_000: 3_000_000}
+RECORD_LIMITS = {100: 4100, 1000: 32_000}
+
+
+def bench_bytes(benchmark: Any, report: Report, twins: tuple[Tablet, Tablet, list[bytes]], sizes: Sizes) -> None:
+    """Count bytes and round trips for d = 1 ... n/10, and draw them beside a Merkle walk of fan-out 16 and 256."""
+    one, other, keys = twins
+    curves: dict[str, list[tuple[int, float, int, float]]] = {}
+
+    def note(name: str, count: int, costs: list[int], rounds: int, seconds: float) -> None:
+        curves.setdefault(name, []).append((count, statistics.median(costs), rounds, seconds))
+
+    def run() -> None:
+        for count in (1, 10, 100, 1000, 10_000, 100_000):
+            if count > len(keys) // 10:
+                continue
+            seeds = 101 if count <= 100 else 31 if count <= 1000 else 11
+            seeds = seeds if sizes.name != "tiny" else 3
+            for mode, records in (("exchange", False), ("exchange, record mode", True)):
+                if records and count not in RECORD_LIMITS:
+                    continue
+                costs, rounds, taken = [], 0, []
+                for seed in range(seeds):
+                    differ(one, other, keys, count, seed)
+                    for tablet in (one, other):
+                        with tablet.leaves.moment():
+                            pass
+                    start = time.perf_counter()
+                    work, figures = locate(one, other, seed, records=records)
+                    taken.append(time.perf_counter() - start)
+                    repair(one, work)
+                    costs.append(figures.locating_bytes)
+                    rounds = max(rounds, figures.locating_rounds)
+                costs.sort()
+                note(mode, count, costs, rounds, statistics.median(taken))
+                limit = (RECORD_LIMITS if records else LIMITS)[count]
+                tail = costs[int(len(costs) * 0.95)]
+                full = sizes.name == "full"
+                report(
+                    Row(
+                        f"exchange: bytes at d = {count}{', record mode' if records else ''} / the table's",
+                        at_most(1) if full else None,
+                        statistics.median(costs) / limit,
+                        f"{statistics.median(costs):.0f} B, 95 % {tail}, {rounds} rounds",
+                        f"{limit} B",
+                    )
+                )
+
+    benchmark.pedantic(run, rounds=1, iterations=1)
+    merkle_curves(keys, note, tiny=sizes.name == "tiny")
+    for name, points in curves.items():
+        benchmark.extra_info[name] = points
+    target = settings.output("JSON")
+    if target is not None:
+        target.with_name("exchange.json").write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
+        draw(curves, target.with_name("exchange.png"))
+
+
+def merkle_curves(keys: list[bytes], note: Callable[[str, int, list[int], int, float], None], *, tiny: bool) -> None:
+    """Cost the walk for the same numbers of differences, each found to be complete."""
+    rng = random.Random(3)
+    digests = {key: rng.getrandbits(64) for key in keys}
+    for fan_out in (16, 256):
+        one = merkle_walk.Tree(dict(digests), fan_out, len(keys))
+        other = merkle_walk.Tree(dict(digests), fan_out, len(keys))
+        for count in (1, 10, 100, 1000, 10_000, 100_000):
+            if count > len(keys) // 10 or (tiny and count > 10):
+                continue
+            third = count // 3
+            changed = rng.sample(keys, count - 2 * third)
+            fresh = [rng.randbytes(24) for _ in range(2 * third)]
+            for key in changed:
+                other.move(key, rng.getrandbits(64))
+            for at, key in enumerate(fresh):
+                (one if at % 2 else other).move(key, rng.getrandbits(64))
+            start = time.perf_counter()
+            cost = merkle_walk.walk(one, other)
+            seconds = time.perf_counter() - start
+            assert cost.found == {*changed, *fresh}
+            note(f"Merkle walk, fan-out {fan_out}", count, [cost.bytes], cost.rounds, seconds)
+            for key in changed:
+                other.move(key, one.records[key])
+            for at, key in enumerate(fresh):
+                (one if at % 2 else other).move(key, None)
+
+
+def draw(curves: dict[str, list[tuple[int, float, int, float]]], path: Path) -> None:
+    """Draw bytes over differences, both axes logarithmic, round trips beside the points."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, points in curves.items():
+        counts, sizes = [point[0] for point in points], [point[1] for point in points]
+        axes.loglog(counts, sizes, marker="o", label=f"{name}: {max(point[2] for point in points)} round trips")
+    axes.set_xlabel("records that differ")
+    axes.set_ylabel("bytes to find them, both ways")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
