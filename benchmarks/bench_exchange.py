@@ -1,4 +1,4 @@
-"""The exchange: what equality, leaves, sketches cost beside plain C loops; bytes against a level-by-level Merkle walk."""
+"""The exchange: equality, leaves and sketches beside plain C loops; bytes against a level-by-level Merkle walk."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def bench_adjust(benchmark: Any, report: Report, loaded: Loaded, data: Data, siz
 
 
 @pytest.mark.parametrize(("name", "records", "target"), [("leaf", False, 0.15), ("record", True, 2.0)])
-def bench_diff(  # noqa: PLR0913
+def bench_diff(
     benchmark: Any,
     report: Report,
     twins: tuple[Tablet, Tablet, list[bytes]],
@@ -192,7 +192,8 @@ def bench_diff(  # noqa: PLR0913
 ) -> None:
     """Find 100 differences between warm tablets, against one C loop over all headers.
 
-    By leaves: the time of both sides together. By records each side walks all of its own, on a machine of its own: half.
+    By leaves: the time of both sides together. By records each side walks all of its own, on
+    a machine of its own: half.
     """
     one, other, keys = twins
     work: list[Any] = []
@@ -228,7 +229,7 @@ def bench_diff(  # noqa: PLR0913
     )
 
 
-# --- bytes and rounds against a level-by-level walk --------------------------------------------------------------------
+# --- bytes and rounds against a level-by-level walk ------------------------------------------------------------------
 
 LIMITS = {1: 475, 10: 1450, 100: 7800, 1000: 90_000, 10_000: 300_000, 100_000: 3_000_000}
 RECORD_LIMITS = {100: 4100, 1000: 32_000}

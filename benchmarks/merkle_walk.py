@@ -1,8 +1,8 @@
 """What we compare the exchange with: a level-by-level walk of a fixed Merkle tree, written plainly.
 
 Records fall into a fixed number of leaves by the hash of their key (about 32 a leaf); an inner node is the sum of its
-``fan_out`` children. One round trip a level: "children of these nodes", answered by their digests (8 bytes each); in the
-end the leaves' records are listed (8 bytes each), which is what Cassandra, Riak and their like do, in spirit.
+``fan_out`` children. One round trip a level: "children of these nodes", answered by their digests (8 bytes each); in
+the end the leaves' records are listed (8 bytes each), which is what Cassandra, Riak and their like do, in spirit.
 """
 
 from __future__ import annotations

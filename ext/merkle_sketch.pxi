@@ -1,14 +1,14 @@
 # Sketches: tables of sums from which few differing items can be read back, whatever the number of equal ones.
 #
-# An item has an id (47 bits) and a value; it is added to one cell in each of three or four subtables (`ways`; four peel
-# better below some hundred cells), chosen by its id and the table's seed. Subtracting the table of the other side leaves the sums of what differs. A cell is *pure* when its product
+# An item has an id (47 bits) and a value; it is added to one cell in each of three to five subtables (`ways`; the
+# smaller the table, the better more of them peel), chosen by its id and the table's seed. Subtracting the table of the other side leaves the sums of what differs. A cell is *pure* when its product
 # is a multiple of its value and the quotient is an id that belongs into this cell: then it holds one item, which is taken
 # out of its other cells, which makes more cells pure ("peeling"). An updated item is one unknown: value new - old.
 #
 #   cell on the wire   leaves   6 sum of values | 12 sum of value x id | 12 sum of weighted sums        30 bytes
 #                      records  6 sum of values | 11 sum of value x id                                  17 bytes
 #   places             h = XXH3-128(id as 8 bytes, seed): subtable 0 by h's bits 0..31, 1 by 32..63, 2 by 64..95, 3 by
-#                      96..127, each number x cells of a subtable / 2^32
+#                      96..127, 4 by bits 32..63 of low half + high half x 0x9E3779B97F4A7C15; each number x cells of a subtable / 2^32
 #
 # NB: the quotient test replaces a checksum: a cell with two items passes it with a chance of about 2^-40.
 
@@ -20,11 +20,12 @@ cdef extern from *:
         out[1] = width + (((h.low64 >> 32) * width) >> 32);
         out[2] = 2 * width + (((h.high64 & 0xffffffffu) * width) >> 32);
         out[3] = 3 * width + (((h.high64 >> 32) * width) >> 32);
+        out[4] = 4 * width + ((((h.low64 + h.high64 * 0x9E3779B97F4A7C15ull) >> 32) * width) >> 32);
     }
     static inline sr_u128 sr_wide(uint64_t low, uint64_t high) { return ((sr_u128)high << 64) | low; }
     static inline void sr_add(sr_cell *cells, uint64_t width, int ways, uint64_t seed, uint64_t id, uint64_t value,
                               uint64_t weighted_low, uint64_t weighted_high) {
-        uint64_t at[4];
+        uint64_t at[5];
         /* The value is signed: its product must be taken modulo 2^128 of the signed number. */
         sr_u128 product = (sr_u128)((sr_i128)(int64_t)value * (sr_i128)id);
         sr_u128 weighted = sr_wide(weighted_low, weighted_high);
@@ -64,9 +65,9 @@ cdef extern from *:
        Work is bounded: an item taken out twice too often ends it. */
     static long long sr_peel(sr_table *tables, int count, int bits, int by_leaf, uint64_t id_limit, sr_item *out,
                              uint64_t room) {
-        uint64_t total = 0, used = 0, head = 0, tail = 0, queue_room, at[4], id;
+        uint64_t total = 0, used = 0, head = 0, tail = 0, queue_room, at[5], id;
         for (int t = 0; t < count; t++) total += tables[t].ways * tables[t].width;
-        queue_room = 5 * total + 16;
+        queue_room = 6 * total + 16;
         uint64_t *queue = (uint64_t *)malloc(queue_room * sizeof(uint64_t));
         if (!queue) return -2;
         for (int t = 0; t < count; t++)
@@ -150,8 +151,8 @@ cdef class Sketch:
     """A table of ``ways`` x ``width`` cells over leaves or records. See the top of ext/merkle_sketch.pxi."""
 
     def __cinit__(self, size_t width, uint64_t seed, *, bint by_leaf, int ways=3):
-        if not 1 <= width <= WIDTH_MAX or ways not in (3, 4):
-            raise errors.InvalidValue(f"a sketch has 3 or 4 subtables of 1 to {WIDTH_MAX} cells, not {ways} of {width}")
+        if not 1 <= width <= WIDTH_MAX or ways not in (3, 4, 5):
+            raise errors.InvalidValue(f"a sketch has 3 to 5 subtables of 1 to {WIDTH_MAX} cells, not {ways} of {width}")
         self.width = width
         self.ways = ways
         self.seed = seed
@@ -166,10 +167,10 @@ cdef class Sketch:
     def __len__(self):
         return self.ways * self.width
 
-    def add(self, uint64_t id, int64_t value, weighted=0):
+    def add(self, uint64_t item, int64_t value, weighted=0):
         """Add one item; ``value`` negative takes it away. For tests and simulations."""
         cdef object wide = weighted & ((1 << 128) - 1)
-        sr_add(self.cells, self.width, self.ways, self.seed, id, <uint64_t>value, wide & 0xffffffffffffffff, wide >> 64)
+        sr_add(self.cells, self.width, self.ways, self.seed, item, <uint64_t>value, wide & 0xffffffffffffffff, wide >> 64)
 
     def add_leaves(self, Tree tree not None):
         """Add every leaf of a tree that is up to date."""

@@ -58,3 +58,61 @@ class Record(NamedTuple):
     version: int
     hybrid_clock: int
     tombstone: bool = False
+
+
+# --- what the two sides of an exchange tell each other (docs/formats-exchange.md) ------------------------------------
+
+KeyRange = tuple[bytes, bytes | None]
+"""Keys in [start, stop); stop None: to the end."""
+Item = tuple[int, int, int]
+"""(id, value, weighted sum) of something that differs, ours minus theirs."""
+
+
+class Listed(NamedTuple):
+    """A range of keys, and the first 6 bytes of the digests of all records in it, or of the wanted ones."""
+
+    start: bytes
+    stop: bytes | None
+    digests: list[bytes]
+
+
+class Located(NamedTuple):
+    """Where two tablets differ.
+
+    ``pairs``: (leaf id, key id) of records; ``ids``: key ids alone (record mode); ``ranges``: of keys, shipped whole;
+    ``listed``: ranges of which the digests are told first.
+    """
+
+    pairs: list[tuple[int, int]]
+    ids: list[int]
+    ranges: list[KeyRange]
+    listed: tuple[Listed, ...] = ()
+
+
+class Actual(NamedTuple):
+    """What the records themselves add up to: root, count, live count, records with a change entry."""
+
+    root: bytes
+    count: int  # type: ignore[assignment]
+    live_count: int
+    entries: int
+
+
+class Found(NamedTuple):
+    """What a responder ships: rows of `pairs`, `ids` and `ranges` that it has, and which of them it does not have."""
+
+    rows: bytes
+    missing_pairs: list[tuple[int, int]]
+    missing_ids: list[int]
+
+
+class Repair(NamedTuple):
+    """What an initiator has to do to be equal; ``report``: the keys that really differ.
+
+    ``rows``: encoded rows to put, ``removed``: keys to take away, ``equal_bytes``: bytes of rows that came for nothing.
+    """
+
+    rows: bytes
+    removed: list[bytes]
+    report: list[bytes]
+    equal_bytes: int

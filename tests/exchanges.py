@@ -48,8 +48,13 @@ def exchange(here, there, seed: int = 1, *, between=None, **options) -> Outcome:
             work = effects.apply
             try:
                 one.tablet.repair(
-                    work.rows, work.removed, work.meta, work.state,
-                    replace_rows=work.replace_rows, base=work.base, actual=work.actual,
+                    work.rows,
+                    work.removed,
+                    work.meta,
+                    work.state,
+                    replace_rows=work.replace_rows,
+                    base=work.base,
+                    actual=work.actual,
                 )
             except errors.Diverged:
                 initiator.applied(proved=False)

@@ -62,6 +62,6 @@ cdef class Records:
 cdef class Sketch:
     cdef Cell *cells
     cdef readonly size_t width             # cells of each subtable
-    cdef readonly int ways                 # subtables: 3 or 4
+    cdef readonly int ways                 # subtables: 3 to 5
     cdef readonly uint64_t seed
     cdef readonly bint by_leaf

@@ -16,7 +16,7 @@ def peel(sketches: list[Sketch], id_bits: int = 47) -> list[tuple[int, int, int]
     """
 
 class Sketch:
-    """``ways`` (3 or 4) subtables of ``width`` cells over leaves (30 bytes each on the wire) or records (17 bytes each)."""
+    """``ways`` (3 to 5) subtables of ``width`` cells over leaves (30 bytes each on the wire) or records (17)."""
 
     def __init__(self, width: int, seed: int, *, by_leaf: bool, ways: int = 3) -> None: ...
     width: int
@@ -24,7 +24,7 @@ class Sketch:
     seed: int
     by_leaf: bool
     def __len__(self) -> int: ...
-    def add(self, id: int, value: int, weighted: int = 0) -> None:
+    def add(self, item: int, value: int, weighted: int = 0) -> None:
         """Add one item; a negative value takes it away."""
 
     def add_leaves(self, tree: Tree) -> None:
@@ -81,7 +81,12 @@ class Tree:
     def find_leaves(self, ids: list[int]) -> dict[int, int]: ...
     def leaves_at(self, positions: list[int]) -> list[int]: ...
     def records(
-        self, reader: Reader, first: int, last: int, ids: list[int] | None, with_rows: bool,
+        self,
+        reader: Reader,
+        first: int,
+        last: int,
+        ids: list[int] | None,
+        with_rows: bool,
         bytes_max: int | None = None,
     ) -> list[tuple[int, int, bytes, bytes, bytes | None, int]]:
         """Return (id, value, key, digest, row, bytes of the row) of the records in leaves [first, last).
@@ -95,7 +100,12 @@ class Tree:
         """Return (leaf ordinal, id, key, row) of the records with one of ``ids`` in these leaves, which rise."""
 
     def records_between(
-        self, reader: Reader, start: bytes, stop: bytes | None, ids: list[int] | None, with_rows: bool,
+        self,
+        reader: Reader,
+        start: bytes,
+        stop: bytes | None,
+        ids: list[int] | None,
+        with_rows: bool,
         bytes_max: int | None = None,
     ) -> list[tuple[int, int, bytes, bytes, bytes | None, int]]:
         """Return as `records` does, of keys in [start, stop)."""

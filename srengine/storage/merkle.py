@@ -3,15 +3,15 @@
     Leaves      the tree of one tablet: built when first needed, adjusted while it is warm, dropped at will
     Moment      the tablet at one moment, leaves and pinned reader in step: sketches, estimator, rows to ship
 
-The exchange itself (who says what when) is a machine in `srengine.sync`; everything here is one side's arithmetic and its
-reads. The byte layouts stand in docs/formats-exchange.md.
+The exchange itself (who says what when) is a machine in `srengine.sync`; everything here is one side's arithmetic and
+its reads. The byte layouts stand in docs/formats-exchange.md.
 
-**From sums to records.** Peeling a sketch over leaves gives, for each leaf that differs, the difference d of its values and
-the difference w of its weighted sums, ours minus theirs. Then, cheapest first:
+**From sums to records.** Peeling a sketch over leaves gives, for each leaf that differs, the difference d of its values
+and the difference w of its weighted sums, ours minus theirs. Then, cheapest first:
 
 1. w is a multiple of d and the quotient a key id: one record differs, and this is its id.
-2. A boundary key that one side lacks makes two leaves differ, by everything between it and the next boundary. The sums of
-   the two together give its id, as in 1. A leaf whose id is not here begins with a key that is not here, in any case.
+2. A boundary key that one side lacks makes two leaves differ, by everything between it and the next boundary. The sums
+   of the two together give its id, as in 1. A leaf whose id is not here begins with a key that is not here anyway.
 3. Two records differ, each of them either here or missing here with one that is: every pair of ours is tried; the
    quotients that do not come out whole rule out the others.
 4. What remains (two leaves in a hundred, at 1000 differences in a million records) is shipped whole as a range of keys
@@ -31,73 +31,17 @@ from srengine import errors, limits
 from srengine._native import merkle
 from srengine._native import tablet as kernel
 from srengine.storage.view import TOMBSTONE, encode_meta
+from srengine.types import Actual, Found, Item, KeyRange, Listed, Located, Repair
 
 if TYPE_CHECKING:
     from srengine.storage.tablet import Tablet
 
-ESTIMATOR_BYTES: Final = merkle.ESTIMATOR_BYTES
 MASK: Final = (1 << 128) - 1
-ID_LIMIT: Final = 1 << 47
 VALUE_LIMIT: Final = 1 << 40
 _PAIR_RECORDS_MAX: Final = 512
 """Records of a leaf up to which pairs are tried: 130 000 of them, about a millisecond."""
 _PAIR_LEAVES_MAX: Final = 512
 _JOIN_TRIES_MAX: Final = 1_000_000
-
-Range = tuple[bytes, bytes | None]
-"""Keys in [start, stop); stop None: to the end."""
-Item = tuple[int, int, int]
-"""(id, value, weighted sum) of something that differs, ours minus theirs."""
-
-
-class Listed(NamedTuple):
-    """A range of keys and the low 6 bytes of the digests of records in it: of all that are there, or of the wanted ones."""
-
-    start: bytes
-    stop: bytes | None
-    digests: list[bytes]
-
-
-class Located(NamedTuple):
-    """Where the differences are.
-
-    ``pairs``: (leaf id, key id) of records; ``ids``: key ids alone (record mode); ``ranges``: of keys, shipped whole;
-    ``listed``: ranges of which the digests are told first.
-    """
-
-    pairs: list[tuple[int, int]]
-    ids: list[int]
-    ranges: list[Range]
-    listed: list[Listed] = []
-
-
-class Rows(NamedTuple):
-    """What a responder ships: rows of `pairs`, `ids` and `ranges` that it has, and which of them it does not have."""
-
-    rows: bytes
-    missing_pairs: list[tuple[int, int]]
-    missing_ids: list[int]
-
-
-class Repair(NamedTuple):
-    """What an initiator has to do to be equal; ``report``: the keys that really differ.
-
-    ``rows``: encoded rows to put, ``removed``: keys to take away, ``equal_bytes``: bytes of rows that came for nothing.
-    """
-
-    rows: bytes
-    removed: list[bytes]
-    report: list[bytes]
-    equal_bytes: int
-
-
-class Actual(NamedTuple):
-    """What the records themselves add up to: root, count, live count, records with a change entry."""
-
-    root: bytes
-    count: int
-    live_count: int
-    entries: int
 
 
 class Leaves:
@@ -237,7 +181,7 @@ class Moment:
             self._leaves.scan = kept
         return kept[1]
 
-    # --- from sums to records ------------------------------------------------------------------------------------------
+    # --- from sums to records ----------------------------------------------------------------------------------------
 
     def _single(self, value: int, weighted: int) -> int | None:
         """Return the key id of the one record that makes this difference, or None: there are several."""
@@ -278,7 +222,7 @@ class Moment:
         several: dict[int, tuple[int, int]],
         located: dict[int, tuple[int, int]],
     ) -> list[tuple[int, int]]:
-        """Boundaries of theirs that are no records of ours: each is a record only they have, whatever else differs there.
+        """Explain boundaries of theirs that are not ours: each is a record only they have, whatever else differs there.
 
         Together with the leaf of ours that they cut mostly nothing else remains; then that leaf is explained, too.
         """
@@ -333,8 +277,8 @@ class Moment:
                 del several[ordinal]
         return found
 
-    def _ranges(self, ordinals: list[int]) -> list[Range]:
-        result: list[Range] = []
+    def _ranges(self, ordinals: list[int]) -> list[KeyRange]:
+        result: list[KeyRange] = []
         for ordinal in ordinals:
             start, stop = self._tree.leaf_key(ordinal), self._tree.leaf_key(ordinal + 1)
             assert start is not None, ordinal
@@ -345,7 +289,7 @@ class Moment:
         return result
 
     def differing_leaves(self, dump: bytes | memoryview) -> Located:
-        """Return the ranges of ours that another side's dump of leaf digests does not show, and the boundaries only it has.
+        """Return our ranges that another side's dump of leaf digests does not show, and the boundaries only it has.
 
         Raises `FrameError`.
         """
@@ -356,12 +300,30 @@ class Moment:
         here = {item for item, _ in mine}
         return Located(sorted((item, item) for item in theirs if item not in here), [], self._ranges(ordinals))
 
-    # --- rows ------------------------------------------------------------------------------------------------------------
+    # --- rows of others ----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def sequence_of(state: bytes) -> int:
+        """Return the sequence of a state row. Raises `FrameError`."""
+        return kernel.decode_state(state)[0]
+
+    @staticmethod
+    def merge_rows(older: bytes, newer: bytes) -> bytes:
+        """Return rows of both, in key order; of a key in both the newer one. Raises `FrameError` for malformed rows."""
+        kernel.check_rows(older)
+        kernel.check_rows(newer)
+        parts = {key: older[start:end] for key, start, end in _row_bounds(older)}
+        parts.update((key, newer[start:end]) for key, start, end in _row_bounds(newer))
+        return b"".join(parts[key] for key in sorted(parts))
+
+    # --- rows --------------------------------------------------------------------------------------------------------
 
     def _find(self, pairs: list[tuple[int, int]], ids: list[int], *, with_rows: bool) -> Iterator[_Found]:
         """Yield the records that we have of ``pairs`` and ``ids``."""
         if pairs:
-            leaves = {ordinal: leaf for leaf, ordinal in self._tree.find_leaves(list({leaf for leaf, _ in pairs})).items()}
+            leaves = {
+                ordinal: leaf for leaf, ordinal in self._tree.find_leaves(list({leaf for leaf, _ in pairs})).items()
+            }
             wanted = set(pairs)
             for ordinal, item, key, row in self._tree.records_of(
                 self._reader, sorted(leaves), list({item for _, item in pairs}), with_rows
@@ -373,7 +335,7 @@ class Moment:
             for _, item, key, row in self._tree.records_of(self._reader, ordinals, ids, with_rows):
                 yield _Found(0, item, key, row)
 
-    def rows_of(self, located: Located, since: int | None, *, bytes_max: int) -> Rows:
+    def rows_of(self, located: Located, since: int | None, *, bytes_max: int) -> Found:
         """Return what is here of the located records, ranges whole, and what changed after ``since`` (None: nothing).
 
         Of ``located.listed`` the records with those digests. Raises `QuotaExceeded` for more than ``bytes_max``,
@@ -383,8 +345,8 @@ class Moment:
         seen_pairs, seen_ids = set(), set()
         size = 0
         for found in self._find(located.pairs, located.ids, with_rows=True):
-            seen_pairs.add((found.leaf, found.id))
-            seen_ids.add(found.id)
+            seen_pairs.add((found.leaf, found.item))
+            seen_ids.add(found.item)
             assert found.row is not None, found
             parts[found.key] = found.row
             size += len(found.row)
@@ -393,7 +355,12 @@ class Moment:
         for start, stop, digests in [*located.listed, *((start, stop, None) for start, stop in located.ranges)]:
             wanted = None if digests is None else set(digests)
             for record in self._tree.records_between(
-                self._reader, start, stop, None, True, bytes_max - size  # noqa: FBT003
+                self._reader,
+                start,
+                stop,
+                None,
+                True,
+                bytes_max - size,
             ):
                 if wanted is not None and record[3][:6] not in wanted:
                     continue
@@ -401,9 +368,8 @@ class Moment:
                 parts[record[2]] = record[4]
                 size += len(record[4])
         if since is not None and since < self.sequence:
-            for key, row in self._changed_since(since, bytes_max - size):
-                parts[key] = row
-        return Rows(
+            parts.update(self._changed_since(since, bytes_max - size))
+        return Found(
             b"".join(parts[key] for key in sorted(parts)),
             [pair for pair in located.pairs if pair not in seen_pairs],
             [item for item in located.ids if item not in seen_ids],
@@ -418,29 +384,34 @@ class Moment:
         size = 0
         for start, stop in located.ranges:
             records = self._tree.records_between(
-                self._reader, start, stop, None, False, limits.EXCHANGE_BYTES_MAX  # noqa: FBT003
+                self._reader,
+                start,
+                stop,
+                None,
+                False,
+                limits.EXCHANGE_BYTES_MAX,
             )
             size += sum(record[5] for record in records)
             listed.append(Listed(start, stop, [record[3][:6] for record in records]))
         if size <= limits.EXCHANGE_WHOLE_BYTES_MAX:
             return located
-        return located._replace(ranges=[], listed=listed)
+        return located._replace(ranges=[], listed=tuple(listed))
 
-    def compare_listed(self, listed: list[Listed]) -> tuple[list[bytes], list[Listed]]:
+    def compare_listed(self, listed: tuple[Listed, ...]) -> tuple[list[bytes], tuple[Listed, ...]]:
         """Return (our keys that are not in the lists, the lists of what is not here)."""
         extra: list[bytes] = []
         wanted: list[Listed] = []
         for start, stop, digests in listed:
             here = {
                 record[3][:6]: record[2]
-                for record in self._tree.records_between(self._reader, start, stop, None, False)  # noqa: FBT003
+                for record in self._tree.records_between(self._reader, start, stop, None, False)
             }
             there = set(digests)
             extra += [key for digest, key in here.items() if digest not in there]
             missing = [digest for digest in digests if digest not in here]
             if missing:
                 wanted.append(Listed(start, stop, missing))
-        return extra, wanted
+        return extra, tuple(wanted)
 
     def _changed_since(self, since: int, bytes_max: int) -> Iterator[tuple[bytes, bytes]]:
         state = self._reader.state_tuple
@@ -468,8 +439,10 @@ class Moment:
         return encode_meta(rows + (self._reader.meta_rows(0) if with_rows else []))
 
     def settle(self, rows: bytes | memoryview, absent: Located, extra: list[bytes]) -> Repair:
-        """Work out the repair: ``rows`` of the authority, ``absent``: what it does not have, ranges that ``rows`` cover,
-        ``extra``: keys here that its lists do not name.
+        """Work out the repair.
+
+        ``rows`` of the authority; ``absent``: what it does not have, and ranges that ``rows`` cover; ``extra``: keys
+        here that its lists do not name.
 
         Raises `FrameError` for malformed rows.
         """
@@ -478,9 +451,7 @@ class Moment:
         removed = {found.key for found in self._find(absent.pairs, absent.ids, with_rows=False)}
         removed.update(extra)
         for start, stop in absent.ranges:
-            removed.update(
-                record[2] for record in self._tree.records_between(self._reader, start, stop, None, False)  # noqa: FBT003
-            )
+            removed.update(record[2] for record in self._tree.records_between(self._reader, start, stop, None, False))
         for key in self.damaged:
             if any(start <= key and (stop is None or key < stop) for start, stop in absent.ranges):
                 removed.add(key)
@@ -491,23 +462,9 @@ class Moment:
         return Repair(kept, sorted(removed), report, len(rows) - len(kept))
 
 
-def sequence_of(state: bytes) -> int:
-    """Return the sequence of a state row. Raises `FrameError`."""
-    return kernel.decode_state(state)[0]
-
-
-def merge_rows(older: bytes, newer: bytes) -> bytes:
-    """Return rows of both, in key order; of a key in both the newer one. Raises `FrameError` for malformed rows."""
-    kernel.check_rows(older)
-    kernel.check_rows(newer)
-    parts = {key: older[start:end] for key, start, end in _row_bounds(older)}
-    parts.update((key, newer[start:end]) for key, start, end in _row_bounds(newer))
-    return b"".join(parts[key] for key in sorted(parts))
-
-
 class _Found(NamedTuple):
     leaf: int
-    id: int
+    item: int
     key: bytes
     row: bytes | None
 

@@ -41,10 +41,10 @@ from srengine.storage.entries import (
     conflict,
     decode_outcome,
 )
-from srengine.storage.merkle import Actual, Leaves, differing_keys
+from srengine.storage.merkle import Leaves, differing_keys
 from srengine.storage.report import DAMAGES_MAX, Damage, VerifyReport
 from srengine.storage.view import TOMBSTONE, View, decode_meta
-from srengine.types import Position, Record
+from srengine.types import Actual, Position, Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -383,9 +383,9 @@ class Tablet:
         """Become equal to an authority in one transaction that must reach its root and count; return the new position.
 
         ``rows`` replace what stands under their keys, whatever its version; ``removed`` keys go without a tombstone.
-        ``meta``: its ancestry, and with ``replace_rows`` its request and session rows. ``state``: its state row. ``base``:
-        the sequence and root at which this tablet stood when the repair was worked out. ``actual``: what its records
-        add up to, if that is not what its state row carries (damage); the sums start from there.
+        ``meta``: its ancestry, and with ``replace_rows`` its request and session rows. ``state``: its state row.
+        ``base``: the sequence and root at which this tablet stood when the repair was worked out. ``actual``: what its
+        records add up to, if that is not what its state row carries (damage); the sums start from there.
 
         Raises `Diverged` when the tablet has moved on or the root would not be reached, `FrameError`; then nothing
         changed.
@@ -399,9 +399,7 @@ class Tablet:
                 raise errors.FrameError(f"meta row {name!r} has no place in a repair")
             if database != 0 and not replace_rows:
                 raise errors.FrameError("request and session rows come whole or not at all")
-        self._environment.repair(
-            rows, list(removed), decoded, replace_rows, base, bytes(state), None if actual is None else tuple(actual)
-        )
+        self._environment.repair(rows, list(removed), decoded, replace_rows, base, bytes(state), actual)
         self._reload()
         return self.position
 

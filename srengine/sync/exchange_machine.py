@@ -10,9 +10,9 @@
                                             <───      Close: rows, what it does not have, its state
     repair: one transaction that must reach the responder's root and count, or nothing
 
-The cells are sums over leaves; over records when more than a sixteenth of the leaves would differ, or when the caller has
-a slow link (one walk of all records a side, a third of the bytes). A table that was too small after all is answered by
-`Tables`: the responder's own cells of it and of a second one, which are peeled together at the initiator. That costs no
+The cells are sums over leaves; over records when more than a sixteenth of the leaves would differ, or when the caller
+has a slow link (one walk of all records a side, a third of the bytes). A table that was too small after all is
+answered by `Tables`: the responder's own cells of it and of a second one, which are peeled together at the initiator. That costs no
 round for locating, but the records come one round later; sizes are such that it happens in a few runs of a hundred.
 
 Escalation, each step for a stated reason: sketch → sketch over records, other seed, half as large again → dump of leaf
@@ -31,15 +31,13 @@ Invariants:
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Final, Protocol, assert_never
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol, assert_never
 
 from srengine import errors, limits
 from srengine._native import merkle
-from srengine.storage.merkle import ESTIMATOR_BYTES, Actual, Item, Located, Moment, merge_rows, sequence_of
 from srengine.sync.exchange_messages import (
     PREFIX_WAYS,
     PREFIX_WIDTH,
@@ -70,6 +68,11 @@ from srengine.sync.exchange_messages import (
     encode_sketch,
     encode_tables,
 )
+from srengine.types import Actual, Found, Item, Listed, Located, Repair
+
+if TYPE_CHECKING:
+    import random
+    from contextlib import AbstractContextManager
 
 Buffer = bytes | memoryview
 NOTHING: Final = Located([], [], [])
@@ -81,15 +84,102 @@ FULL_COPY_RECORDS_MIN: Final = 256
 """A tablet of which fewer records differ is never worth a full copy."""
 SAMPLE_DEVIATIONS: Final = 1.2
 BUCKET_DEVIATIONS: Final = 1.75
-"""How far above the estimate a table is sized, in standard deviations of its two errors: every second record counts (square
-root of the number), and there are so many buckets (a tenth). With the slack of the table itself one in thirty is too small."""
-CELLS_MORE: Final = 10
-CELLS_MIN: Final = 24
+"""How far above the estimate a table is sized, in standard deviations of its two errors: every second record counts
+(square root of the number), and there are so many buckets (a tenth). With the table's own slack one in fifty is too
+small."""
+CELLS_MORE: Final = 8
+CELLS_MIN: Final = 30
 """Cells beyond the factor, and at least: small tables are peeled by luck, and small estimates are mostly too low."""
-EXTENSION_SHARE: Final = 0.5
-WAYS_LIMIT: Final = 600
-"""Below so many cells four subtables peel better than three, above it three need fewer cells."""
+EXTENSION_SHARE: Final = 0.8
+EXTENSION_CELLS_MIN: Final = 40
+FIVE_WAYS_CELLS_MAX: Final = 45
+FOUR_WAYS_CELLS_MAX: Final = 600
+"""Up to so many cells five, then four subtables peel better; above it three need fewer cells."""
 REPLY_TIMEOUT_S: Final = 30.0
+
+
+class Moment(Protocol):
+    """A tablet at one moment: the arithmetic and the reads that `srengine.storage.merkle.Moment` does for a side."""
+
+    sequence: int
+    root: bytes
+    count: int
+
+    @property
+    def state(self) -> bytes:
+        """The state row."""
+        ...
+
+    @property
+    def leaf_count(self) -> int:
+        """How many leaves there are."""
+        ...
+
+    @property
+    def estimator(self) -> bytes:
+        """The estimator's buckets."""
+        ...
+
+    @property
+    def rows_digest(self) -> bytes:
+        """The root without its records."""
+        ...
+
+    @property
+    def actual(self) -> Actual:
+        """What the records add up to."""
+        ...
+
+    @property
+    def dump(self) -> bytes:
+        """All leaf digests."""
+        ...
+
+    def sketch(self, *, by_leaf: bool, ways: int, width: int, seed: int) -> merkle.Sketch:
+        """Return a table of all leaves or records."""
+        ...
+
+    def peel(self, sketches: list[merkle.Sketch]) -> list[Item] | None:
+        """Read what differs, or None."""
+        ...
+
+    def resolve(self, items: list[Item]) -> Located:
+        """Locate the records behind differing leaves."""
+        ...
+
+    def list_ranges(self, located: Located) -> Located:
+        """List ranges in place of shipping them."""
+        ...
+
+    def compare_listed(self, listed: tuple[Listed, ...]) -> tuple[list[bytes], tuple[Listed, ...]]:
+        """Return our keys beyond the lists, and the lists of what is not here."""
+        ...
+
+    def differing_leaves(self, dump: bytes) -> Located:
+        """Return what a dump shows to differ."""
+        ...
+
+    def rows_of(self, located: Located, since: int | None, *, bytes_max: int) -> Found:
+        """Return the rows to ship."""
+        ...
+
+    def meta(self, *, with_rows: bool) -> bytes:
+        """Return the meta rows to ship."""
+        ...
+
+    def settle(self, rows: bytes, absent: Located, extra: list[bytes]) -> Repair:
+        """Work out the repair."""
+        ...
+
+    @staticmethod
+    def sequence_of(state: bytes) -> int:
+        """Return the sequence of a state row."""
+        ...
+
+    @staticmethod
+    def merge_rows(older: bytes, newer: bytes) -> bytes:
+        """Return rows of both, newer ones over older."""
+        ...
 
 
 class Side(Protocol):
@@ -168,8 +258,15 @@ class Effects:
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
-_FACTORS: Final = ((0.0, 1.45), (200.0, 1.45), (1000.0, 1.33), (10_000.0, 1.27), (100_000.0, 1.245), (1e9, 1.24))
-"""Cells for each item so that peeling ends in all but about 1 % of runs; measured, and interpolated by the logarithm."""
+_FACTORS: Final[tuple[tuple[float, float], ...]] = (
+    (0.0, 1.45),
+    (200.0, 1.45),
+    (1000.0, 1.33),
+    (10_000.0, 1.27),
+    (100_000.0, 1.245),
+    (1e9, 1.24),
+)
+"""Cells for each item so that peeling ends in all but about 1 % of runs: measured, interpolated by the logarithm."""
 
 
 def estimate(here: bytes, there: bytes) -> float:
@@ -184,7 +281,7 @@ def estimate(here: bytes, there: bytes) -> float:
 def upper(records: float) -> float:
     """Return a number of records that the truth is rarely above, for an estimate of ``records``."""
     records = max(records, 2.0)
-    sample, buckets = records, records * records * 2 / ESTIMATOR_BYTES
+    sample, buckets = records, records * records * 2 / merkle.ESTIMATOR_BYTES
     return records + math.sqrt(SAMPLE_DEVIATIONS**2 * sample + BUCKET_DEVIATIONS**2 * buckets)
 
 
@@ -195,7 +292,7 @@ def leaves_with(records: float, leaf_count: int) -> float:
 
 def cells_for(items: float) -> int:
     """Return how many cells hold so many items."""
-    for (low, factor), (high, following) in zip(_FACTORS, _FACTORS[1:], strict=False):
+    for (low, factor), (high, following) in pairwise(_FACTORS):
         if items <= high:
             share = math.log(max(items, 1) / max(low, 1)) / math.log(high / max(low, 1))
             share = min(max(share, 0.0), 1.0)
@@ -203,18 +300,23 @@ def cells_for(items: float) -> int:
     raise AssertionError(items)
 
 
+def ways_for(cells: int) -> int:
+    """Return how many subtables a table of so many cells has."""
+    return 5 if cells <= FIVE_WAYS_CELLS_MAX else 4 if cells <= FOUR_WAYS_CELLS_MAX else 3
+
+
 def shape_for(items: float, seed: int, *, by_leaf: bool) -> Shape:
     """Return the shape of a table for so many items."""
     cells = min(cells_for(items), limits.EXCHANGE_CELLS_MAX - 4)
-    ways = 4 if cells < WAYS_LIMIT else 3
-    return Shape(by_leaf, ways, max(1, round(cells / ways)), seed)
+    ways = ways_for(cells)
+    return Shape(by_leaf, ways, max(1, cells // ways), seed)
 
 
 def extension_of(shape: Shape) -> Shape:
     """Return the second table that goes with one that was too small."""
-    cells = min(int(shape.cells * EXTENSION_SHARE) + 9, limits.EXCHANGE_CELLS_MAX - 4)
-    ways = 4 if cells < WAYS_LIMIT else 3
-    return Shape(shape.by_leaf, ways, max(1, round(cells / ways)), shape.seed ^ 0x5EED5EED5EED5EED)
+    cells = min(max(int(shape.cells * EXTENSION_SHARE), EXTENSION_CELLS_MIN), limits.EXCHANGE_CELLS_MAX - 4)
+    ways = ways_for(cells)
+    return Shape(shape.by_leaf, ways, max(1, cells // ways), shape.seed ^ 0x5EED5EED5EED5EED)
 
 
 def prefix_of(moment: Moment, root: bytes) -> merkle.Sketch:
@@ -230,7 +332,7 @@ def _located(moment: Moment, items: list[Item], *, by_leaf: bool) -> Located:
     return moment.resolve(items) if by_leaf else Located([], sorted(item for item, _, _ in items), [])
 
 
-# --- the initiator -----------------------------------------------------------------------------------------------------
+# --- the initiator ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +351,7 @@ class Sketching:
 
 @dataclass(frozen=True, slots=True)
 class Fetching:
-    """Waits for the records that it asked for. ``rows``, ``extra``, ``absent``: what an earlier answer said, with lists."""
+    """Waits for the records that it asked for. ``rows``, ``extra``, ``absent``: what the answer with lists said."""
 
     asked: Located
     rows: bytes = b""
@@ -279,7 +381,7 @@ State = Comparing | Sketching | Fetching | Dumping | Applying | Ended
 
 
 class Initiator:
-    """The side that becomes equal. `start`, then `step` with each answer, `applied` after each `Apply`; `drain` between.
+    """The side that becomes equal: `start`, then `step` with each answer, `applied` after each `Apply`, then `drain`.
 
     ``recount``: do not trust the root that the tablet carries, sum all records up again first (damage, scrub).
     ``prefer_records``: compare record by record from the start, for a slow link.
@@ -349,7 +451,7 @@ class Initiator:
                 case ExchangeFull() if isinstance(state, Sketching | Fetching | Dumping):
                     self._end(_reason(reply.body), [])
                 case _:
-                    raise errors.FrameError(f"{type(reply).__name__} is no answer to what was asked")
+                    _out_of_place(reply)
         except errors.FrameError:
             self._state = Ended()
             raise
@@ -383,7 +485,7 @@ class Initiator:
         effects, self._effects = self._effects, Effects()
         return effects
 
-    # --- decisions -----------------------------------------------------------------------------------------------------
+    # --- decisions ---------------------------------------------------------------------------------------------------
 
     def _choose(self, differs: Differs) -> None:
         """Look at prefix and estimate: fetch, sketch or give up."""
@@ -422,7 +524,7 @@ class Initiator:
         self._send(ExchangeSketch(self._tablet, encode_sketch(shape, moment.rows_digest[:8], cells)))
 
     def _peel(self, shape: Shape, tables: Tables) -> None:
-        """The responder could not peel: do it here, with its second table, and with the prefix if that still holds."""
+        """Peel what the responder could not, with its second table, and with the prefix if that still holds."""
         self.figures.extended += 1
         with self._side.moment() as moment:
             if self._moved(moment):
@@ -480,16 +582,14 @@ class Initiator:
                 asked, earlier = self._state.asked, self._state.absent
                 if absent != NOTHING:
                     raise errors.FrameError("records that were asked for come without anything else")
-                rows = merge_rows(self._state.rows, rows)
-                absent = Located(
-                    asked.pairs + earlier.pairs, asked.ids + earlier.ids, asked.ranges + earlier.ranges
-                )
+                rows = moment.merge_rows(self._state.rows, rows)
+                absent = Located(asked.pairs + earlier.pairs, asked.ids + earlier.ids, asked.ranges + earlier.ranges)
                 extra = list(self._state.extra)
             elif absent.listed:
                 extra, wanted = moment.compare_listed(absent.listed)
-                absent = absent._replace(listed=[])
+                absent = absent._replace(listed=())
                 if wanted:
-                    self._fetch(moment, Located([], [], [], wanted), sequence_of(state))
+                    self._fetch(moment, Located([], [], [], wanted), moment.sequence_of(state))
                     self._state = Fetching(Located([], [], []), rows, tuple(extra), absent)
                     return
             if not self.figures.locating_rounds:
@@ -514,7 +614,7 @@ class Initiator:
             self.start()
         return True
 
-    # --- effects -------------------------------------------------------------------------------------------------------
+    # --- effects -----------------------------------------------------------------------------------------------------
 
     def _send(self, message: Request) -> None:
         if self.figures.rounds == limits.EXCHANGE_ROUNDS_MAX:
@@ -535,6 +635,10 @@ class Initiator:
         self._effects = Effects(outcome=Outcome(reason, report, self.figures, self._unproven))
 
 
+def _out_of_place(reply: Reply) -> NoReturn:
+    raise errors.FrameError(f"{type(reply).__name__} is no answer to what was asked")
+
+
 def _reason(body: bytes) -> Reason:
     try:
         return Reason(body[0])
@@ -542,7 +646,7 @@ def _reason(body: bytes) -> Reason:
         raise errors.FrameError("a full copy is asked for without a reason") from error
 
 
-# --- the responder -----------------------------------------------------------------------------------------------------
+# --- the responder ---------------------------------------------------------------------------------------------------
 
 
 class Responder:
@@ -610,7 +714,7 @@ class Responder:
     def _close(
         self, moment: Moment, located: Located, digest: bytes, since: int | None
     ) -> tuple[ExchangeClose, tuple[bytes, ...]]:
-        wanted = located if since is not None else located._replace(listed=[])
+        wanted = located if since is not None else located._replace(listed=())
         found = moment.rows_of(wanted, since, bytes_max=limits.EXCHANGE_BYTES_MAX)
         replace_rows = moment.rows_digest[:8] != digest
         absent = Located(found.missing_pairs, found.missing_ids, located.ranges, located.listed)

@@ -9,8 +9,8 @@
     Dump                    ->                              after the last attempt
                             <-   Close                      or  Full: copy everything
 
-Every body is raw bytes, so that what an exchange costs is counted exactly; rows, meta rows and the state row travel beside
-it as attachments. Whatever a peer sent is read by `Cursor`, within bounds, and raises `FrameError`.
+Every body is raw bytes, so that what an exchange costs is counted exactly; rows, meta rows and the state row travel
+beside it as attachments. Whatever a peer sent is read by `Cursor`, within bounds, and raises `FrameError`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from typing import Final, NamedTuple
 import msgspec
 
 from srengine import errors, limits
+from srengine._native.merkle import ESTIMATOR_BYTES
 from srengine.codec import registry
-from srengine.storage.merkle import ESTIMATOR_BYTES, ID_LIMIT, Listed, Located
+from srengine.types import Listed, Located
 
+ID_LIMIT: Final = 1 << 47
 PREFIX_WIDTH: Final = 2
 PREFIX_WAYS: Final = 3
 LEAF_CELL: Final = 30
 RECORD_CELL: Final = 17
-PREFIX_BYTES: Final = PREFIX_WIDTH * PREFIX_WAYS * LEAF_CELL
+PREFIX_BYTES: Final = LEAF_CELL * PREFIX_WIDTH * PREFIX_WAYS
 TO_THE_END: Final = 0xFFFF
 _SKETCH = struct.Struct("<BBIQ8s")
 _TABLE = struct.Struct("<BIQ")
@@ -127,7 +129,7 @@ class Shape(NamedTuple):
 
     def check(self) -> Shape:
         """Return itself, or raise `FrameError`: no peer makes us fill a table beyond bounds."""
-        if self.ways not in (3, 4) or not 1 <= self.width or self.cells > limits.EXCHANGE_CELLS_MAX:
+        if self.ways not in (3, 4, 5) or not self.width >= 1 or self.cells > limits.EXCHANGE_CELLS_MAX:
             raise errors.FrameError(f"no sketch has {self.ways} subtables of {self.width} cells")
         return self
 
@@ -183,7 +185,7 @@ def encode_number(number: int) -> bytes:
 
 
 def encode_located(located: Located) -> bytes:
-    """Encode pairs (count, 6 + 6 each), ids (count, 6 each), ranges (count, two keys each), lists (count, two keys, count, 6)."""
+    """Encode pairs, ids, ranges and lists, each a count and its items (docs/formats-exchange.md)."""
     parts = [encode_number(len(located.pairs))]
     parts += [leaf.to_bytes(6, "little") + item.to_bytes(6, "little") for leaf, item in located.pairs]
     parts.append(encode_number(len(located.ids)))
@@ -213,13 +215,13 @@ def decode_located(cursor: Cursor) -> Located:
     if any(item >= ID_LIMIT for item in ids) or any(max(pair) >= ID_LIMIT for pair in pairs):
         raise errors.FrameError("an id has 47 bits")
     ranges = [_decode_range(cursor) for _ in range(_range_count(cursor))]
-    listed = []
+    listed: list[Listed] = []
     for _ in range(_range_count(cursor)):
         start, stop = _decode_range(cursor)
         raw = cursor.take(6 * cursor.count())
         listed.append(Listed(start, stop, [raw[at : at + 6] for at in range(0, len(raw), 6)]))
     cursor.end()
-    return Located(pairs, ids, ranges, listed)
+    return Located(pairs, ids, ranges, tuple(listed))
 
 
 def _range_count(cursor: Cursor) -> int:

@@ -67,7 +67,10 @@ def estimator(seed: bytes, digests: dict[bytes, int]) -> bytes:
 
 def places(item: int, seed: int, width: int, ways: int) -> list[int]:
     hashed = xxhash.xxh3_128_intdigest(item.to_bytes(8, "little"), seed=seed)
-    return [i * width + ((hashed >> 32 * i & 0xFFFFFFFF) * width >> 32) for i in range(ways)]
+    low, high = hashed & (1 << 64) - 1, hashed >> 64
+    fifth = low + high * 0x9E3779B97F4A7C15 >> 32
+    parts = [hashed, hashed >> 32, hashed >> 64, hashed >> 96, fifth]
+    return [i * width + ((parts[i] & 0xFFFFFFFF) * width >> 32) for i in range(ways)]
 
 
 class Sketch:

@@ -11,11 +11,12 @@ import pytest
 from srengine import errors, limits
 from srengine.storage import Batch, encode_operations
 from srengine.storage import merkle as storage_merkle
-from srengine.storage.merkle import Leaves, Located
+from srengine.storage.merkle import Leaves
 from srengine.storage.tablet import Tablet
 from srengine.sync import exchange_machine, exchange_messages
 from srengine.sync.exchange_machine import Initiator, Responder
 from srengine.sync.exchange_messages import Reason
+from srengine.types import Located
 from tests.exchanges import TabletSide, exchange
 
 TABLET = "00" * 16
@@ -85,7 +86,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_random_cases(make, shape):
-    """T08, K11: whatever differs is found, nothing else is reported, or a full copy is asked for; never a silent miss."""
+    """T08, K11: what differs is found and nothing else reported, or a full copy is asked for; never a silent miss."""
     widths = SHAPES[shape]
     universe = [b"%05d" % i for i in range(1500)]
     one, other = make([(key, b"") for key in universe[::2]])
@@ -201,11 +202,14 @@ def test_writes_at_the_authority_between_requests(make):
 
 def test_an_initiator_that_moves_starts_again(make):
     """K11: a write at the initiator in between repairs nothing wrongly: the exchange starts again, a bounded number of
-    times."""
+    times.
+    """
     one, other = make([(b"%05d" % i, b"") for i in range(2000)])
     other.put(b"00001", b"x")
     moves = iter(range(2))
-    outcome = exchange(one, other, between=lambda: one.put(b"own", b"%d" % next(moves, 7)) if next(moves, None) else None)
+    outcome = exchange(
+        one, other, between=lambda: one.put(b"own", b"%d" % next(moves, 7)) if next(moves, None) else None
+    )
     assert outcome.full_copy is None
     assert same(one, other)
     other.put(b"00002", b"x")
@@ -303,7 +307,7 @@ def tamper(tablet):
     tablet._leaves = None
 
 
-# --- a lying peer ------------------------------------------------------------------------------------------------------
+# --- a lying peer ----------------------------------------------------------------------------------------------------
 
 
 class Liar:
@@ -329,8 +333,15 @@ def against(one, liar, seed=1):
         elif effects.apply is not None:
             work = effects.apply
             try:
-                one.repair(work.rows, work.removed, work.meta, work.state, replace_rows=work.replace_rows,
-                           base=work.base, actual=work.actual)
+                one.repair(
+                    work.rows,
+                    work.removed,
+                    work.meta,
+                    work.state,
+                    replace_rows=work.replace_rows,
+                    base=work.base,
+                    actual=work.actual,
+                )
                 initiator.applied(proved=True)
             except errors.Diverged:
                 initiator.applied(proved=False)
@@ -338,7 +349,7 @@ def against(one, liar, seed=1):
 
 @pytest.mark.parametrize("case", range(40))
 def test_a_lying_peer_changes_nothing(make, case):
-    """F47: garbled answers end in an error or in `unproven`, after a bounded number of requests; nothing was changed."""
+    """F47: garbled answers end in an error or unproven, after a bounded number of requests; nothing was changed."""
     rng = random.Random(case)
     one, other = make([(b"%04d" % i, b"") for i in range(3000)])
     other.put_many([(b"%04d" % (i * 17), b"x") for i in range(rng.choice((1, 5, 60)))])
@@ -396,8 +407,12 @@ def test_hostile_requests_cost_bounded_work(make):
     one, other = make([(b"%04d" % i, b"x" * 100) for i in range(1000)])
     responder = Responder(TabletSide(other))
     rng = random.Random(1)
-    requests = [exchange_messages.ExchangeCompare, exchange_messages.ExchangeSketch, exchange_messages.ExchangeFetch,
-                exchange_messages.ExchangeDump]
+    requests = [
+        exchange_messages.ExchangeCompare,
+        exchange_messages.ExchangeSketch,
+        exchange_messages.ExchangeFetch,
+        exchange_messages.ExchangeDump,
+    ]
     for _ in range(400):
         message = rng.choice(requests)("t", rng.randbytes(rng.choice((0, 7, 16, 22, 32, 100))))
         try:
@@ -408,7 +423,7 @@ def test_hostile_requests_cost_bounded_work(make):
     with pytest.raises(errors.FrameError):
         responder.step(exchange_messages.ExchangeSketch("t", exchange_messages.encode_sketch(huge, b"\0" * 8, b"")))
     many = exchange_messages.encode_fetch(0, b"\0" * 8, Located([], [], [(b"", None)] * 3))
-    reply, attachments = responder.step(exchange_messages.ExchangeFetch("t", many))
+    _, attachments = responder.step(exchange_messages.ExchangeFetch("t", many))
     assert len(attachments[0]) < 200_000
     assert one.count == other.count == 1000
 
