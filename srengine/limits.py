@@ -101,7 +101,7 @@ EXCHANGE_ATTEMPTS_MAX: Final = 3
 """Sketches of one exchange before leaf digests are dumped: the first, another seed, another size."""
 EXCHANGE_ROUNDS_MAX: Final = 12
 """Requests of one exchange, whatever the other side answers."""
-EXCHANGE_WHOLE_BYTES_MAX: Final = 3 * KIB
+EXCHANGE_WHOLE_BYTES_MAX: Final = KIB
 """Ranges of which some records differ are shipped whole up to this; above it their digests are listed first."""
 EXCHANGE_RANGES_MAX: Final = 4096
 """Ranges of keys shipped whole in one message."""

@@ -11,7 +11,7 @@ from srengine.storage.tablet import Tablet
 from tests.exchanges import exchange
 
 RECORDS = 100_000
-SEEDS = {1: 101, 10: 101, 100: 101, 1000: 21}
+SEEDS = {1: 101, 10: 301, 100: 201, 1000: 21}
 
 
 @pytest.fixture(scope="module")
