@@ -47,7 +47,8 @@ async def _run(options: NodeOptions, on_ready: Callable[[dict[str, Any]], None] 
         starting.result()
         if on_ready is not None:
             on_ready(node.ready_event())
-        await asyncio.wait({stopping, node.supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {stopping, node.supervisor.failed}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if node.supervisor.failed.done():
             raise node.supervisor.failed.result()
     finally:
@@ -146,7 +147,8 @@ class Node:
             self._runtime = runtime
             self._change("LEADER" if runtime.leads else "FOLLOWER")
             self._started.set()
-            await asyncio.wait({stopping, runtime.supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
+            ends: set[asyncio.Future[Any]] = {stopping, runtime.supervisor.failed}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if runtime.supervisor.failed.done():
                 raise runtime.supervisor.failed.result()
         finally:

@@ -136,7 +136,7 @@ def load_options_file(path: Path) -> dict[str, Any]:
 
 def checked_settings(found: dict[str, Any]) -> dict[str, Any]:
     """Return settings with their types checked; unknown keys are a `UsageError` that suggests the nearest."""
-    kinds: dict[str, type] = {field.name: str for field in fields(NodeOptions)}
+    kinds: dict[str, type[Any]] = {field.name: str for field in fields(NodeOptions)}
     kinds |= {"insecure": bool, "allow_remote_fs": bool, "map_bytes": int}
     settings: dict[str, Any] = {}
     for key, value in found.items():

@@ -137,7 +137,8 @@ class Runtime:
 
     async def _or_failure(self, work: asyncio.Future[None]) -> None:
         """Wait for ``work``, or raise why the node must stop."""
-        await asyncio.wait({work, self.supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {work, self.supervisor.failed}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             work.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -458,11 +459,12 @@ class Runtime:
             current = machine.serving if self.leads else machine.synced(self.clock.boottime_s())  # type: ignore[union-attr]
             if not current or self.journal.applied_index < self.journal_store.position.sequence:
                 continue
-            groups = [*self.sync.leaders.values(), *self.sync.followers.values()]
-            if any(not group.slot.trusted for group in groups):
+            slots = [leader.slot for leader in self.sync.leaders.values()]
+            slots += [follower.slot for follower in self.sync.followers.values()]
+            if any(not slot.trusted for slot in slots):
                 continue
             expected = {tablet.id for table in self.tables.values() for tablet in table.tablets if self.name in tablet.nodes}
-            if expected != {group.slot.spec.tablet_id for group in groups}:
+            if expected != {slot.spec.tablet_id for slot in slots}:
                 continue
             break
         self.standing.distrusted = False

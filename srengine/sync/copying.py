@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Final, NamedTuple, Protocol
 
@@ -110,14 +110,14 @@ async def stream_copy(tablet: Tablet, request: Copy) -> AsyncGenerator[bytes, No
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="srengine-copy") as thread:
         loop = asyncio.get_running_loop()
 
-        def begin() -> tuple[SnapshotSource, object]:
+        def begin() -> tuple[SnapshotSource, Iterator[object]]:
             source = SnapshotSource(tablet, since=request.since, resume=request.resume)
             return source, iter(source)
 
         _, iterator = await loop.run_in_executor(thread, begin)
         try:
             while True:
-                item = await loop.run_in_executor(thread, next, iterator, done)
+                item = await loop.run_in_executor(thread, lambda: next(iterator, done))
                 if item is done:
                     return
                 assert isinstance(item, bytes)
@@ -147,7 +147,7 @@ class _Guarded(Staged):
         self._slot = slot
         self._own = slot.position
 
-    def begin(self, manifest: Manifest, *, resumed: bool) -> object:
+    def begin(self, manifest: Manifest, *, resumed: bool) -> Tablet:
         lineage = self._slot.spec.lineage
         if manifest.lineage != lineage:
             raise errors.ForeignData(
@@ -155,7 +155,7 @@ class _Guarded(Staged):
             )
         return super().begin(manifest, resumed=resumed)
 
-    def complete(self, tablet: Tablet) -> object:
+    def complete(self, tablet: Tablet) -> Tablet:
         reached = tablet.position
         if reached.sequence < self._own.sequence or (reached.sequence == 0 and self._own.sequence):
             raise errors.Diverged(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -184,7 +184,7 @@ class BaseEndpoint:
     # --- services ----------------------------------------------------------------------------------------------------
 
     def serve(
-        self, message_type: type[msgspec.Struct], handler: Any, *, ports: Collection[Port] = ("client", "peer")
+        self, message_type: type[msgspec.Struct], handler: Any, *, ports: tuple[Port, ...] = ("client", "peer")
     ) -> None:
         """Answer messages of a registered type at these ports with ``handler(peer, message, attachments) -> Reply``."""
         registry.kind_of(message_type)
@@ -194,7 +194,7 @@ class BaseEndpoint:
             self._handlers[port, message_type] = handler
 
     def serve_stream(
-        self, message_type: type[msgspec.Struct], handler: Any, *, ports: Collection[Port] = ("bulk",)
+        self, message_type: type[msgspec.Struct], handler: Any, *, ports: tuple[Port, ...] = ("bulk",)
     ) -> None:
         """Answer such a message with a stream: ``handler(peer, message)`` is an async generator of bytes."""
         registry.kind_of(message_type)
