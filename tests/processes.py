@@ -30,6 +30,7 @@ from typing import Any, Self
 
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
+COMMAND = [sys.executable, "-m", "srengine", "node", "start"]
 ROOT = Path(__file__).resolve().parent.parent
 
 _handed_out: set[int] = set()
@@ -87,8 +88,8 @@ class NodeProcess:
     def start(self, *more: str) -> Self:
         """Start the process; does not wait (see `wait_ready`)."""
         assert self.process is None or self.process.poll() is not None, (self.name, "is running")
-        command = [sys.executable, "-m", "srengine", "node", "start", "--name", self.name, "--data", str(self.data)]
-        command += ["--listen", self.address, *self.arguments, *more]
+        command = [*COMMAND, "--name", self.name, "--data", str(self.data), "--listen", self.address]
+        command += [*self.arguments, *more]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

@@ -55,21 +55,22 @@ class LeaderDriver:
         self._timer: asyncio.TimerHandle | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._serving = asyncio.Event()
-        self._last_pull: dict[str, tuple[int, int]] = {}
+        self._last_pull: dict[str, tuple[object, int]] = {}
 
     def start(self) -> None:
         """Begin; to be called on the event loop."""
         self._turn()
 
-    async def pulled(self, replica: str, claim: lm.Claim, order: tuple[int, int]) -> lm.Answer:
+    async def pulled(self, replica: str, claim: lm.Claim, process: object, number: int) -> lm.Answer:
         """Answer a replica's question, at once or when there is something to say.
 
-        ``order``: (boot number, number of the question); an older one than before is a late or repeated frame and counts for
-        nothing.
+        ``number`` grows with the questions of one ``process`` (which the roster has accepted); one that does not is a late or
+        repeated frame and counts for nothing.
         """
-        if order <= self._last_pull.get(replica, (0, 0)):
+        last_process, last_number = self._last_pull.get(replica, (None, 0))
+        if last_process == process and number <= last_number:
             return lm.Answer(0, lm.AnswerKind.STARTING, self.machine.committed, self.machine.own, "superseded")
-        self._last_pull[replica] = order
+        self._last_pull[replica] = (process, number)
         token = next(self._tokens)
         future: asyncio.Future[lm.Answer] = asyncio.get_running_loop().create_future()
         self._pulls[token] = future
@@ -167,7 +168,8 @@ class LeaderDriver:
             self._timer.cancel()
             self._timer = None
         closed = errors.Closed("the node stops")
-        for future in [*self._pulls.values(), *self._waits.values()]:
+        futures: list[asyncio.Future[Any]] = [*self._pulls.values(), *self._waits.values()]
+        for future in futures:
             if not future.done():
                 future.set_exception(closed)
         self._pulls.clear()

@@ -196,7 +196,7 @@ class LeadingJournal:
     async def answer(self, pull: Pull) -> Answer:
         """Answer a replica's question; it was judged already."""
         claim = lm.Claim(pull.position, pull.trusted, pull.filling, pull.committed_known)
-        answer = await self.driver.pulled(pull.replica, claim, (pull.process.boot_number, pull.number))
+        answer = await self.driver.pulled(pull.replica, claim, pull.process, pull.number)
         if answer.kind is not lm.AnswerKind.ROWS:
             return PullReply(
                 answer.kind.value, answer.leader, self._contact.process_id, answer.committed, reason=answer.reason

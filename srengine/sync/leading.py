@@ -262,7 +262,7 @@ class TabletLeader:
         if not self.slot.filling and self.driver.machine.serving:
             self.driver.step(lm.Applied(self.slot.position))
         claim = lm.Claim(pull.position, pull.trusted, pull.filling, pull.committed_known)
-        answer = await self.driver.pulled(pull.replica, claim, (pull.process.boot_number, pull.number))
+        answer = await self.driver.pulled(pull.replica, claim, pull.process, pull.number)
         process = self._contact.process_id
         if answer.kind is not lm.AnswerKind.ROWS:
             return Rows(PullReply(answer.kind.value, answer.leader, process, answer.committed, reason=answer.reason))
