@@ -314,7 +314,7 @@ def join(bytes head not None, stored):
 
 
 def measure(fixed):
-    """Return (head bytes, stored bytes) as declared, checked against limits; see chunk.pyi."""
+    """Return (head bytes, stored bytes, raw bytes) as declared, checked against limits; see chunk.pyi."""
     cdef Py_buffer view
     cdef Head head
     cdef int answer
@@ -325,7 +325,7 @@ def measure(fixed):
         answer = read_fixed(<const uint8_t *>view.buf, &head)
         if answer != HEAD_OK:
             refuse(answer, <const uint8_t *>view.buf)
-        return FIXED + head.after_bytes + head.last_bytes, head.stored_bytes
+        return FIXED + head.after_bytes + head.last_bytes, head.stored_bytes, head.raw_bytes
     finally:
         PyBuffer_Release(&view)
 

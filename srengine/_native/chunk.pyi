@@ -34,8 +34,8 @@ def seal(
 def join(head: bytes, stored: Buffer) -> bytes:
     """Return ``head`` and ``stored`` as one item, copied without the GIL."""
 
-def measure(fixed: Buffer) -> tuple[int, int]:
-    """Return (head bytes, stored bytes) that the fixed part of a head declares, each checked against its limit.
+def measure(fixed: Buffer) -> tuple[int, int, int]:
+    """Return (head bytes, stored bytes, raw bytes) that the fixed part of a head declares, each checked against its limit.
 
     Raises `SnapshotDamaged` for anything that is no head of ours, `UnsupportedFeature` for a format of the future.
     """

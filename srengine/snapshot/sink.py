@@ -175,11 +175,9 @@ class SnapshotSink:
             except errors.Error:
                 # NB: a mark of another version: the copy begins again, and the target decides whether it may.
                 left = None
-        self.mark = left
-        self._machine = ReceiveMachine(mark)
-        self._decompressor = Decompressor()
-        self._buffers = [bytearray(), bytearray()]
-        """One is gathered into, the other may be being written. Made at their full size once and used again: memory that
+        self.mark = left self._machine = ReceiveMachine(mark) self._decompressor = Decompressor() self._buffers =
+        [bytearray(), bytearray()] """One is gathered into, the other may be being written. Made at their full size
+        once and used again: memory that
         comes and goes with every transaction costs more than what it holds."""
         self._batch = memoryview(b"")
         """The first of the buffers."""

@@ -130,7 +130,7 @@ def test_chunks_of_another_snapshot_are_refused(tmp_path):
 
 
 def _rows(item: bytes) -> list[oracle.Row]:
-    head_bytes, _ = words.chunk.measure(item[: words.HEAD_BYTES])
+    head_bytes, _, _ = words.chunk.measure(item[: words.HEAD_BYTES])
     return oracle.decode_rows(item[head_bytes:])
 
 

@@ -43,7 +43,7 @@ def test_a_head_is_sealed_as_by_the_oracle(flags, ordinal, after, last, numbers,
     head = chunk.seal(*fields, stored)
     assert head == oracle.seal(*fields, stored)
     assert chunk.verify(head, stored)
-    assert chunk.measure(head) == (len(head), len(stored))
+    assert chunk.measure(head) == (len(head), len(stored), len(stored))
     read = words.read_head(head)
     assert (read.flags, read.ordinal, read.after_key, read.last_key) == (flags, ordinal, after, last)
     assert (read.view_sequence, read.after_sequence, read.last_sequence) == numbers
@@ -59,7 +59,7 @@ def test_every_flipped_bit_of_an_item_breaks_its_digest_or_its_fields():
         damaged = bytearray(item)
         damaged[bit // 8] ^= 1 << bit % 8
         try:
-            head_bytes, stored_bytes = chunk.measure(damaged[: chunk.HEAD_BYTES])
+            head_bytes, stored_bytes, _ = chunk.measure(damaged[: chunk.HEAD_BYTES])
         except errors.Error:
             continue
         if head_bytes + stored_bytes == len(item):

@@ -20,8 +20,7 @@ from srengine.snapshot import (
     write_snapshot,
 )
 from srengine.snapshot import format as words
-from srengine.storage import Store
-from srengine.storage import Batch, encode_puts
+from srengine.storage import Batch, Store, encode_puts
 from tests.reference import chunk as oracle
 from tests.snapshot.test_file import run_killed
 
