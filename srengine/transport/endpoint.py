@@ -37,7 +37,7 @@ from srengine.transport.zap import ZapHandler
 
 _logger = logging.getLogger(__name__)
 
-_TICK_S: Final = 1.0
+_TICK_S: Final = 0.25
 _CALLER_EVENTS: Final = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -135,6 +135,8 @@ class _RouterWire:
         self.descriptor = descriptor
         self.inode = sockets.inode_of(descriptor)
         self.callee: Callee | None = None
+        self.bytes_delivered = 0
+        """Bytes of frames that have come to us."""
         self._listener = listener
 
     def send(self, parts: Sequence[Buffer]) -> bool:
@@ -178,6 +180,9 @@ class _Listener:
             callee = self._meet(routing_id, frames[-1])
             if callee is None:
                 return
+        wire = callee.wire
+        assert isinstance(wire, _RouterWire), wire
+        wire.bytes_delivered += sum(map(len, frames))
         callee.receive([frame.buffer for frame in frames[1:]])
         if callee.peer is None and callee.closed is None:
             return
@@ -243,8 +248,21 @@ class _Listener:
             elif accepted.callee is None and now - accepted.since > limits.HELLO_S_MAX:
                 self._metrics.add("srengine_transport_hellos_missed_total", port=self.port)
                 sockets.cut_connection(descriptor, accepted.inode)
+            else:
+                self._check_unread(descriptor, accepted)
         for callee in list(self.callees.values()):
             callee.check_progress(now)
+
+    def _check_unread(self, descriptor: int, accepted: _Accepted) -> None:
+        """Close a connection whose bytes never become a frame."""
+        delivered = 0
+        if accepted.callee is not None:
+            assert isinstance(accepted.callee.wire, _RouterWire), accepted.callee.wire
+            delivered = accepted.callee.wire.bytes_delivered
+        received = sockets.received_bytes(descriptor)
+        if received is not None and received - delivered > limits.UNREAD_BYTES_MAX:
+            self._metrics.add("srengine_transport_frames_refused_total", port=self.port)
+            sockets.cut_connection(descriptor, accepted.inode)
 
     def close(self) -> None:
         """End every connection and stop listening."""
