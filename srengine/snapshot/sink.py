@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from srengine.storage import Store, Tablet
     from srengine.types import Position
 
-FILL_BYTES: Final = 8 * limits.MIB
+FILL_BYTES: Final = 16 * limits.MIB
 """Rows of one transaction. Held up to three times: gathered, being written, and as LMDB's dirty pages."""
 _FIRST_FILL_BYTES: Final = 2 * limits.MIB
 """Of the first transaction; each may be twice as large as the one before, so that the disk is soon at work."""
@@ -175,10 +175,13 @@ class SnapshotSink:
             except errors.Error:
                 # NB: a mark of another version: the copy begins again, and the target decides whether it may.
                 left = None
-        self.mark = left self._machine = ReceiveMachine(mark) self._decompressor = Decompressor() self._buffers =
-        [bytearray(), bytearray()] """One is gathered into, the other may be being written. Made at their full size
-        once and used again: memory that
-        comes and goes with every transaction costs more than what it holds."""
+        self.mark = left
+        self._machine = ReceiveMachine(mark)
+        self._decompressor = Decompressor()
+        self._buffers = [bytearray(), bytearray()]
+        """One is gathered into, the other may be being written. Made at their full size once and used again, because
+        memory that comes and goes with every transaction costs more than what it holds.
+        """
         self._batch = memoryview(b"")
         """The first of the buffers."""
         self._used = 0
