@@ -25,12 +25,11 @@ It does no policy and no logging, and knows no replicas: `srengine.storage.table
 from cpython.bytes cimport (
     PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringAndSize, PyBytes_GET_SIZE, _PyBytes_Resize,
 )
-from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc cimport errno
-from libc.errno cimport EDQUOT, EFBIG, EIO, ENOENT, ENOSPC
+from libc.errno cimport EDQUOT, EFBIG, EIO, ENOSPC
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strncpy
 
@@ -341,7 +340,6 @@ cdef class Environment:
         cdef int rc
         cdef unsigned int flags
         cdef const char *where
-        cdef bytes seed
         if self.env is not NULL:
             raise errors.Error("an environment is opened once")
         failure.code = 0
@@ -794,7 +792,7 @@ cdef class Environment:
         if count == 0:
             return []
         memset(&job, 0, sizeof(Submission))
-        for kind, body, session, number, argument in entries:
+        for kind, body, session, _number, _argument in entries:
             if kind not in (BATCH, OPEN_SESSION, PURGE):
                 raise errors.InvalidValue(f"unknown kind of entry {kind!r}")
             if session is not None and len(session) not in (0, 16):

@@ -16,7 +16,7 @@ Every method releases the GIL while it works, and raises `LmdbError` with LMDB's
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, qsort
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy  # no-cython-lint (memcmp: in the C text below)
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 import os
