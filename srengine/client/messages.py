@@ -81,7 +81,7 @@ class Status(msgspec.Struct, frozen=True):
 
 
 class StatusReply(msgspec.Struct, frozen=True):
-    """``status`` is the JSON text (UTF-8) of interface.md, section 2."""
+    """``status`` is the JSON text (UTF-8) of docs/cli.md."""
 
     status: bytes
 
