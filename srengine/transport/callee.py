@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -23,7 +23,7 @@ from srengine.metrics import Metrics
 from srengine.transport.connection import Connection, Wire, encode_message, slices
 from srengine.transport.failures import INTERNAL, failure_of
 from srengine.transport.messages import Hello
-from srengine.transport.peers import Buffer, Handler, Identity, Peer, Reply, StreamHandler, meet
+from srengine.transport.peers import Buffer, Handler, Identity, Peer, StreamHandler, meet
 from srengine.transport.transfers import Assembly, Budget, Outgoing, Reservation, check_sizes, cut
 
 _logger = logging.getLogger(__name__)
@@ -67,6 +67,16 @@ class _Window:
         return True
 
 
+class _Ready(NamedTuple):
+    """An answer, encoded and within bounds."""
+
+    kind: str
+    body: msgspec.Raw
+    sizes: tuple[int, ...]
+    total: int
+    attachments: Sequence[Buffer]
+
+
 class _Serving:
     """One request that is not fully answered."""
 
@@ -76,7 +86,7 @@ class _Serving:
         self.assembly: Assembly | None = None
         self.reservation: Reservation | None = None
         """Room of the question's attachments; held until the handler is done."""
-        self.task: asyncio.Task[Reply] | None = None
+        self.task: asyncio.Task[_Ready] | None = None
         self.outgoing: Outgoing | None = None
 
 
@@ -196,39 +206,34 @@ class Callee(Connection):
     def _run(
         self, number: int, handler: Handler, peer: Peer, message: msgspec.Struct, attachments: Sequence[memoryview]
     ) -> None:
-        async def call() -> Reply:
-            return await handler(peer, message, attachments)
+        async def call() -> _Ready:
+            reply = await handler(peer, message, attachments)
+            # Here, not in the callback: an answer that cannot be sent is the handler's failure.
+            kind, body = encode_message(reply.message)
+            sizes = tuple(len(attachment) for attachment in reply.attachments)
+            return _Ready(kind, body, sizes, check_sizes(sizes), reply.attachments)
 
         task = self._serving[number].task = self.loop.create_task(call())
         task.add_done_callback(lambda done: self._answer(number, done))
 
-    def _answer(self, number: int, task: asyncio.Task[Reply]) -> None:
-        serving = self._serving.get(number)
+    def _answer(self, number: int, task: asyncio.Task[_Ready]) -> None:
         if task.cancelled():
             self._fail_request(number, errors.Closed("the node stops"))
             return
         error = task.exception()
-        if error is None:
-            try:
-                reply = task.result()
-                kind, body = encode_message(reply.message)
-                sizes = tuple(len(attachment) for attachment in reply.attachments)
-                total = check_sizes(sizes)
-            except errors.InvalidValue as too_large:
-                error = too_large
         if error is not None:
             self._fail_request(number, error)
             return
-        if serving is None:
-            return
+        serving = self._serving[number]
+        ready = task.result()
         if serving.reservation is not None:
             serving.reservation.release()
-        inline = total <= limits.PART_BYTES_MAX
-        self.post(Answer(number, kind, body, sizes), reply.attachments if inline else ())
-        if inline:
+        inline = ready.total <= limits.PART_BYTES_MAX
+        self.post(Answer(number, ready.kind, ready.body, ready.sizes), ready.attachments if inline else ())
+        if inline or self.closed is not None:
             del self._serving[number]
         else:
-            serving.outgoing = Outgoing(number, reply.attachments)
+            serving.outgoing = Outgoing(number, ready.attachments)
 
     def _fail_request(self, number: int, error: BaseException) -> None:
         serving = self._serving.pop(number, None)
@@ -321,9 +326,9 @@ class Callee(Connection):
                 feed.task.cancel()
         self._forget(self)
 
-    def tasks(self) -> list[asyncio.Task[Reply] | asyncio.Task[None]]:
+    def tasks(self) -> list[asyncio.Task[Any]]:
         """Return what is still running for this connection."""
-        running: list[asyncio.Task[Reply] | asyncio.Task[None]] = []
+        running: list[asyncio.Task[Any]] = []
         running.extend(serving.task for serving in self._serving.values() if serving.task is not None)
         running.extend(feed.task for feed in self._feeds.values() if feed.task is not None)
         return running
