@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from srengine.storage import Store, Tablet
     from srengine.types import Position
 
-FILL_BYTES: Final = 16 * limits.MIB
-"""Rows of one transaction. Held up to three times: gathered, being written, and as LMDB's dirty pages."""
+FILL_BYTES: Final = 8 * limits.MIB
+"""Rows of one transaction. Within 64 MiB they are held four times: gathered, being written, sorted, as dirty pages."""
 _FIRST_FILL_BYTES: Final = 2 * limits.MIB
 """Of the first transaction; each may be twice as large as the one before, so that the disk is soon at work."""
 FILL_ROWS_MAX: Final = 100_000

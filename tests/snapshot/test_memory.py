@@ -81,9 +81,9 @@ def tablet(request, tmp_path) -> int:
     with Store(tmp_path / "one") as one:
         source = one.tablet("users")
         if request.param == "many records":
-            for start in range(0, 480_000, 40_000):
+            for start in range(0, 360_000, 40_000):
                 source.put_many(
-                    [(b"key-%012d" % (n * 7919 % 480_000), b"%0250d" % n) for n in range(start, start + 40_000)]
+                    [(b"key-%012d" % (n * 7919 % 360_000), b"%0250d" % n) for n in range(start, start + 40_000)]
                 )
             return 250
         for number in range(5):
