@@ -1,4 +1,4 @@
-"""What status shows: the answers of all nodes put together into the JSON of interface.md, section 2."""
+"""What status shows: the answers of all nodes put together into the JSON of docs/cli.md (State)."""
 
 from __future__ import annotations
 
