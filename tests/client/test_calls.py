@@ -153,6 +153,22 @@ def test_unknown_outcome_is_said(cluster: FakeCluster) -> None:
         assert refused.value.outcome == "not executed"
 
 
+def test_a_write_that_was_never_sent_says_so(cluster: FakeCluster) -> None:
+    """When not even a session can be opened, or nobody is there, a write was not executed."""
+    with Client(N1, source=cluster.source, timeout_s=0.2) as client:
+        table = client.table("a.b")
+        table.get(b"k")
+        cluster.faults[N1] = [errors.TimedOut("silent")] * 1000
+        for attempt in (lambda: table.put(b"k", b"v"), lambda: table.put_many({b"k": b"v"})):
+            with pytest.raises(errors.TimedOut) as caught:
+                attempt()
+            assert caught.value.outcome == "not executed"
+    cluster.down = {N1}
+    with Client(N1, source=cluster.source, timeout_s=0.2) as client, pytest.raises(errors.Unreachable) as nobody:
+        client.table("a.b").delete(b"k")
+    assert nobody.value.outcome == "not executed"
+
+
 def test_conflict_carries_the_current_version(cluster: FakeCluster, client: Client) -> None:
     """A lost condition is a Conflict with the version that stands; None when there is no record."""
     table = client.table("a.b")
