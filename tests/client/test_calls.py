@@ -158,12 +158,13 @@ def test_a_write_that_was_never_sent_says_so(cluster: FakeCluster) -> None:
     with Client(N1, source=cluster.source, timeout_s=0.2) as client:
         table = client.table("a.b")
         table.get(b"k")
+        cluster.down = {N2, N3}
         cluster.faults[N1] = [errors.TimedOut("silent")] * 1000
         for attempt in (lambda: table.put(b"k", b"v"), lambda: table.put_many({b"k": b"v"})):
             with pytest.raises(errors.TimedOut) as caught:
                 attempt()
             assert caught.value.outcome == "not executed"
-    cluster.down = {N1}
+    cluster.down = set(ADDRESSES)
     with Client(N1, source=cluster.source, timeout_s=0.2) as client, pytest.raises(errors.Unreachable) as nobody:
         client.table("a.b").delete(b"k")
     assert nobody.value.outcome == "not executed"
