@@ -28,7 +28,7 @@ import os
 import secrets
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import lmdb
 import xxhash
@@ -52,6 +52,8 @@ TRANSACTION_ROWS_MAX: Final = 1_000_000
 _CHECK_BYTES: Final = 8
 _FULL_BYTES: Final = 256 * limits.KIB
 """Less free space than this after a write that was cut short: the disk is full, not broken."""
+_ENGINE: Final[dict[str, Any]] = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
+"""py-lmdb 3 brings two engines, and an environment variable may choose: ours is the 0.9 line, as for tablets."""
 _OWN_TABLE: Final = "srengine"
 _FORMAT_KEY: Final = b"format"
 
@@ -504,6 +506,7 @@ def _open_environment(path: Path, map_bytes: int) -> lmdb.Environment:
             writemap=False,
             meminit=True,
             lock=True,
+            **_ENGINE,
         )
     except lmdb.LockError as error:
         raise errors.AlreadyOpen(f"{path} is open in another place: {error}", path=str(path)) from error
