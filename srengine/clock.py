@@ -3,8 +3,8 @@
 Three clocks, never mixed:
 
 * `Clock.monotonic_s`: for durations inside one process (time-outs, back-off);
-* `Clock.boottime_s`: like it, but goes on while the machine sleeps: everything that is promised to somebody else (contact,
-  staleness, leases) is measured by it, because a paused process must not believe that no time passed;
+* `Clock.boottime_s`: like it, but goes on while the machine sleeps: everything that is promised to somebody else
+  (contact, staleness, leases) is measured by it, because a paused process must not believe that no time passed;
 * `Clock.wall_ms`: for people and for the hybrid clock only. No decision about who leads or what is current reads it.
 
 Machines get time as a value in ``tick(now)``; services take a `Clock`, so that tests hand in a `ManualClock`.
@@ -39,14 +39,17 @@ class SystemClock:
     """The machine's clocks."""
 
     def monotonic_s(self) -> float:
+        """See `Clock.monotonic_s`."""
         return time.monotonic()
 
     def boottime_s(self) -> float:
+        """See `Clock.boottime_s`."""
         if hasattr(time, "CLOCK_BOOTTIME"):
             return time.clock_gettime(time.CLOCK_BOOTTIME)
         return time.monotonic()
 
     def wall_ms(self) -> int:
+        """See `Clock.wall_ms`."""
         return time.time_ns() // 1_000_000
 
 
@@ -58,12 +61,15 @@ class ManualClock:
         self._wall_ms = wall_ms
 
     def monotonic_s(self) -> float:
+        """See `Clock.monotonic_s`."""
         return self._now_s
 
     def boottime_s(self) -> float:
+        """See `Clock.boottime_s`."""
         return self._now_s
 
     def wall_ms(self) -> int:
+        """See `Clock.wall_ms`."""
         return self._wall_ms
 
     def advance(self, seconds: float) -> None:
@@ -80,8 +86,8 @@ class ManualClock:
 class HybridClock:
     """Wall milliseconds with a counter below, as one 64-bit number that only grows.
 
-    ``wall_ms << 16 | counter``: readable as time, ordered as events. When the wall clock stands or goes back, the counter
-    goes on, so a later call always returns a larger number; a full counter borrows the next millisecond.
+    ``wall_ms << 16 | counter``: readable as time, ordered as events. When the wall clock stands or goes back, the
+    counter goes on, so a later call always returns a larger number; a full counter borrows the next millisecond.
 
     >>> clock = HybridClock(ManualClock(wall_ms=5))
     >>> clock.next() == 5 << 16, clock.next() == (5 << 16) + 1

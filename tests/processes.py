@@ -6,7 +6,7 @@ condition, and only processes that were started here are ever signalled.
 Example::
 
     with Nodes(tmp_path, 3) as nodes:
-        nodes.start_all()                      # bootstraps, waits for all ready lines
+        nodes.start_all()  # bootstraps, waits for all ready lines
         nodes["node-3"].kill()
         nodes["node-3"].start().wait_ready()
 """
@@ -170,7 +170,9 @@ class NodeProcess:
 class Nodes:
     """``count`` nodes node-1 .. node-N of one cluster under ``directory``; whatever still runs is killed at the end."""
 
-    def __init__(self, directory: Path, count: int = 3, *, cluster: str = "test", arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self, directory: Path, count: int = 3, *, cluster: str = "test", arguments: Sequence[str] = ()
+    ) -> None:
         names = [f"node-{number}" for number in range(1, count + 1)]
         ports = {name: free_ports() for name in names}
         self.initial = ",".join(f"{name}=tcp://127.0.0.1:{ports[name]}" for name in names)

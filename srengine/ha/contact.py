@@ -1,13 +1,13 @@
 """Contact between nodes: every question carries who asks, every answer who answers, and both sides remember.
 
-`Contact.ask` is how a replica of any group asks the leader; `Contact.judge` is what the leader does first with a question. Both
-keep the roster (roster_machine.py) durable before anything is done with what was heard.
+`Contact.ask` is how a replica of any group asks the leader; `Contact.judge` is what the leader does first with a
+question. Both keep the roster (roster_machine.py) durable before anything is done with what was heard.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -25,21 +25,29 @@ PEER_TABLE: Final = "peers_seen"
 
 
 class Channel(Protocol):
-    """What this room needs of `srengine.transport.Channel`."""
+    """The way to another node, both its ports; `srengine.node.reach.Way`."""
 
     async def request(
         self, message: msgspec.Struct, attachments: Sequence[bytes] = (), *, timeout_s: float
     ) -> tuple[msgspec.Struct, Sequence[bytes | bytearray | memoryview]]:
-        """Send one message and return the answer with its attachments."""
+        """Send one message to the peer port and return the answer with its attachments."""
         ...
+
+    def stream(self, message: msgspec.Struct, *, timeout_s: float) -> AsyncGenerator[memoryview, None]:
+        """Yield the items of a stream from the bulk port."""
+        ...
+
+
+Reach = Callable[[str], Awaitable[Channel]]
+"""Return the way to a member, by name; `Unreachable` for a stranger."""
 
 
 class Contact:
     """This node among the others.
 
     ``process()`` and ``copied()``: this run, which may change its boot number when peers have seen a higher one.
-    ``on_refused(verdict, highest)``: a leader would not have us. ``on_restored(seen)``: a replica has seen a later run of this
-    node than this one: the disk was put back.
+    ``on_refused(verdict, highest)``: a leader would not have us. ``on_restored(seen)``: a replica has seen a later run
+    of this node than this one: the disk was put back.
     """
 
     def __init__(
@@ -141,9 +149,7 @@ class Contact:
             later = seen.boot_number > own.boot_number
             if later or (seen.boot_number == own.boot_number and seen.nonce != own.nonce):
                 self._on_restored(_process(seen))
-        judged = self._roster.hear(
-            Hello(pull.replica, _process(pull.process), pull.copied), self._clock.boottime_s()
-        )
+        judged = self._roster.hear(Hello(pull.replica, _process(pull.process), pull.copied), self._clock.boottime_s())
         if judged.persist is not None:
             self._persist(pull.replica, judged.persist)
         if judged.verdict is Verdict.ACCEPTED:
@@ -169,7 +175,13 @@ def answered(number: int, reply: PullReply, bytes_received: int) -> fm.Answered:
     if state is fm.SourceState.DELTA and reply.target is None:
         raise errors.FrameError("a delta must say where it ends")
     return fm.Answered(
-        number, state, reply.source, reply.committed, target=reply.target, bytes_received=bytes_received, reason=reply.reason
+        number,
+        state,
+        reply.source,
+        reply.committed,
+        target=reply.target,
+        bytes_received=bytes_received,
+        reason=reply.reason,
     )
 
 

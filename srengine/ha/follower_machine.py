@@ -14,10 +14,10 @@ One question is open at a time. A question states the own durable position, so i
 sequence at or above what the leader called committed in that answer). It is SYNCED while that is at most
 ``STALENESS_S_MAX`` ago. Nothing else makes it SYNCED, and nothing of it is stored: after a start it is not.
 
-Invariants, each checked by the simulation in tests/sync:
+Invariants, each checked by the simulation in tests/ha:
 
-1. Only positions of the source are ever applied: a delta starts at exactly the own sequence and root, or is refused by the
-   tablet.
+1. Only positions of the source are ever applied: a delta starts at exactly the own sequence and root, or is refused by
+   the tablet.
 2. The own copy is replaced (full copy) only by a source of the same lineage that stands at or past the own sequence, or
    when the own copy is empty. Otherwise the machine halts and names both (`reason`).
 3. ``committed_known`` never goes back; a reader waits (`AwaitCommitted`) until it covers what was read.
@@ -149,7 +149,9 @@ class ApplyDelta:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Fetch over the bulk port: a DELTA in place, or a FULL copy into a stage that replaces the own copy once proved."""
+    """Fetch over the bulk port: a DELTA in place, or a FULL copy into a stage that replaces the own copy once
+    proved.
+    """
 
     path: Path
     source: Position
@@ -193,13 +195,17 @@ class Idle:
 
 @dataclass(frozen=True, slots=True)
 class Asking:
+    """One question is open."""
+
     number: int
     asked_at: float
 
 
 @dataclass(frozen=True, slots=True)
 class Applying:
-    """``asked_at`` and ``committed`` of the answer that brought the rows: what makes the replica current once applied."""
+    """``asked_at`` and ``committed`` of the answer that brought the rows: what makes the replica current once
+    applied.
+    """
 
     asked_at: float
     committed: int
@@ -207,11 +213,13 @@ class Applying:
 
 @dataclass(frozen=True, slots=True)
 class Copying:
+    """A copy over the bulk port is running."""
+
     path: Path
 
 
 class ReplicaState(enum.Enum):
-    """As interface.md §2 shows it."""
+    """As docs/cli.md (State) shows it."""
 
     SEEDING = "SEEDING"
     SYNCING = "SYNCING"
@@ -232,8 +240,8 @@ class CatchUp:
 class FollowerMachine:
     """One replica of the journal or of a tablet; ``step``, ``tick``, ``drain``, see the module's text.
 
-    ``filling``: the SYNCING mark stands in the tablet, so its position is none. ``created``: the tablet was made in this run
-    because the directory had none (a new member, or a wiped one).
+    ``filling``: the SYNCING mark stands in the tablet, so its position is none. ``created``: the tablet was made in
+    this run because the directory had none (a new member, or a wiped one).
     """
 
     def __init__(self, *, own: Position, filling: bool, created: bool, now: float) -> None:
@@ -367,7 +375,9 @@ class FollowerMachine:
                 self._effects_apply = ApplyDelta(answer.number)
             case SourceState.TOO_LARGE:
                 # A delta is worth it when there is something to build on.
-                self._copy(Path.FULL if self.own.count == 0 else Path.DELTA, answer, "more changes than fit in an answer")
+                self._copy(
+                    Path.FULL if self.own.count == 0 else Path.DELTA, answer, "more changes than fit in an answer"
+                )
             case SourceState.COPY:
                 self._copy(Path.FULL, answer, answer.reason or "a copy was interrupted")
             case SourceState.DIVERGED | SourceState.FOREIGN:

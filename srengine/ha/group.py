@@ -1,10 +1,11 @@
 """Drivers of the two machines of a group: they turn messages into steps, and effects into answers and I/O.
 
-`LeaderDriver` and `FollowerDriver` know nothing of what a group holds; the journal (`one_node`) and tablets (`sync`) give them
-that as callables. Everything here runs on the event loop's thread; what blocks is done by the callables in other threads.
+`LeaderDriver` and `FollowerDriver` know nothing of what a group holds; the journal (`one_node`) and tablets (`sync`)
+give them that as callables. Everything here runs on the event loop's thread; what blocks is done by the callables in
+other threads.
 
-The order is the same everywhere: receive, step, persist, send, apply. The machines of this room have nothing to persist: a
-replica's position is durable before it is stepped.
+The order is the same everywhere: receive, step, persist, send, apply. The machines of this room have nothing to
+persist: a replica's position is durable before it is stepped.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from srengine import errors, limits
 from srengine.clock import Clock
 from srengine.ha import follower_machine as fm
 from srengine.ha import leader_machine as lm
+from srengine.ha.contact import Contact, Reach
 from srengine.types import Position
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
@@ -27,28 +30,39 @@ AlarmSink = Callable[[str, str], None]
 """Called with an event and a message: to the log, the counters and the status."""
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every group of a node is given: ``name`` of the node, and its ways out."""
+
+    name: str
+    contact: Contact
+    reach: Reach
+    clock: Clock
+    spawn: Spawn
+    alarm: AlarmSink
+
+
 class LeaderDriver:
     """Drives one `LeaderMachine`.
 
-    ``recover(effect)`` fetches what is missing and returns the position reached; its `errors.Error` makes the machine ask again.
+    ``recover(effect)`` fetches what is missing and returns the position reached; its `errors.Error` makes the machine
+    ask again.
     """
 
     def __init__(
         self,
         machine: lm.LeaderMachine,
         *,
-        clock: Clock,
-        spawn: Spawn,
+        around: Surroundings,
         recover: Callable[[lm.Recover], Awaitable[Position]],
-        alarm: AlarmSink,
         committed: Callable[[int], None] | None = None,
     ) -> None:
         self.machine = machine
         self._committed = committed
-        self._clock = clock
-        self._spawn = spawn
+        self._clock = around.clock
+        self._spawn = around.spawn
         self._recover = recover
-        self._alarm = alarm
+        self._alarm = around.alarm
         self._tokens = itertools.count(1)
         self._pulls: dict[int, asyncio.Future[lm.Answer]] = {}
         self._waits: dict[int, asyncio.Future[None]] = {}
@@ -64,8 +78,8 @@ class LeaderDriver:
     async def pulled(self, replica: str, claim: lm.Claim, process: object, number: int) -> lm.Answer:
         """Answer a replica's question, at once or when there is something to say.
 
-        ``number`` grows with the questions of one ``process`` (which the roster has accepted); one that does not is a late or
-        repeated frame and counts for nothing.
+        ``number`` grows with the questions of one ``process`` (which the roster has accepted); one that does not is a
+        late or repeated frame and counts for nothing.
         """
         last_process, last_number = self._last_pull.get(replica, (None, 0))
         if last_process == process and number <= last_number:
@@ -208,15 +222,14 @@ class FollowerDriver:
         machine: fm.FollowerMachine,
         actions: FollowerActions,
         *,
-        clock: Clock,
-        alarm: AlarmSink,
+        around: Surroundings,
         committed: Callable[[int], None] | None = None,
     ) -> None:
         self.machine = machine
         self._committed = committed
         self._actions = actions
-        self._clock = clock
-        self._alarm = alarm
+        self._clock = around.clock
+        self._alarm = around.alarm
         self._tokens = itertools.count(1)
         self._waits: dict[int, asyncio.Future[None]] = {}
         self._todo: fm.Ask | fm.ApplyDelta | fm.Copy | None = None
@@ -225,7 +238,7 @@ class FollowerDriver:
         """Set after every turn; whoever waits for a state clears it first."""
 
     def kick(self) -> None:
-        """The leader is another process: ask again at once."""
+        """Ask again at once: the leader is another process."""
         self._kicked.set()
 
     async def run(self) -> None:

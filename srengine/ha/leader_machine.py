@@ -1,4 +1,5 @@
-"""The leader of one group (the journal, or a tablet), without I/O: who holds what, what is therefore durable, who gets which answer.
+"""The leader of one group (the journal, or a tablet), without I/O: who holds what, what is therefore durable, who gets
+which answer.
 
 The picture::
 
@@ -7,8 +8,9 @@ The picture::
     replica --Pulled(claim)----------------------> | machine | --Answer---> to the pull: rows, nothing, wait, refused
                                                    +---------+ --Recover--> service: fetch from that replica
 
-A replica *pulls*: it states what it has durably applied (its claim: lineage, sequence, root, count) and asks for what comes
-after. So a pull is an acknowledgement and a question at once; it is held until there is something new or the hold time ends.
+A replica *pulls*: it states what it has durably applied (its claim: lineage, sequence, root, count) and asks for what
+comes after. So a pull is an acknowledgement and a question at once; it is held until there is something new or the hold
+time ends.
 
 States::
 
@@ -16,19 +18,19 @@ States::
     Starting --knows enough, somebody is ahead--> Recovering(source) --Recovered--> Serving
     Recovering --RecoveryFailed--> Starting
 
-Invariants, each checked by the simulation in tests/sync:
+Invariants, each checked by the simulation in tests/ha:
 
 1. ``committed`` never goes back, and at least a majority of the replicas, this one included, holds it durably.
-2. A replica counts only for what its root proves: ``held`` is set when its root equals ours at that sequence. A pull whose
-   sequence left the ring of roots proves nothing and counts nothing until the next one.
+2. A replica counts only for what its root proves: ``held`` is set when its root equals ours at that sequence. A pull
+   whose sequence left the ring of roots proves nothing and counts nothing until the next one.
 3. A replica that shows a lower sequence than before counts from the lower one at once, and an alarm names it.
 4. Nothing is released above ``committed`` (for `all`: above what every replica holds).
 5. Nothing is served in Starting and Recovering.
-6. A replica with another root at the same sequence, or ahead of a leader that serves, is *diverged*: named by an alarm and in
-   the status, it counts for nothing and gets no rows; nothing of it or of us is deleted.
+6. A replica with another root at the same sequence, or ahead of a leader that serves, is *diverged*: named by an alarm
+   and in the status, it counts for nothing and gets no rows; nothing of it or of us is deleted.
 
-What it does not do: elect (the first member leads), fence another leader (there is none), or decide how rows travel (the
-service asks the tablet whether they fit into an answer).
+What it does not do: elect (the first member leads), fence another leader (there is none), or decide how rows travel
+(the service asks the tablet whether they fit into an answer).
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class Claim:
 
     position: Position
     trusted: bool = True
-    """The disk is what it was when the node last ran; False after a wipe or a restore, until the copy was proved again."""
+    """The disk is what it was when the node last ran; False after a wipe or a restore, until the copy was proved
+    again.
+    """
     filling: bool = False
     """A copy is half applied: ``position`` is the one that it began from; the replica cannot be a source."""
     committed_known: int = 0
@@ -60,6 +64,7 @@ class Claim:
 
     @property
     def empty(self) -> bool:
+        """Whether nothing was ever applied to the copy."""
         return self.position.sequence == 0
 
 
@@ -147,6 +152,8 @@ class AnswerKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """The answer to the pull with this token. ``committed`` and ``leader`` as of now; ``reason`` for a refusal."""
+
     token: int
     kind: AnswerKind
     committed: int
@@ -156,6 +163,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Release:
+    """The answer that waited under this token may leave."""
+
     token: int
 
 
@@ -230,8 +239,9 @@ class Serving:
 class LeaderMachine:
     """One group's leader. ``step``, ``tick``, ``drain``; see the module's text.
 
-    ``others``: names of the other replicas. ``own``: the own durable position, ``own_trusted``: whether the disk is what it
-    was. ``root_at(sequence)``: the own root after that sequence, None when it left the ring; a pure function of the tablet.
+    ``others``: names of the other replicas. ``own``: the own durable position, ``own_trusted``: whether the disk is
+    what it was. ``root_at(sequence)``: the own root after that sequence, None when it left the ring; a pure function of
+    the tablet.
     """
 
     def __init__(
@@ -314,6 +324,7 @@ class LeaderMachine:
 
     @property
     def serving(self) -> bool:
+        """Whether reads and writes are answered."""
         return isinstance(self.state, Serving)
 
     @property

@@ -23,8 +23,8 @@ START_TIMEOUT_S = 60.0
 def run_node(options: NodeOptions, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
     """Run a node until SIGTERM or SIGINT, then drain and return.
 
-    ``on_ready`` gets the ready event once the node can serve. Raises why the node could not start or had to stop; must be called on the
-    main thread.
+    ``on_ready`` gets the ready event once the node can serve. Raises why the node could not start or had to stop; must
+    be called on the main thread.
     """
     asyncio.run(_run(options, on_ready))
 
@@ -59,8 +59,8 @@ async def _run(options: NodeOptions, on_ready: Callable[[dict[str, Any]], None] 
 class Node:
     """A node inside this program, on an event loop of its own in a thread.
 
-    Use as a context manager, or `start` and `stop`. ``on_state_change(old, new)`` may be set before `start`; it is called on the node's
-    thread with INIT, LEADER, FOLLOWER or UNKNOWN.
+    Use as a context manager, or `start` and `stop`. ``on_state_change(old, new)`` may be set before `start`; it is
+    called on the node's thread with INIT, LEADER, FOLLOWER or UNKNOWN.
     """
 
     def __init__(self, options: NodeOptions) -> None:

@@ -1,7 +1,8 @@
 """Ways to other nodes: from a member's name to channels, with one introduction in between.
 
-Of another node only the client address is known (``--initial`` or the journal). The first request asks there who it is and where its
-peer and bulk ports are; the answer is kept until the node cannot be reached, because it may come back elsewhere.
+Of another node only the client address is known (``--initial`` or the journal). The first request asks there who it is
+and where its peer and bulk ports are; the answer is kept until the node cannot be reached, because it may come back
+elsewhere.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Way:
             raise
 
     def wake(self) -> None:
-        """The node has just called us: try again at once."""
+        """Try again at once: the node has just called us."""
         if self._client is not None:
             self._client.wake()
         for _, channel in self._channels.values():

@@ -2,15 +2,16 @@
 
 ::
 
-    lock the directory -> identity -> ports -> (bootstrap, or ask the first member) -> boot number -> journal -> tablets -> ready
+    lock the directory -> identity -> ports -> (bootstrap, or ask the first member) -> boot number -> journal -> tablets
+    -> ready
 
 * A node that belongs to no cluster answers introductions only.
 * The boot number is raised durably before anything of the new run is told to anybody.
-* *Ready*: the first member when the journal and all tablets are served; others when they are members and answer (a read there
-  waits, is passed on, or says NOT_READY until the replica is current).
+* *Ready*: the first member when the journal and all tablets are served; others when they are members and answer (a read
+  there waits, is passed on, or says NOT_READY until the replica is current).
 
-Stopping (`stop`): no new requests, what was begun finishes or ends with `Closed`, tasks end, the store closes. A fault that nobody expected
-takes the same way with the error as the reason; a node is never half alive.
+Stopping (`stop`): no new requests, what was begun finishes or ends with `Closed`, tasks end, the store closes. A fault
+that nobody expected takes the same way with the error as the reason; a node is never half alive.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from srengine import errors, limits
 from srengine.clock import Clock, SystemClock
 from srengine.cluster import catalog
 from srengine.ha.contact import Contact
+from srengine.ha.group import Surroundings
 from srengine.ha.journal import Command
 from srengine.ha.journal_store import JournalStore
 from srengine.ha.members import IDENTIFY, Identify, Member, MembersApplier, read_members
@@ -117,7 +119,10 @@ class Runtime:
         self.supervisor = Supervisor()
         options = self.options
         self.store = Store(
-            options.data, map_bytes=options.map_bytes, allow_remote_fs=options.allow_remote_fs, insecure=options.insecure
+            options.data,
+            map_bytes=options.map_bytes,
+            allow_remote_fs=options.allow_remote_fs,
+            insecure=options.insecure,
         )
         self._stack.callback(self.store.close)
         await self._load_identity()
@@ -179,9 +184,7 @@ class Runtime:
         if keyed or (routable and not options.insecure):
             keys = ensure_node_keys(options.data, insecure=options.insecure)
             allowed_file = options.data / "keys" / "allowed"
-            allowed = (
-                load_allow_list(allowed_file, insecure=options.insecure) if allowed_file.exists() else AllowList()
-            )
+            allowed = load_allow_list(allowed_file, insecure=options.insecure) if allowed_file.exists() else AllowList()
             allowed.allow(keys.public, ("client", "peer", "bulk"), self.name)
             for member in options.initial:
                 if member.name == self.name and member.public_key and member.public_key != keys.public.hex():
@@ -228,7 +231,9 @@ class Runtime:
         if identity.boot_number == 0:
             identity = replace(identity, boot_number=1)
         elif meta_boot < identity.stamped:
-            self.alarm("metadata_restored", f"meta/ is of start {meta_boot}, the node of {identity.stamped}: an older state")
+            self.alarm(
+                "metadata_restored", f"meta/ is of start {meta_boot}, the node of {identity.stamped}: an older state"
+            )
             identity = replace(identity, stamped=identity.boot_number, distrusted=True)
         self.adopt(identity)
         with self.metadata.transaction() as transaction:
@@ -236,7 +241,7 @@ class Runtime:
         if identity.distrusted:
             self.alarm(
                 "directory_distrusted",
-                f"{self.options.data} was copied or put back to an older state: nothing in it counts until it is proved",
+                f"{self.options.data} was copied or put back to an older state: nothing counts until it is proved",
             )
         self.standing = Standing(identity.boot_number, identity.stamped, identity.distrusted)
         self.contact = Contact(
@@ -248,22 +253,23 @@ class Runtime:
             on_refused=self._refused,
             on_restored=self._restored,
         )
+        self.around = Surroundings(
+            name=self.name,
+            contact=self.contact,
+            reach=self.ways.reach,
+            clock=self.clock,
+            spawn=self.supervisor.spawn,
+            alarm=self.alarm,
+        )
         self.journal_store = JournalStore(self.metadata, identity.cluster_id)
         self._read_members()
         self._make_journal()
         self.sync = SyncService(
-            name=self.name,
-            data=self.options.data,
+            around=self.around,
             store=self.store,
             rows=self.metadata,
             standing=self.standing,
             file_ids=identity_file_id,
-            contact=self.contact,
-            peers=self.ways.reach,
-            bulk=self.ways.reach,
-            clock=self.clock,
-            spawn=self.supervisor.spawn,
-            alarm=self.alarm,
             metrics=self.metrics,
             directory_trusted=lambda: not self.standing.distrusted,
         )
@@ -283,23 +289,16 @@ class Runtime:
             self.supervisor.spawn(self._identify_members(), "identify members")
 
     def _make_journal(self) -> None:
-        common: dict[str, Any] = {
-            "contact": self.contact,
-            "reach": self.ways.reach,
-            "clock": self.clock,
-            "spawn": self.supervisor.spawn,
-            "alarm": self.alarm,
-        }
         trusted = not self.standing.distrusted
         self.journal: LeadingJournal | FollowingJournal
         if self.leads:
             others = [member.name for member in self.members if member.name != self.name]
             self.journal = LeadingJournal(
-                self.journal_store, self.machine, name=self.name, others=others, trusted=trusted, **common
+                self.journal_store, self.machine, others=others, trusted=trusted, around=self.around
             )
         else:
             self.journal = FollowingJournal(
-                self.journal_store, self.machine, leader=self.first, trusted=trusted, **common
+                self.journal_store, self.machine, leader=self.first, trusted=trusted, around=self.around
             )
 
     def _serve(self) -> None:
@@ -346,14 +345,14 @@ class Runtime:
         return self.ways[name].address if self.ways.knows(name) else ""
 
     def is_alive(self, name: str) -> bool:
-        """Return whether the member is this node or was heard lately; nodes other than the first hear the first only."""
+        """Return whether the member is this node or was heard lately; nodes other than the first hear the first
+        only.
+        """
         if name == self.name:
             return True
         if self.leads:
             return self.contact.alive(name)
-        if name == self.first and isinstance(self.journal, FollowingJournal):
-            return self.journal.driver.machine.synced(self.clock.boottime_s())
-        return True
+        return name != self.first or self.journal.current
 
     async def _read_tables(self) -> None:
         tables = await asyncio.to_thread(catalog.read_tables, self.metadata)
@@ -378,7 +377,7 @@ class Runtime:
 
     async def table_of_leader(self, name: str) -> catalog.Table | None:
         """Return a table that this node learns of within a moment, None when there is none then."""
-        if not self.journal.driver.machine.source:  # type: ignore[union-attr]
+        if not self.journal.current:
             raise errors.NotReady(f"{self.name} has no contact with {self.first} yet")
         with contextlib.suppress(errors.TimedOut):
             await self.wait_for_table(name, limits.PULL_HOLD_S)
@@ -390,7 +389,7 @@ class Runtime:
             await asyncio.sleep(1.0)
             for member in self.members:
                 node_id = self.identity.node_id if member.name == self.name else self.contact.node_id(member.name)
-                if node_id is None or node_id == member.node_id or not self.journal.driver.machine.serving:  # type: ignore[union-attr]
+                if node_id is None or node_id == member.node_id or not self.journal.current:
                     continue
                 command = Command(IDENTIFY, msgspec.msgpack.encode(Identify(member.name, node_id)))
                 try:
@@ -414,7 +413,7 @@ class Runtime:
         self.metrics.add("srengine_node_alarms_total", event=event)
 
     def _restored(self, seen: Process) -> None:
-        """A replica knows a later run of this node: the directory was put back."""
+        """Take note that a replica knows a later run of this node: the directory was put back."""
         self._distrust(seen.boot_number, f"start {seen.boot_number} of this node was seen by others")
 
     def _distrust(self, highest: int, reason: str) -> None:
@@ -434,7 +433,7 @@ class Runtime:
             self.supervisor.spawn(self._regain_trust(), "regain trust")
 
     def _refused(self, verdict: Verdict, highest: int) -> None:
-        """The leader would not have this process."""
+        """Take note that the leader would not have this process."""
         if self.contact.accepted:
             self.supervisor.fail(
                 errors.Conflict(f"another process runs as {self.name} ({self.identity.node_id}); this one stops")
@@ -448,22 +447,24 @@ class Runtime:
         self._refused_since = self._refused_since or now
         if now - self._refused_since > limits.DUPLICATE_PATIENCE_S:
             self.supervisor.fail(
-                errors.Conflict(f"another process runs as {self.name}; this directory is a copy or a second start of it")
+                errors.Conflict(
+                    f"another process runs as {self.name}; this directory is a copy or a second start of it"
+                )
             )
 
     async def _regain_trust(self) -> None:
         """Trust the directory again when the journal is current and every copy was proved."""
         while True:
             await asyncio.sleep(0.2)
-            machine = self.journal.driver.machine
-            current = machine.serving if self.leads else machine.synced(self.clock.boottime_s())  # type: ignore[union-attr]
-            if not current or self.journal.applied_index < self.journal_store.position.sequence:
+            if not self.journal.current or self.journal.applied_index < self.journal_store.position.sequence:
                 continue
             slots = [leader.slot for leader in self.sync.leaders.values()]
             slots += [follower.slot for follower in self.sync.followers.values()]
             if any(not slot.trusted for slot in slots):
                 continue
-            expected = {tablet.id for table in self.tables.values() for tablet in table.tablets if self.name in tablet.nodes}
+            expected = {
+                tablet.id for table in self.tables.values() for tablet in table.tablets if self.name in tablet.nodes
+            }
             if expected != {slot.spec.tablet_id for slot in slots}:
                 continue
             break
@@ -612,7 +613,7 @@ class Runtime:
         return dict(zip(names, answers, strict=True))
 
     async def status(self, node: str = "") -> dict[str, Any]:
-        """Return the JSON of interface.md, section 2."""
+        """Return the JSON of docs/cli.md (State)."""
         return status.cluster_status(self, await self._states(), node)
 
     async def sync_status(self, table: str = "") -> list[dict[str, Any]]:

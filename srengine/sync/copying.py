@@ -1,23 +1,22 @@
 """Deltas and copies between two nodes: what a source answers, and what a receiver does with it.
 
-A delta that fits into an answer travels as three attachments (rows, meta, state) and is applied in one transaction. A larger one,
-and a full copy, travels over the bulk port as the items of `srengine.snapshot`: a delta into the tablet itself (marked half applied
-first), a full copy into a stage beside it that takes its place only when its root is proved, and only when it is not older than what
-it replaces.
+A delta that fits into an answer travels as three attachments (rows, meta, state) and is applied in one transaction. A
+larger one, and a full copy, travels over the bulk port as the items of `srengine.snapshot`: a delta into the tablet
+itself (marked half applied first), a full copy into a stage beside it that takes its place only when its root is
+proved, and only when it is not older than what it replaces.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from typing import Final, NamedTuple, Protocol
-
-import msgspec
+from typing import Final, NamedTuple
 
 from srengine import errors, limits
 from srengine.ha import follower_machine as fm
+from srengine.ha.contact import Channel, Reach
 from srengine.ha.messages import Fetch, ProcessId, PullReply
 from srengine.snapshot import SnapshotSink, SnapshotSource, Staged
 from srengine.snapshot.format import Manifest
@@ -29,28 +28,6 @@ from srengine.types import Position
 Buffer = bytes | bytearray | memoryview
 COPY_PROGRESS_S: Final = 30.0
 """A copy that brings nothing for so long is given up (and resumed by the next)."""
-
-
-class BulkChannel(Protocol):
-    """What this room needs of a channel to a bulk port."""
-
-    def stream(self, message: msgspec.Struct, *, timeout_s: float) -> AsyncGenerator[memoryview, None]:
-        """Yield the items."""
-        ...
-
-
-class PeerChannel(Protocol):
-    """What this room needs of a channel to a peer port."""
-
-    async def request(
-        self, message: msgspec.Struct, attachments: Sequence[bytes] = (), *, timeout_s: float
-    ) -> tuple[msgspec.Struct, Sequence[Buffer]]:
-        """Ask."""
-        ...
-
-
-ReachPeer = Callable[[str], Awaitable[PeerChannel]]
-ReachBulk = Callable[[str], Awaitable[BulkChannel]]
 
 
 class Rows(NamedTuple):
@@ -151,7 +128,8 @@ class _Guarded(Staged):
         lineage = self._slot.spec.lineage
         if manifest.lineage != lineage:
             raise errors.ForeignData(
-                f"the source sends lineage {manifest.lineage}, this tablet is of {lineage}", tablet=self._slot.spec.tablet_id
+                f"the source sends lineage {manifest.lineage}, this tablet is of {lineage}",
+                tablet=self._slot.spec.tablet_id,
             )
         return super().begin(manifest, resumed=resumed)
 
@@ -174,7 +152,7 @@ class Copier:
         self._slot = slot
         self._replica = replica
 
-    async def run(self, channel: BulkChannel, path: fm.Path) -> Position:
+    async def run(self, channel: Channel, path: fm.Path) -> Position:
         """Copy, prove, switch; return the position reached. Raises `errors.Error`; what was begun is resumed later."""
         slot = self._slot
         loop = asyncio.get_running_loop()
@@ -207,11 +185,11 @@ class Copier:
                 slot.fault = f"{error.code}: {error.message}"
 
 
-async def bring_up_to(slot: Slot, target: Position, source: str, replica: str, peers: ReachPeer, bulk: ReachBulk) -> Position:
+async def bring_up_to(slot: Slot, target: Position, source: str, replica: str, reach: Reach) -> Position:
     """Bring the own copy at least to ``target`` from one node, by deltas or a copy; for a leader that recovers."""
     while slot.position.sequence < target.sequence:
         fetch = Fetch(slot.spec.tablet_id, replica, slot.position, filling=slot.filling)
-        channel = await peers(source)
+        channel = await reach(source)
         reply, attachments = await channel.request(fetch, timeout_s=COPY_PROGRESS_S)
         if not isinstance(reply, PullReply):
             raise errors.FrameError(f"{source} answered a fetch with {type(reply).__name__}")
@@ -223,7 +201,7 @@ async def bring_up_to(slot: Slot, target: Position, source: str, replica: str, p
             case fm.SourceState.TOO_LARGE.value | fm.SourceState.COPY.value | fm.SourceState.DELTA.value:
                 worth = reply.state == fm.SourceState.TOO_LARGE.value and slot.position.count > 0
                 path = fm.Path.DELTA if worth else fm.Path.FULL
-                await Copier(slot, replica).run(await bulk(source), path)
+                await Copier(slot, replica).run(channel, path)
             case fm.SourceState.DIVERGED.value | fm.SourceState.FOREIGN.value:
                 raise errors.Diverged(f"{source}: {reply.reason}")
             case _:

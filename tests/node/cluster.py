@@ -54,7 +54,9 @@ class Asker:
     def _call(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    async def _ask(self, address: str, message: msgspec.Struct, attachments: Sequence[bytes], timeout_s: float) -> Reply:
+    async def _ask(
+        self, address: str, message: msgspec.Struct, attachments: Sequence[bytes], timeout_s: float
+    ) -> Reply:
         channel = self._channels.get(address)
         if channel is None:
             channel = self._channels[address] = self._endpoint.channel(address)
@@ -62,7 +64,12 @@ class Asker:
         return await channel.request(message, attachments, timeout_s=timeout_s)
 
     def ask(
-        self, address: str, message: msgspec.Struct, attachments: Sequence[bytes] = (), *, timeout_s: float | None = None
+        self,
+        address: str,
+        message: msgspec.Struct,
+        attachments: Sequence[bytes] = (),
+        *,
+        timeout_s: float | None = None,
     ) -> Reply:
         """Ask once; raises what the node or the transport says."""
         return self._call(self._ask(address, message, attachments, timeout_s or self.timeout_s))

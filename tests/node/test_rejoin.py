@@ -15,7 +15,9 @@ TABLE = "shop.orders"
 
 
 def test_rejoin_story(nodes: Nodes, asker: Asker) -> None:
-    """K01: a replica that was killed never says NOT_FOUND for what it missed, and ends equal; deleted keys stay deleted."""
+    """K01: a replica that was killed never says NOT_FOUND for what it missed, and ends equal; deleted keys stay
+    deleted.
+    """
     one, three = nodes["node-1"].address, nodes["node-3"].address
     asker.create(one, TABLE)
     expected = numbered(1, 101)
@@ -25,7 +27,7 @@ def test_rejoin_story(nodes: Nodes, asker: Asker) -> None:
     for changes in (
         numbered(101, 151),
         numbered(1, 11, "changed"),
-        dict.fromkeys((b"key-%06d" % number for number in range(50, 55))),
+        dict.fromkeys(b"key-%06d" % number for number in range(50, 55)),
     ):
         asker.write(one, TABLE, changes)
         expected.update(changes)
@@ -64,7 +66,9 @@ def test_restart_inside_the_detection_window(nodes: Nodes, asker: Asker) -> None
 
 
 def test_short_outage_ships_only_what_was_missed(nodes: Nodes, asker: Asker) -> None:
-    """K05, K23: 300 missed changes after 20 000 records come as a delta of their own size; the leader goes on meanwhile."""
+    """K05, K23: 300 missed changes after 20 000 records come as a delta of their own size; the leader goes on
+    meanwhile.
+    """
     one, three = nodes["node-1"].address, nodes["node-3"].address
     asker.create(one, TABLE, tablets=1)
     value = "x" * 100
@@ -86,7 +90,9 @@ def test_short_outage_ships_only_what_was_missed(nodes: Nodes, asker: Asker) -> 
 
 
 def test_far_behind_replica_copies_in_bulk(nodes: Nodes, asker: Asker) -> None:
-    """K23: more missed changes than fit into one answer travel over the bulk port as a delta; the replica ends equal."""
+    """K23: more missed changes than fit into one answer travel over the bulk port as a delta; the replica ends
+    equal.
+    """
     one = nodes["node-1"].address
     asker.create(one, TABLE, tablets=1)
     asker.write(one, TABLE, numbered(0, 10_000, "old"))
@@ -103,7 +109,9 @@ def test_far_behind_replica_copies_in_bulk(nodes: Nodes, asker: Asker) -> None:
 
 
 def test_wiped_replica_takes_a_full_copy(nodes: Nodes, asker: Asker) -> None:
-    """F13: a wiped node comes back under its name with another id, SEEDING, and is never asked as if it were current."""
+    """F13: a wiped node comes back under its name with another id, SEEDING, and is never asked as if it were
+    current.
+    """
     one, three = nodes["node-1"].address, nodes["node-3"].address
     asker.create(one, TABLE, tablets=1)
     expected = numbered(0, 10_000, "v" * 600)
