@@ -23,10 +23,21 @@ TARGETED = (
     "get, warm / py-lmdb begin + get",
     "scan verifying every checksum / C cursor loop",
     "rejoin after 1 % changed: bytes / (records + 24 B each)",
+    "rejoin of a node killed under load: bytes / (records + 24 B each)",
     "16 threads of single durable puts / one thread",
+    "snapshot written, uncompressed / C loop into 1 MiB blocks",
+    "snapshot written, zstd 1 / bare zstd on the same blocks",
+    "snapshot applied to an empty tablet / C MDB_APPEND loop",
+    "shipping between two processes, plain / raw pyzmq",
+    "shipping between two processes, CURVE / raw pyzmq",
+    "write, ship, apply together, none: wall / slowest stage",
+    "write, ship, apply together, zstd: wall / slowest stage",
+    "write, ship, apply together, none: memory / 64 MiB",
+    "write, ship, apply together, zstd: memory / 64 MiB",
 )
 
 
+@pytest.mark.processes
 def test_every_benchmark_yields_a_ratio(tmp_path: Path) -> None:
     """Every row that has a target yields a ratio and both values, with sizes that take seconds."""
     result = tmp_path / "table.json"
