@@ -29,7 +29,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc cimport errno
-from libc.errno cimport EDQUOT, EFBIG, EIO, ENOSPC
+from libc.errno cimport EDQUOT, EFBIG, EIO, ENOMEM, ENOSPC
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strncpy
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import secrets
 import threading
@@ -242,7 +243,8 @@ class MetadataStore:
         """Change tables: all of the with-block durably at its end, or nothing if it raises.
 
         Blocks while another thread's transaction runs. Raises `DiskFull`, `QuotaExceeded` (the map's bound),
-        `TabletFenced` (input/output error; nothing was changed), `InvalidValue` for a nested one.
+        `TabletFenced` (input/output error; nothing was changed), `InvalidValue` for a nested one, and MemoryError
+        when there is no address space for a larger map.
         """
         with self._write_lock:
             self._check_usable()
@@ -269,6 +271,7 @@ class MetadataStore:
         if self._map_bytes >= MAP_BYTES_MAX:
             raise errors.QuotaExceeded(f"the metadata store {self.path} has reached {MAP_BYTES_MAX} bytes")
         size = min(_map_bytes_for(wanted, self._environment.stat()["psize"]), MAP_BYTES_MAX)
+        _check_address_space(size)
         with self._all_readers_gone(), self._translated("cannot grow"):
             self._environment.set_mapsize(size)
             self._map_bytes = size
@@ -489,6 +492,14 @@ def _check(table: str, key: bytes, value: bytes) -> bytes:
 def _map_bytes_for(wanted: int, page_bytes: int) -> int:
     unit = max(page_bytes, 65536)
     return -(-max(wanted, unit) // unit) * unit
+
+
+def _check_address_space(size: int) -> None:
+    """Raise MemoryError if there is no room for a map. LMDB gives the old map up before it asks for the new one."""
+    try:
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0).close()
+    except OSError as error:
+        raise MemoryError(f"no address space for a map of {size} bytes") from error
 
 
 def _open_environment(path: Path, map_bytes: int) -> lmdb.Environment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -314,3 +315,99 @@ def test_faults_of_one_tablet_do_not_stop_another(library, tmp_path):
         library=library,
     )
     assert ended.lines == ["FENCED", [8, "FENCED"]], ended.errors
+
+
+MEMORY = """
+import resource
+def with_memory(bytes_more, action):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + bytes_more, resource.RLIM_INFINITY))
+    try:
+        action()
+    except MemoryError:
+        return "MemoryError"
+    except errors.Error as error:
+        return error.code
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return None
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_no_memory_is_no_fault_of_the_disk(tmp_path):
+    """F15: without memory for a transaction or for a larger map a write raises MemoryError and nothing happened; the
+    tablet goes on when there is memory, and is not fenced.
+    """
+    ended = children.run(
+        (
+            OPEN,
+            MEMORY,
+            """
+            small = storage.Store(sys.argv[1] + "-small", map_bytes=1 << 18).tablet("t")
+            pairs = [(b"%06d" % i, b"x" * 3000) for i in range(6000)]
+            told = [with_memory(4_000_000 * n, lambda: small.put_many(pairs)) for n in range(1, 4)]
+            count = small.count
+            small.put_many(pairs)
+            tell([told, count, small.count, small.verify().as_dict()["clean"]])
+            """,
+        ),
+        tmp_path / "data",
+    )
+    assert ended.code == 0, ended.errors
+    assert ended.told == [["MemoryError"] * 3, 0, 6000, True]
+    with storage.Store(tmp_path / "data-small") as store:
+        assert store.tablet("t").count == 6000
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_no_memory_for_the_metadata_store(tmp_path):
+    """F15: the metadata store without address space for a larger map raises MemoryError, keeps what it had, goes on."""
+    ended = children.run(
+        (
+            MEMORY,
+            """
+            store = storage.MetadataStore(sys.argv[1], map_bytes=1 << 20)
+            def fill():
+                with store.transaction() as t:
+                    for i in range(400):
+                        t.put("t", b"%d" % i, bytes(10_000))
+            first = with_memory(1_000_000, fill)
+            empty = list(store.scan("t"))
+            fill()
+            tell([first, len(empty), sum(1 for _ in store.scan("t"))])
+            """,
+        ),
+        tmp_path / "meta",
+    )
+    assert ended.code == 0, ended.errors
+    assert ended.told == ["MemoryError", 0, 400]
+
+
+def test_no_descriptors_left(tmp_path):
+    """F15: without file descriptors a store and a tablet are typed errors; with some again everything goes on."""
+    ended = children.run(
+        """
+        import resource
+        store = storage.Store(sys.argv[1])
+        tablet = store.tablet("open")
+        tablet.put(b"k", b"v")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used = len(os.listdir("/proc/self/fd"))
+        codes = []
+        for limit in range(used, used + 4):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            codes.append(code_of(lambda: store.tablet("another")))
+            codes.append(code_of(lambda: storage.Store(sys.argv[1] + "-2")))
+            tablet.put(b"k", b"%d" % limit)
+            assert tablet.get(b"k") == b"%d" % limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        store.tablet("another").put(b"k", b"v")
+        storage.Store(sys.argv[1] + "-2").close()
+        tell([codes[0], codes[1], store.names()])
+        """,
+        tmp_path / "data",
+    )
+    assert ended.code == 0, ended.errors
+    assert ended.told == ["ERROR", "ERROR", ["another", "open"]]
+    assert storage.verify_directory(tmp_path / "data").clean
