@@ -7,7 +7,7 @@ from typing_extensions import Buffer
 HEAD_BYTES: Final[int]
 """Size of the fixed part of an item's head."""
 
-HeadFields: TypeAlias = tuple[
+_HeadFields: TypeAlias = tuple[
     int, int, int, int, int, int, int, bytes, bytes, int, int, int, bytes, bytes, bytes
 ]
 """kind, encoding, flags, ordinal, raw_bytes, stored_bytes, row_count, after_key, last_key, view_sequence,
@@ -40,7 +40,7 @@ def measure(fixed: Buffer) -> tuple[int, int, int]:
     Raises `SnapshotDamaged` for anything that is no head of ours, `UnsupportedFeature` for a format of the future.
     """
 
-def read_head(head: Buffer) -> HeadFields:
+def read_head(head: Buffer) -> _HeadFields:
     """Decode a whole head (fixed part and keys); the digest is not checked. Raises as `measure` does."""
 
 def verify(head: Buffer, stored: Buffer) -> bool:

@@ -145,7 +145,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     scan_base: Unsigned = 0
     """Full: the sequence where the scan began; what changed since follows by sequence. Delta: the base's sequence."""
     compression: Annotated[str, msgspec.Meta(pattern="^(none|zstd)$")] = "none"
-    chunk_bytes: Annotated[int, msgspec.Meta(ge=1, le=limits.CHUNK_BYTES_MAX)] = limits.CHUNK_BYTES_TARGET
+    chunk_bytes: Annotated[int, msgspec.Meta(ge=1, le=limits.CHUNK_BYTES_TARGET)] = limits.CHUNK_BYTES_TARGET
     """Rows of one chunk unless it is a single larger one."""
     features: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=64)] = ()
     """What a reader must know."""

@@ -96,8 +96,8 @@ class SnapshotSource:
     ) -> None:
         if compression not in {"none", "zstd"}:
             raise errors.InvalidValue(f"compression {compression!r} is not none or zstd")
-        if not 1 <= chunk_bytes <= limits.CHUNK_BYTES_MAX:
-            raise errors.InvalidValue(f"a chunk of {chunk_bytes} bytes is not within 1 to {limits.CHUNK_BYTES_MAX}")
+        if not 1 <= chunk_bytes <= limits.CHUNK_BYTES_TARGET:
+            raise errors.InvalidValue(f"a chunk of {chunk_bytes} bytes is not within 1 to {limits.CHUNK_BYTES_TARGET}")
         self._tablet = tablet
         self._node = node
         self.resumed = False
