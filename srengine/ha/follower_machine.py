@@ -401,7 +401,7 @@ class FollowerMachine:
 
     def _unsafe(self, source: Position) -> str:
         """Return why the own copy must not be replaced by this source, empty if it may."""
-        if self.own.sequence == 0 and not self.filling:
+        if self.own.sequence == 0:
             return ""
         ours = f"own copy: lineage {self.own.lineage} at {self.own.sequence}"
         theirs = f"source: lineage {source.lineage} at {source.sequence}"

@@ -12,7 +12,7 @@ consensus group takes its place behind the same `Journal` interface.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from srengine import errors, limits
 from srengine.ha import follower_machine as fm
@@ -234,7 +234,7 @@ class FollowingJournal:
         machine: MetadataMachine,
         *,
         leader: str,
-        trusted: bool,
+        trusted: Callable[[], bool],
         around: Surroundings,
     ) -> None:
         self._store = store
@@ -301,7 +301,7 @@ class FollowingJournal:
         """See `group.FollowerActions`."""
         channel = await self._reach(self._leader)
         reply, attachments = await self._contact.ask(
-            channel, self._leader, JOURNAL_GROUP, ask, trusted=self._trusted, timeout_s=limits.PULL_TIMEOUT_S
+            channel, self._leader, JOURNAL_GROUP, ask, trusted=self._trusted(), timeout_s=limits.PULL_TIMEOUT_S
         )
         self._entries = bytes(attachments[0]) if attachments else None
         return answered(ask.number, reply, len(self._entries or b""))

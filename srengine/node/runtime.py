@@ -57,7 +57,7 @@ from srengine.node.options import NodeOptions
 from srengine.node.reach import Ways
 from srengine.node.services import Services
 from srengine.node.supervisor import Supervisor
-from srengine.security import AllowList, ensure_node_keys, load_allow_list
+from srengine.security import AllowList, ensure_node_keys, load_allow_list, prove_closed
 from srengine.storage import MetadataStore, Store
 from srengine.sync.messages import Copy, ReplicaStates, ReplicaStatesReply
 from srengine.sync.service import SyncService
@@ -73,6 +73,7 @@ NODE_TABLE: Final = "node"
 _BOOT: Final = b"boot"
 THREADS: Final = 32
 ALARMS_KEPT: Final = 50
+ALARM_AGAIN_S: Final = 60.0
 STATES_TIMEOUT_S: Final = 1.5
 DRAIN_S: Final = 5.0
 SAY_AGAIN_S: Final = 5.0
@@ -98,6 +99,7 @@ class Runtime:
         self._stack = contextlib.AsyncExitStack()
         self._tables_changed = asyncio.Condition()
         self._refused_since: float | None = None
+        self._said: dict[str, float] = {}
         self._busy = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -182,6 +184,7 @@ class Runtime:
         keys = None
         allowed: AllowList | None = None
         if keyed or (routable and not options.insecure):
+            await prove_closed()
             keys = ensure_node_keys(options.data, insecure=options.insecure)
             allowed_file = options.data / "keys" / "allowed"
             allowed = load_allow_list(allowed_file, insecure=options.insecure) if allowed_file.exists() else AllowList()
@@ -271,7 +274,7 @@ class Runtime:
             standing=self.standing,
             file_ids=identity_file_id,
             metrics=self.metrics,
-            directory_trusted=lambda: not self.standing.distrusted,
+            directory_trusted=self._trusted,
         )
         self._stack.callback(self._close_groups)
         self._serve()
@@ -289,16 +292,15 @@ class Runtime:
             self.supervisor.spawn(self._identify_members(), "identify members")
 
     def _make_journal(self) -> None:
-        trusted = not self.standing.distrusted
         self.journal: LeadingJournal | FollowingJournal
         if self.leads:
             others = [member.name for member in self.members if member.name != self.name]
             self.journal = LeadingJournal(
-                self.journal_store, self.machine, others=others, trusted=trusted, around=self.around
+                self.journal_store, self.machine, others=others, trusted=self._trusted(), around=self.around
             )
         else:
             self.journal = FollowingJournal(
-                self.journal_store, self.machine, leader=self.first, trusted=trusted, around=self.around
+                self.journal_store, self.machine, leader=self.first, trusted=self._trusted, around=self.around
             )
 
     def _serve(self) -> None:
@@ -407,10 +409,21 @@ class Runtime:
     # --- trust -------------------------------------------------------------------------------------------------------
 
     def alarm(self, event: str, message: str) -> None:
-        """Say what a person must see: log, status, counter."""
-        _logger.error("%s: %s", event, message, extra={"event": event})
-        self.alarms.append(f"{event}: {message}")
+        """Say what a person must see: log, status, counter; the same thing once a minute."""
         self.metrics.add("srengine_node_alarms_total", event=event)
+        now = self.clock.monotonic_s()
+        text = f"{event}: {message}"
+        if now - self._said.get(text, -ALARM_AGAIN_S) < ALARM_AGAIN_S:
+            return
+        if len(self._said) >= ALARMS_KEPT:
+            self._said.clear()
+        self._said[text] = now
+        _logger.error("%s: %s", event, message, extra={"event": event})
+        if text not in self.alarms:
+            self.alarms.append(text)
+
+    def _trusted(self) -> bool:
+        return not self.standing.distrusted
 
     def _restored(self, seen: Process) -> None:
         """Take note that a replica knows a later run of this node: the directory was put back."""

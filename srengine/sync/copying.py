@@ -160,8 +160,8 @@ class Copier:
             with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="srengine-fill") as thread:
                 sink = await loop.run_in_executor(thread, lambda: SnapshotSink(_Guarded(slot)))
                 try:
-                    whole = slot.tablet is not None and not slot.filling
-                    since = slot.position if path is fm.Path.DELTA and whole and sink.mark is None else None
+                    to_build_on = path is fm.Path.DELTA and not slot.filling and sink.mark is None
+                    since = slot.position if to_build_on else None
                     request = Copy(slot.spec.tablet_id, self._replica, since=since, resume=sink.mark)
                     async with aclosing(channel.stream(request, timeout_s=COPY_PROGRESS_S)) as items:
                         async for item in items:
@@ -194,10 +194,10 @@ async def bring_up_to(slot: Slot, target: Position, source: str, replica: str, r
         if not isinstance(reply, PullReply):
             raise errors.FrameError(f"{source} answered a fetch with {type(reply).__name__}")
         match reply.state:
-            case fm.SourceState.DELTA.value if slot.tablet is not None and not slot.filling:
+            case fm.SourceState.DELTA.value if not slot.filling:
                 delta = delta_of(reply, attachments)
                 async with slot.writing:
-                    await asyncio.to_thread(slot.tablet.apply_delta, delta)
+                    await asyncio.to_thread(slot.opened().apply_delta, delta)
             case fm.SourceState.TOO_LARGE.value | fm.SourceState.COPY.value | fm.SourceState.DELTA.value:
                 worth = reply.state == fm.SourceState.TOO_LARGE.value and slot.position.count > 0
                 path = fm.Path.DELTA if worth else fm.Path.FULL

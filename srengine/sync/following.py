@@ -112,6 +112,8 @@ class TabletFollower:
         """See `srengine.ha.group.FollowerActions`."""
         self._copier = Copier(self.slot, self._name)
         position = await self._copier.run(await self._reach(self.slot.spec.leader), copy.path)
+        # A full copy is another file than the one that was noted.
+        self._spawn(self._stamp_when_synced(), f"stamp {self.slot.spec.tablet_id}")
         return position, self._copier.bytes_received
 
     def own(self) -> tuple[Position, bool]:

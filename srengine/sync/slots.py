@@ -159,8 +159,8 @@ class Slot:
 
     @property
     def filling(self) -> bool:
-        """Whether a copy is half applied to the tablet itself."""
-        return self.tablet is not None and self.tablet.fill_mark is not None
+        """Whether the copy is none to build on: half applied, or it does not open at all."""
+        return self.tablet is None or self.tablet.fill_mark is not None
 
     def root_at(self, sequence: int) -> bytes | None:
         """Return the own root after ``sequence``, None when it is not known any more."""
