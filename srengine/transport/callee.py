@@ -224,7 +224,9 @@ class Callee(Connection):
         if error is not None:
             self._fail_request(number, error)
             return
-        serving = self._serving[number]
+        serving = self._serving.get(number)
+        if serving is None:  # the connection has ended meanwhile: nobody waits for the answer
+            return
         ready = task.result()
         if serving.reservation is not None:
             serving.reservation.release()

@@ -227,8 +227,10 @@ class Monitor:
     def close(self) -> None:
         """Stop watching; before the watched socket is closed."""
         if not self._pump.closed:
-            self._pump.close(0)
+            # NB: in this order. An event that finds its reader gone would block ZeroMQ's thread, which holds the lock
+            # that disabling needs: both would wait for ever.
             self._watched.disable_monitor()
+            self._pump.close(0)
 
     def _message(self, parts: list[Frame]) -> None:
         event: dict[str, Any] = dict(parse_monitor_message([part.bytes for part in parts]))
