@@ -142,8 +142,11 @@ class Staged:
         return self._staged
 
     def complete(self, tablet: Tablet) -> Tablet:
-        """Switch a stage; a delta was applied in place."""
-        return self._store.switch_tablet(tablet) if tablet is self._staged else tablet
+        """Switch a stage; after a delta in place, an older unfinished stage is good for nothing."""
+        if tablet is self._staged:
+            return self._store.switch_tablet(tablet)
+        self._store.drop_stage(self._tablet_id)
+        return tablet
 
 
 class Progress(NamedTuple):
@@ -194,6 +197,8 @@ class SnapshotSink:
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
         self._filling: concurrent.futures.Future[None] | None = None
         self._position: Position | None = None
+        self._failed = False
+        """An item was taken and not written."""
 
     def __enter__(self) -> Self:
         return self
@@ -230,7 +235,12 @@ class SnapshotSink:
 
     def take(self, opened: items.Opened) -> None:
         """Take the next item, already proved in itself."""
+        if self._failed:
+            raise errors.Closed("this sink failed; a new one on the same target goes on")
         self._machine.step(opened.message)
+        # NB: from here on the machine counts the item as taken. If it is not, nothing that follows may be written, or a
+        # mark would speak of rows that are not there.
+        self._failed = True
         effects = self._machine.drain()
         for effect in effects.apply:
             match effect:
@@ -241,6 +251,7 @@ class SnapshotSink:
                     self._gather(head, opened.rows, effects.persist)
                 case Finish(trailer):
                     self._finish(trailer)
+        self._failed = False
 
     def finish(self) -> Position:
         """Return the position reached; raises `SnapshotDamaged` when items are missing."""
@@ -253,7 +264,7 @@ class SnapshotSink:
         what was not written is sent again.
         """
         try:
-            if self._position is None and self._used:
+            if self._position is None and self._used and not self._failed:
                 self._flush()
             self._wait()
         except errors.Error:

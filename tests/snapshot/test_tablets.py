@@ -139,6 +139,25 @@ def test_a_source_that_is_written_to_meanwhile_ends_at_one_position(stores):
     assert content(sink.tablet) == content(source)
 
 
+def test_an_unfinished_copy_goes_when_a_delta_made_it_needless(stores):
+    """T10: a stage that nobody will go on with does not stay on the disk, nor turn the next catch-up into a full copy."""
+    one, other = stores
+    source = fill(one.tablet("users"))
+    _, sink = ship(SnapshotSource(source), Staged(other, source.id))
+    copy = sink.tablet
+    since = copy.position
+    ship(SnapshotSource(source, chunk_bytes=20_000), Staged(other, source.id), 4)
+    fill(source, 50, 3)
+    target = Staged(other, source.id, tablet=copy)
+    assert target.mark() is not None
+    with SnapshotSink(target) as sink:
+        for item in SnapshotSource(source, since=since):
+            sink.accept(item)
+        assert sink.finish() == source.position
+    assert other.find_stage(source.id) is None
+    assert target.mark() is None
+
+
 def test_requests_and_sessions_travel(stores):
     """T10: a repeated request gets its kept answer from the copy, too."""
     one, other = stores
@@ -259,15 +278,26 @@ def test_a_killed_node_goes_on_with_its_stage(tmp_path):
             assert content(sink.tablet) == content(source)
 
 
-def test_an_error_of_the_disk_while_filling_is_named_and_the_copy_goes_on(stores):
-    """F02: what was not durable is sent again."""
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_an_error_of_the_disk_while_filling_is_named_and_the_copy_goes_on(stores, monkeypatch, failing):
+    """F02: what was not durable is sent again; no later mark covers it, and the sink that failed takes nothing more."""
+    monkeypatch.setattr("srengine.snapshot.sink.FILL_BYTES", 40_000)
     one, other = stores
     source = fill(one.tablet("users"))
-    with failpoints.armed("snapshot.fill.before=error"), pytest.raises(OSError, match="failpoint"):
-        ship(SnapshotSource(source, chunk_bytes=20_000), Staged(other, source.id), 9)
+    items = list(SnapshotSource(source, chunk_bytes=20_000))
+    sink = SnapshotSink(Staged(other, source.id))
+    with failpoints.armed(f"snapshot.fill.before=error@{failing}"), pytest.raises(OSError, match="failpoint"):
+        for item in items:
+            sink.accept(item)
+    with pytest.raises(errors.Closed):
+        sink.accept(items[-1])
+    sink.close()
     target = Staged(other, source.id)
-    position, _ = ship(SnapshotSource(source, resume=target.mark()), target)
+    again = SnapshotSource(source, resume=target.mark())
+    assert again.resumed == (failing > 1)
+    position, sink = ship(again, target)
     assert position == source.position
+    assert content(sink.tablet) == content(source)
 
 
 def damaged_files(whole: bytes):
