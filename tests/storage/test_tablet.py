@@ -430,7 +430,7 @@ def test_native_work_releases_the_gil(tmp_path):
     """T18: a Python thread makes progress while the kernel applies, scans and writes rows."""
     with Store(tmp_path / "data") as store:
         tablet = store.tablet("t")
-        encoded = encode_puts([(secrets.token_bytes(16), b"v" * 200) for _ in range(50_000)])
+        encoded = encode_puts([(secrets.token_bytes(16), b"v" * 1200) for _ in range(50_000)])
         ticks = 0
         stop = threading.Event()
 
