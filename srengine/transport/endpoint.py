@@ -210,7 +210,7 @@ class _Listener:
             self._endpoint,
             str(address or ""),
             public_key,
-            lambda ended: self._forget(routing_id, ended),
+            self._ended,
         )
         wire.callee = callee
         self.callees[routing_id] = callee
@@ -219,9 +219,17 @@ class _Listener:
             accepted = self.accepted[descriptor] = _Accepted(wire.inode, self._loop.time())
         return callee
 
-    def _forget(self, routing_id: bytes, callee: Callee) -> None:
-        self.callees.pop(routing_id, None)
+    def _ended(self, callee: Callee) -> None:
+        # It stays in `callees`, deaf, until ZeroMQ reports the end: frames that were read before the cut still come.
         self._endpoint.keep_tasks(callee)
+
+    def _forget(self, descriptor: int) -> None:
+        """Drop what belongs to a connection that is over."""
+        self.accepted.pop(descriptor, None)
+        for routing_id, callee in list(self.callees.items()):
+            if _descriptor_of(callee) == descriptor:
+                callee.fail(errors.Unreachable("the peer went away"))
+                del self.callees[routing_id]
 
     def _event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
@@ -231,10 +239,7 @@ class _Listener:
                 self._metrics.add("srengine_transport_connections_shed_total", port=self.port)
                 sockets.cut_connection(value, inode)
         elif event == zmq.EVENT_DISCONNECTED:
-            accepted = self.accepted.pop(value, None)
-            if accepted is not None:
-                for callee in [found for found in self.callees.values() if _descriptor_of(found) == value]:
-                    callee.fail(errors.Unreachable("the peer went away"))
+            self._forget(value)
         elif event == zmq.EVENT_ACCEPT_FAILED:
             self._metrics.add("srengine_transport_accepts_failed_total", port=self.port)
         else:
@@ -244,7 +249,7 @@ class _Listener:
         """Close connections that never said hello, and those that owe bytes and stand still."""
         for descriptor, accepted in list(self.accepted.items()):
             if accepted.inode is None or sockets.inode_of(descriptor) != accepted.inode:
-                del self.accepted[descriptor]
+                self._forget(descriptor)
             elif accepted.callee is None and now - accepted.since > limits.HELLO_S_MAX:
                 self._metrics.add("srengine_transport_hellos_missed_total", port=self.port)
                 sockets.cut_connection(descriptor, accepted.inode)
@@ -321,7 +326,7 @@ class Endpoint(BaseEndpoint):
             for listener in self._listeners
             if listener.port == port
             for callee in listener.callees.values()
-            if callee.peer is not None
+            if callee.peer is not None and callee.closed is None
         ]
 
     def drop(self, public_key: bytes) -> int:
@@ -330,7 +335,7 @@ class Endpoint(BaseEndpoint):
             callee
             for listener in self._listeners
             for callee in listener.callees.values()
-            if callee.peer is not None and callee.peer.public_key == public_key
+            if callee.peer is not None and callee.closed is None and callee.peer.public_key == public_key
         ]
         for callee in found:
             callee.fail(errors.NotAuthenticated("the key was revoked"))
