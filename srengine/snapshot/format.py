@@ -29,6 +29,10 @@ NO_SOURCE: Final = bytes(16)
 """The node id of a source that is no node."""
 
 
+BROKEN_MARK: Final = b"broken"
+"""In place of a mark: what was filled could not be proved, so nobody goes on with it."""
+
+
 class Kind(enum.IntEnum):
     """What an item is."""
 

@@ -47,6 +47,9 @@ class Target(Protocol):
     def complete(self, tablet: Tablet) -> Tablet:
         """Make the proved copy the tablet; return it open."""
 
+    def abandon(self, tablet: Tablet) -> None:
+        """See to it that what was filled is not gone on with: its end was reached and could not be proved."""
+
 
 class InPlace:
     """A delta onto its base, or a full snapshot onto an empty tablet, which takes over its seed.
@@ -102,6 +105,11 @@ class InPlace:
         """Nothing is left to do: the last transaction proved it."""
         return tablet
 
+    def abandon(self, tablet: Tablet) -> None:
+        """Leave a mark that nobody can go on from; a delta that was one transaction changed nothing."""
+        if tablet.fill_mark is not None:
+            tablet.fill(b"", words.BROKEN_MARK)
+
 
 class Staged:
     """A full copy beside the real tablet ``tablet_id`` of ``store``; deltas go to ``tablet`` in place, if it is given.
@@ -147,6 +155,13 @@ class Staged:
             return self._store.switch_tablet(tablet)
         self._store.drop_stage(self._tablet_id)
         return tablet
+
+    def abandon(self, tablet: Tablet) -> None:
+        """Drop a stage; mark a tablet in place as broken, so that the next copy is a full one."""
+        if tablet is self._staged:
+            self._store.drop_stage(self._tablet_id)
+        elif self._in_place is not None:
+            self._in_place.abandon(tablet)
 
 
 class Progress(NamedTuple):
@@ -326,21 +341,29 @@ class SnapshotSink:
         self._wait()
         tablet = self._tablet
         assert tablet is not None, "a trailer comes after the manifest"
-        target = trailer.target.value()
         failpoints.hit("snapshot.finish.before")
         try:
-            promised = tablet.promised(trailer.meta, trailer.state)
-            if promised != target:
-                raise errors.SnapshotDamaged(
-                    f"snapshot refused: the trailer's target is {target.lineage}:{target.sequence}, its state row says "
-                    f"{promised.lineage}:{promised.sequence}, or roots or counts differ"
-                )
-            position = tablet.finish_fill(trailer.meta, trailer.state, rows=self._batch[: self._used])
+            position = self._prove(tablet, trailer)
+        except errors.SnapshotDamaged:
+            self._target.abandon(tablet)
+            raise
         except errors.FrameError as error:
+            self._target.abandon(tablet)
             raise errors.SnapshotDamaged(f"snapshot refused: the trailer's rows: {error.message}") from error
-        assert position == target, (position, target)
         failpoints.hit("snapshot.finish.after")
         self._used = 0
         self._tablet = self._target.complete(tablet)
         failpoints.hit("snapshot.finish.complete")
         self._position = position
+
+    def _prove(self, tablet: Tablet, trailer: Trailer) -> Position:
+        target = trailer.target.value()
+        promised = tablet.promised(trailer.meta, trailer.state)
+        if promised != target:
+            raise errors.SnapshotDamaged(
+                f"snapshot refused: the trailer's target is {target.lineage}:{target.sequence}, its state row says "
+                f"{promised.lineage}:{promised.sequence}, or roots or counts differ"
+            )
+        position = tablet.finish_fill(trailer.meta, trailer.state, rows=self._batch[: self._used])
+        assert position == target, (position, target)
+        return position
