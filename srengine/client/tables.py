@@ -185,7 +185,7 @@ class AsyncTable:
         return.
 
         ``if_absent``: only when there is no record; ``if_version``: only over that version; otherwise `Conflict`, whose
-        ``current_version`` is the version that stands (None: no record). An error that ends a write after it was sent
+        ``current_version`` is the version that stands (None: no record; 0: it could not be read). An error that ends a write after it was sent
         has ``outcome`` = ``unknown``: it may still happen, at most once.
         """
         condition, version = condition_of(if_absent=if_absent, if_version=if_version)
@@ -333,7 +333,13 @@ class AsyncTable:
 
     async def _conflict(self, key: bytes) -> errors.Conflict:
         """Return the error of a lost condition with the version that stands now."""
-        current = await self.get_record(key)
+        try:
+            current = await self.get_record(key)
+        except errors.Error as error:
+            # The condition was lost, whatever became of the question what stands now.
+            conflict = errors.Conflict("the condition does not hold", key=key, current_version=0)
+            conflict.__cause__ = error
+            return conflict
         if current is None:
             return errors.Conflict("the condition does not hold: there is no record", key=key, current_version=None)
         return errors.Conflict(

@@ -186,6 +186,17 @@ def test_conflict_carries_the_current_version(cluster: FakeCluster, client: Clie
         table.put(b"k", b"2", if_absent=True, if_version=1)
 
 
+def test_conflict_without_the_current_version(cluster: FakeCluster) -> None:
+    """A lost condition stays a Conflict when what stands cannot be read any more."""
+    with Client(N1, source=cluster.source, timeout_s=0.2) as client:
+        table = client.table("a.b")
+        table.put(b"k", b"1")
+        cluster.faults[N1] = [None, *[errors.NotReady("starting")] * 1000]
+        with pytest.raises(errors.Conflict) as caught:
+            table.put(b"k", b"2", if_absent=True)
+        assert caught.value.current_version == 0
+
+
 def test_forgotten_session_is_reopened(cluster: FakeCluster, client: Client) -> None:
     """A session that the cluster forgot is replaced when the write cannot have happened."""
     table = client.table("a.b")
