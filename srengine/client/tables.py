@@ -185,8 +185,8 @@ class AsyncTable:
         return.
 
         ``if_absent``: only when there is no record; ``if_version``: only over that version; otherwise `Conflict`, whose
-        ``current_version`` is the version that stands (None: no record; 0: it could not be read). An error that ends a write after it was sent
-        has ``outcome`` = ``unknown``: it may still happen, at most once.
+        ``current_version`` is the version that stands (None: no record; 0: it could not be read). An error that ends a
+        write after it was sent has ``outcome`` = ``unknown``: it may still happen, at most once.
         """
         condition, version = condition_of(if_absent=if_absent, if_version=if_version)
         operation = (PUT, check_key(key), check_value(value), condition, version)
