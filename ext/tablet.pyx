@@ -466,13 +466,20 @@ cdef class Environment:
         cdef ReaderLink *link
         with nogil:
             pthread_mutex_lock(&self.queue_lock)
+            if self.is_closed:
+                # Another thread closes it at this moment.
+                pthread_mutex_unlock(&self.queue_lock)
+                return
             self.is_closed = True
             while self.writer_active:
                 sr_wait_ms(&self.unpinned, &self.queue_lock, 1)
             link = self.readers
             while link is not NULL:
-                while link.busy:
+                if link.busy:
+                    # NB: whoever uses it may free it while we wait, and its neighbours go, too: begin again.
                     pthread_cond_wait(&self.unpinned, &self.queue_lock)
+                    link = self.readers
+                    continue
                 if link.txn is not NULL:
                     mdb_txn_abort(link.txn)
                     link.txn = NULL

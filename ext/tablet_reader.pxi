@@ -251,11 +251,17 @@ cdef class Reader:
                     link.following.previous = link
                 environment.readers = link
                 environment.pinned += 1
+                # Nobody expires it, or closes the tablet, while its state is being read.
+                link.busy = True
             pthread_mutex_unlock(&environment.queue_lock)
             if rc == 0:
                 sr_enter(environment.marker)
                 rc = read_state(environment, link.txn, &self.state, &failure)
                 sr_enter(NULL)
+                pthread_mutex_lock(&environment.queue_lock)
+                link.busy = False
+                pthread_cond_broadcast(&environment.unpinned)
+                pthread_mutex_unlock(&environment.queue_lock)
         self.link = link
         if rc != 0:
             if failure.code == 0:
