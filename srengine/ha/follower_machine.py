@@ -290,7 +290,7 @@ class FollowerMachine:
             case CopyFailed(reason, position, filling, bytes_received):
                 self._received(bytes_received)
                 self.own, self.filling = position, filling
-                self.catch_up.reason = f"{self.catch_up.reason}; interrupted: {reason}"[-500:]
+                self._note_lag(f"interrupted: {reason}")
                 self.state = Idle(self._now + limits.HALT_RETRY_S)
             case AwaitCommitted(token, sequence):
                 heapq.heappush(self._waits, (sequence, token))
@@ -379,7 +379,9 @@ class FollowerMachine:
                     Path.FULL if self.own.count == 0 else Path.DELTA, answer, "more changes than fit in an answer"
                 )
             case SourceState.COPY:
-                self._copy(Path.FULL, answer, answer.reason or "a copy was interrupted")
+                # What a delta left half applied is gone on with; without anything to build on only a full copy helps.
+                path = Path.DELTA if self.filling and self.own.count else Path.FULL
+                self._copy(path, answer, answer.reason or "a copy was interrupted")
             case SourceState.DIVERGED | SourceState.FOREIGN:
                 self._halt(answer.reason)
             case _:
@@ -391,7 +393,7 @@ class FollowerMachine:
             self._halt(refusal)
             return
         self._begin_catch_up(path)
-        self.catch_up.reason = f"{self.catch_up.reason}; {why}"
+        self._note_lag(why)
         if self.own.sequence == 0:
             self._seeding = True
         self.fresh_at = None

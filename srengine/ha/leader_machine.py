@@ -251,6 +251,7 @@ class LeaderMachine:
         others: Sequence[str],
         own: Position,
         own_trusted: bool,
+        own_whole: bool = True,
         root_at: Callable[[int], bytes | None],
         now: float,
     ) -> None:
@@ -259,6 +260,8 @@ class LeaderMachine:
         self.others = tuple(sorted(others))
         self.own = own
         self.own_trusted = own_trusted
+        self.own_whole = own_whole
+        """False: the own copy does not open or is half applied; nothing is served before it was replaced."""
         self.committed = 0
         self.state: Starting | Recovering | Serving = Starting()
         self.progress: dict[str, Progress] = {other: Progress() for other in self.others}
@@ -349,9 +352,12 @@ class LeaderMachine:
                 return f"the leader fetches what it lacks from {source} (to sequence {target.sequence})"
             case Starting(told=told, failed=failed):
                 missing = [other for other in self.others if other not in told]
+                waits = (
+                    f"the leader waits for positions of {', '.join(missing)}" if missing else "the leader cannot start"
+                )
                 own = "" if self.own_trusted else "; its own copy was wiped or restored and does not count"
-                why = f"; last attempt: {failed}" if failed else ""
-                return f"the leader waits for positions of {', '.join(missing) or 'nobody'}{own}{why}"
+                why = f"; {failed}" if failed else ""
+                return f"{waits}{own}{why}"
 
     # --- pulls -------------------------------------------------------------------------------------------------------
 
@@ -374,6 +380,7 @@ class LeaderMachine:
                 self._hold(pull)
             case Serving():
                 self._count(pull.replica, pull.claim)
+                self._advance()
                 self._maybe_answer(pull)
 
     def _hold(self, pull: Pulled) -> None:
@@ -422,7 +429,6 @@ class LeaderMachine:
             return
         proof = self._root_at(position.sequence)
         progress.held = position.sequence if proof is not None and proof == position.root else 0
-        self._advance()
 
     def _fault(self, replica: str, position: Position) -> str:
         if position.lineage != self.own.lineage:
@@ -543,7 +549,15 @@ class LeaderMachine:
             # What that replica held before its copy began may be acknowledged and nowhere else: touch nothing.
             state.failed = f"a replica with a half-applied copy held {begun}, nobody whole does"
             return
-        if best[0] > own.sequence:
+        if not self.own_whole and not best[1]:
+            best = max(
+                ((claim.position.sequence, other) for other, claim in sorted(told.items()) if not claim.filling),
+                default=best,
+            )
+            if not best[1]:
+                state.failed = "the own copy cannot be used, and nobody else has one"
+                return
+        if best[0] > own.sequence or not self.own_whole:
             source = best[1]
             if self.own_trusted and own.sequence > 0:
                 self._alarm(
@@ -561,12 +575,13 @@ class LeaderMachine:
         if not isinstance(self.state, Recovering):
             return
         assert position.sequence >= self.state.target.sequence, (position, self.state.target)
-        self.own = position
+        self.own, self.own_whole = position, True
         self._serve()
 
     def _serve(self) -> None:
         self.own_trusted = True
         self.state = Serving()
+        # All claims before the first answer: a held question must not be answered on a claim that was not looked at.
         for other in self.others:
             claim = self.progress[other].claim
             if claim is not None:

@@ -187,7 +187,7 @@ class Copier:
 
 async def bring_up_to(slot: Slot, target: Position, source: str, replica: str, reach: Reach) -> Position:
     """Bring the own copy at least to ``target`` from one node, by deltas or a copy; for a leader that recovers."""
-    while slot.position.sequence < target.sequence:
+    while slot.filling or slot.position.sequence < target.sequence:
         fetch = Fetch(slot.spec.tablet_id, replica, slot.position, filling=slot.filling)
         channel = await reach(source)
         reply, attachments = await channel.request(fetch, timeout_s=COPY_PROGRESS_S)

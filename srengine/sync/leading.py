@@ -72,6 +72,7 @@ class TabletLeader:
                 others=others,
                 own=slot.position,
                 own_trusted=slot.trusted and trusted(),
+                own_whole=not slot.filling,
                 root_at=slot.root_at,
                 now=around.clock.boottime_s(),
             ),

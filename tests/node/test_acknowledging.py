@@ -43,7 +43,9 @@ def readable(asker: Asker, address: str) -> dict[bytes, bytes | None] | None:
 
 
 def test_a_repeated_request_waits_like_the_first_and_is_executed_once(nodes: Nodes, asker: Asker) -> None:
-    """F27: the kept answer of a repeated request id waits for the majority, too, and says what was done the first time."""
+    """F27: the kept answer of a repeated request id waits for the majority, too, and says what was done the first
+    time.
+    """
     one = nodes["node-1"].address
     asker.create(one, TABLE, tablets=1)
     session = asker.ask(one, messages.OpenSession(TABLE)).message.session
@@ -69,7 +71,9 @@ def test_a_repeated_request_waits_like_the_first_and_is_executed_once(nodes: Nod
 
 
 def test_an_unknown_session_and_a_malformed_write_change_nothing(nodes: Nodes, asker: Asker) -> None:
-    """A write of a session that was never opened is REQUEST_EXPIRED; malformed operations are refused; both change nothing."""
+    """A write of a session that was never opened is REQUEST_EXPIRED; malformed operations are refused; both change
+    nothing.
+    """
     one = nodes["node-1"].address
     asker.create(one, TABLE, tablets=1)
     asker.write(one, TABLE, {b"a": b"1"})

@@ -128,6 +128,18 @@ def lose(node: NodeProcess, how: str, yesterday: Path) -> None:
             shutil.rmtree(node.data)
         case "wipe tablets":
             shutil.rmtree(node.data / "tablets")
+        case "wipe meta":
+            shutil.rmtree(node.data / "meta")
+        case "damage":
+            for file in (node.data / "tablets").glob("*/data.mdb"):
+                with file.open("r+b") as opened:
+                    opened.truncate(file.stat().st_size // 2)
+        case "restore meta":
+            shutil.rmtree(node.data / "meta")
+            shutil.copytree(yesterday / "meta", node.data / "meta")
+        case "restore tablets":
+            shutil.rmtree(node.data / "tablets")
+            shutil.copytree(yesterday / "tablets", node.data / "tablets")
         case "restore":
             shutil.rmtree(node.data)
             shutil.copytree(yesterday, node.data)
@@ -136,8 +148,18 @@ def lose(node: NodeProcess, how: str, yesterday: Path) -> None:
             shutil.copytree(yesterday, node.data, dirs_exist_ok=True)
 
 
-@pytest.mark.parametrize("how", ["kill", "wipe", "wipe tablets", "restore", "restore in place"])
-@pytest.mark.parametrize("name", ["node-1", "node-2", "node-3"])
+LOSSES = ["kill", "wipe", "wipe tablets", "wipe meta", "damage", "restore", "restore in place"]
+PARTS = [
+    ("node-1", "restore meta"),
+    ("node-1", "restore tablets"),
+    ("node-3", "restore meta"),
+    ("node-3", "restore tablets"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [*((name, how) for name in ("node-1", "node-2", "node-3") for how in LOSSES), *PARTS]
+)
 def test_loss_of_one_directory(nodes: Nodes, asker: Asker, tmp_path: Path, name: str, how: str) -> None:
     """F13, F14: one directory killed, wiped or put back: no acknowledged write is lost while two are intact, or it is
     said.
@@ -157,9 +179,10 @@ def test_loss_of_one_directory(nodes: Nodes, asker: Asker, tmp_path: Path, name:
     asker.create(one, "shop.late", tablets=1)
     lose(nodes[name], how, yesterday)
     nodes[name].start()
-    if name == "node-1" and how == "wipe":
+    if name == "node-1" and how in {"wipe", "wipe meta"}:
         assert nodes[name].wait() == 5
-        assert "already belongs to cluster" in nodes[name].log_tail()
+        said = "already belongs to cluster" if how == "wipe" else "its catalog is gone"
+        assert said in nodes[name].log_tail()
         shutil.rmtree(nodes[name].data, ignore_errors=True)
         shutil.copytree(yesterday, nodes[name].data)
         nodes[name].start()
