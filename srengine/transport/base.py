@@ -1,7 +1,8 @@
-"""What every endpoint does, whatever carries its frames: services, channels, the state of a connection that is made on demand.
+"""What every endpoint does, whatever carries its frames: services, channels, the state of a connection that is made on
+demand.
 
-`srengine.transport.endpoint.Endpoint` does it over ZeroMQ, `srengine.transport.memory.MemoryEndpoint` in memory for tests;
-both have the same errors, the same hello, the same credit, because only the `Wire` differs.
+`srengine.transport.endpoint.Endpoint` does it over ZeroMQ, `srengine.transport.memory.MemoryEndpoint` in memory for
+tests; both have the same errors, the same hello, the same credit, because only the `Wire` differs.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class Channel:
     async def request(self, message: msgspec.Struct, attachments: Sequence[Buffer] = (), *, timeout_s: float) -> Reply:
         """Ask, and return the answer.
 
-        Attachments travel as raw bytes beside the message, in parts when they are large; they must not change before the
-        answer is there. Raises `Unreachable` (nobody there, or the connection was lost: ``sent`` says whether the request
-        had left, then its effect is unknown), `TimedOut` (likewise), `NotAuthenticated`, `ForeignData` and
+        Attachments travel as raw bytes beside the message, in parts when they are large; they must not change before
+        the answer is there. Raises `Unreachable` (nobody there, or the connection was lost: ``sent`` says whether the
+        request had left, then its effect is unknown), `TimedOut` (likewise), `NotAuthenticated`, `ForeignData` and
         `UnsupportedFeature` when hello fails, `InvalidValue` for what is too large, `Closed`, and whatever typed error
         the handler raised.
         """
@@ -74,8 +75,8 @@ class Channel:
     async def stream(self, message: msgspec.Struct, *, timeout_s: float) -> AsyncGenerator[memoryview, None]:
         """Yield the items of a stream, whole and in order.
 
-        ``timeout_s`` is how long it may bring nothing at all. Raises what `request` raises. Whoever stops early closes the
-        generator (``aclose``), which tells the peer to stop.
+        ``timeout_s`` is how long it may bring nothing at all. Raises what `request` raises. Whoever stops early closes
+        the generator (``aclose``), which tells the peer to stop.
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
         caller = self._caller
@@ -204,19 +205,24 @@ class BaseEndpoint:
             self._stream_handlers[port, message_type] = handler
 
     def handler(self, port: str, message_type: type[msgspec.Struct]) -> Handler | None:
+        """Return who answers such a message at this port."""
         return self._handlers.get((port, message_type))
 
     def stream_handler(self, port: str, message_type: type[msgspec.Struct]) -> StreamHandler | None:
+        """Return who serves such a stream at this port."""
         return self._stream_handlers.get((port, message_type))
 
     def welcome(self, peer: Peer) -> None:
+        """Let ``admit`` look at a peer that has just said hello."""
         if self.admit is not None:
             self.admit(peer)
 
     # --- channels ----------------------------------------------------------------------------------------------------
 
     def channel(self, address: str, *, port: Port = "client", server_key: bytes | None = None) -> Channel:
-        """Return a way to ``address``; nothing is connected yet. ``server_key``: the peer's public CURVE key (32 bytes)."""
+        """Return a way to ``address``; nothing is connected yet. ``server_key``: the peer's public CURVE key (32
+        bytes).
+        """
         if self.closed:
             raise errors.Closed("the endpoint was closed")
         assert port in _PORTS, port
@@ -253,7 +259,9 @@ class BaseEndpoint:
                 raise errors.FrameError("hello was not answered by hello")
             caller.peer = meet(self.identity, reply.message, channel.address, channel.port, channel.server_key)
         except errors.TimedOut as error:
-            unreachable = errors.Unreachable(f"{channel.address} does not answer hello", address=channel.address, sent=False)
+            unreachable = errors.Unreachable(
+                f"{channel.address} does not answer hello", address=channel.address, sent=False
+            )
             caller.fail(unreachable)
             raise unreachable from error
         except errors.Error as error:

@@ -2,9 +2,10 @@
 
 * Before the peer's hello nothing else is read; anything else ends the connection.
 * A request id is answered once: ids seen before are counted and dropped (`_Window`), so a repeated frame has no effect.
-* A handler that raises an `errors.Error` answers with it. Anything else is a mistake of ours: logged, and answered INTERNAL.
-* Memory: `limits.REQUESTS_IN_FLIGHT_MAX` unanswered requests, `limits.CONNECTION_BYTES_MAX` of large attachments, held until
-  the handler is done. A peer that goes beyond is cut off.
+* A handler that raises an `errors.Error` answers with it. Anything else is a mistake of ours: logged, and answered
+  INTERNAL.
+* Memory: `limits.REQUESTS_IN_FLIGHT_MAX` unanswered requests, `limits.CONNECTION_BYTES_MAX` of large attachments, held
+  until the handler is done. A peer that goes beyond is cut off.
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ class Callee(Connection):
         self._feeds: dict[int, _Feed] = {}
 
     def handle(self, envelope: Envelope, data: memoryview) -> None:
+        """Act on one envelope of the caller."""
         if self.peer is None:
             self._greet(envelope)
             return
@@ -315,7 +317,8 @@ class Callee(Connection):
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    def ended(self, error: errors.Error) -> None:
+    def ended(self, _error: errors.Error) -> None:
+        """Stop streams; handlers finish what they began."""
         for number, serving in list(self._serving.items()):
             # Handlers go on (a write that was begun ends), only their answers are dropped; what they hold is given back
             # when they are done.
@@ -336,9 +339,12 @@ class Callee(Connection):
         return running
 
     def transfers_pending(self) -> bool:
+        """Return whether the caller owes bytes or credit."""
         return any(
             serving.outgoing is not None
-            or (serving.assembly is not None and serving.reservation is not None and serving.reservation.state == "held")
+            or (
+                serving.assembly is not None and serving.reservation is not None and serving.reservation.state == "held"
+            )
             for serving in self._serving.values()
         ) or any(feed.waiter is not None and not feed.waiter.done() for feed in self._feeds.values())
 

@@ -6,13 +6,13 @@
                              |                          |
                           monitor                    monitor, ZAP handler
 
-* A connection is one DEALER socket: it is made with a hello, and ends for good at the first doubt. The channel makes a new
-  one, with back-off.
+* A connection is one DEALER socket: it is made with a hello, and ends for good at the first doubt. The channel makes a
+  new one, with back-off.
 * A ROUTER's connections are told apart by the routing id that ZeroMQ mints for each; who the peer is, its hello and its
   CURVE key say. The monitor tells when a connection ends, so nothing waits for a peer that is gone.
 * ZeroMQ cannot refuse, count or close single connections of a ROUTER. We can: events and frames carry the connection's
-  descriptor, and shutting it down looks to ZeroMQ like a lost connection. So there is a cap on connections, a deadline for
-  hello, and an end for peers that break the protocol.
+  descriptor, and shutting it down looks to ZeroMQ like a lost connection. So there is a cap on connections, a deadline
+  for hello, and an end for peers that break the protocol.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class _DealerWire:
             socket.connect(channel.address)
         except zmq.ZMQError as error:
             self.close(0)
-            raise errors.Unreachable(f"cannot connect to {channel.address}: {error}", address=channel.address) from error
+            raise errors.Unreachable(
+                f"cannot connect to {channel.address}: {error}", address=channel.address
+            ) from error
 
     def send(self, parts: Sequence[Buffer]) -> bool:
         return self._pump.closed or self._pump.send(parts)
@@ -93,7 +95,7 @@ class _DealerWire:
         if self.caller is not None:
             self.caller.receive([frame.buffer for frame in frames])
 
-    def _event(self, event: int, value: int) -> None:
+    def _event(self, event: int, _value: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             if not self.ready.done():
                 self.ready.set_result(None)
@@ -164,9 +166,7 @@ class _Listener:
         self._loop = asyncio.get_running_loop()
         self.callees: dict[bytes, Callee] = {}
         self.accepted: dict[int, _Accepted] = {}
-        socket = sockets.bind(
-            endpoint.context, port, address, keys=endpoint.identity.keys, insecure=endpoint.insecure
-        )
+        socket = sockets.bind(endpoint.context, port, address, keys=endpoint.identity.keys, insecure=endpoint.insecure)
         last = socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(last, bytes), last
         self.address = last.rstrip(b"\0").decode()
@@ -317,6 +317,7 @@ class Endpoint(BaseEndpoint):
         return listener.address
 
     def check_address(self, address: str) -> None:
+        """See `BaseEndpoint.check_address`."""
         addresses.check(address)
 
     def connections(self, port: Port) -> list[Peer]:
@@ -342,6 +343,7 @@ class Endpoint(BaseEndpoint):
         return len(found)
 
     async def open_caller(self, channel: Channel) -> Caller:
+        """See `BaseEndpoint.open_caller`."""
         wire = _DealerWire(self, channel)
         try:
             async with asyncio.timeout((limits.CONNECT_MS_MAX + limits.HANDSHAKE_MS) / 1000):

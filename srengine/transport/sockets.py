@@ -1,11 +1,11 @@
 """ZeroMQ sockets on an event loop: made with every bound set, read without threads or futures.
 
-One thread owns each socket: the loop's. ZeroMQ's own I/O threads do the rest, one for the client and peer ports, another
-one for bulk, so that a snapshot does not delay a heartbeat.
+One thread owns each socket: the loop's. ZeroMQ's own I/O threads do the rest, one for the client and peer ports,
+another one for bulk, so that a snapshot does not delay a heartbeat.
 
 `bind` is the only function of the package that makes bound sockets. Every one of them has a ZAP domain and enforces it:
 without a domain ZeroMQ would skip authentication, without enforcing it would let everybody in while no handler runs.
-(docs/decisions has the measurements.)
+(docs/decisions/0011-connections.md.)
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def _keep_freed_memory() -> None:
     """Let the allocator keep what frames use.
 
     glibc gives the top of its heap back to the kernel when more than twice the largest block that it has ever mapped is
-    free. A window of 1 MiB frames comes and goes all the time, and fresh pages cost more than the copy into them (measured:
-    half of the throughput). Freeing one untouched block of a window's size, which costs nothing, moves that threshold.
+    free. A window of 1 MiB frames comes and goes all the time, and fresh pages cost more than the copy into them
+    (measured: half of the throughput). Freeing one untouched block of a window's size, which costs nothing, moves that
+    threshold.
     """
     block = bytes(limits.CREDIT_FRAMES * limits.MIB)
     del block
@@ -103,7 +104,7 @@ def bind(context: Context, port: str, address: str, *, keys: KeyPair | None, ins
         else:
             if keys is None and not insecure and not addresses.stays_on_this_machine(address):
                 raise errors.InvalidValue(
-                    f"{address} can be reached from other machines: it needs keys (or --insecure, for a closed network)",
+                    f"{address} can be reached from other machines: it needs keys (or --insecure)",
                     address=address,
                 )
             _common(socket, port, address)
@@ -185,7 +186,7 @@ class Pump:
             except zmq.Again:
                 return
             more = frame.more
-            # A routing id, the allowed parts, and one more that proves there are too many; the rest is read and dropped.
+            # A routing id, the allowed parts, and one that proves there are too many; the rest is read and dropped.
             if len(self._parts) < limits.PARTS_MAX + 2:
                 self._parts.append(frame)
             full = len(self._parts) == limits.PARTS_MAX + 2

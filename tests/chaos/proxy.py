@@ -3,13 +3,15 @@
 ::
 
     with ChaosProxy("127.0.0.1", port) as proxy:
-        connect(proxy.address)                      # "tcp://127.0.0.1:<port of the proxy>"
-        proxy.forward.delay_s = 0.2                 # forward: from who connected to the target; backward: the way back
-        proxy.backward.black_hole = True            # one-way cut: read, and never passed on
-        proxy.forward.bytes_per_s = 125_000         # 1 Mbit/s
-        proxy.cut()                                 # reset every connection
-        proxy.refusing = True                       # and new ones
-        proxy.forward.recording = True; ...; proxy.forward.recorded
+        connect(proxy.address)  # "tcp://127.0.0.1:<port of the proxy>"
+        proxy.forward.delay_s = 0.2  # forward: from who connected to the target; backward: the way back
+        proxy.backward.black_hole = True  # one-way cut: read, and never passed on
+        proxy.forward.bytes_per_s = 125_000  # 1 Mbit/s
+        proxy.cut()  # reset every connection
+        proxy.refusing = True  # and new ones
+        proxy.forward.recording = True
+        ...
+        proxy.forward.recorded
 
 Two levels, because ZeroMQ speaks over a TCP stream:
 
@@ -19,7 +21,8 @@ Two levels, because ZeroMQ speaks over a TCP stream:
   whole ZeroMQ messages are dropped, duplicated, swapped with the next one, held back, or have a bit of their content
   flipped, at a rate or as ``decide(number, parts)`` says. Handshake and heartbeats pass.
 
-One thread with its own event loop; settings may be changed at any time from any thread. All randomness is from ``seed``.
+One thread with its own event loop; settings may be changed at any time from any thread. All randomness is from
+``seed``.
 """
 
 from __future__ import annotations

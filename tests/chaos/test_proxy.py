@@ -56,8 +56,7 @@ def receive(connection: socket.socket, count: int) -> bytes:
 
 
 def connect(proxy: ChaosProxy) -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
-    return connection
+    return socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
 
 
 def test_passes_everything(echo):

@@ -20,7 +20,12 @@ small = st.integers(0, 40)
 chunked = st.one_of(
     st.tuples(
         st.builds(
-            envelopes.Ask, numbers, st.just("a.b"), st.just(BODY), st.lists(small, max_size=4).map(tuple), st.integers(0, 9)
+            envelopes.Ask,
+            numbers,
+            st.just("a.b"),
+            st.just(BODY),
+            st.lists(small, max_size=4).map(tuple),
+            st.integers(0, 9),
         ),
         st.just(None),
     ),

@@ -65,7 +65,7 @@ def test_wrong_types_are_refused(body):
 
 def test_unknown_kind():
     """F44: a kind that nobody registered is a FrameError that names it."""
-    with pytest.raises(errors.FrameError, match="codec_test.nothing"):
+    with pytest.raises(errors.FrameError, match=r"codec_test\.nothing"):
         registry.decode("codec_test.nothing", b"\x80")
 
 

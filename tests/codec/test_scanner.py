@@ -1,4 +1,6 @@
-"""The bounded look at msgpack: everything that msgspec writes passes, and of anything else only our typed error is seen."""
+"""The bounded look at msgpack: everything that msgspec writes passes, and of anything else only our typed error is
+seen.
+"""
 
 from __future__ import annotations
 

@@ -240,7 +240,9 @@ def test_the_allow_list_file(tmp_path):
     assert not allowed.admit("client", "", None)
 
 
-@pytest.mark.parametrize("line", ["abc client", "00" * 32, "00" * 32 + " door", "00" * 32 + " client name more", "\x00"])
+@pytest.mark.parametrize(
+    "line", ["abc client", "00" * 32, "00" * 32 + " door", "00" * 32 + " client name more", "\x00"]
+)
 def test_bad_lines_are_named(tmp_path, line):
     """A wrong line is InvalidValue with its number; nothing of the file is used."""
     path = write_list(tmp_path, f"# first\n{line}\n")

@@ -111,7 +111,9 @@ def test_garbage_on_every_port(port):
 
 
 def test_half_handshakes_are_cut_and_disturb_nobody():
-    """F34: hundreds of connections that stop half way are closed at the handshake's end; peers on their port stay up."""
+    """F34: hundreds of connections that stop half way are closed at the handshake's end; peers on their port stay
+    up.
+    """
 
     async def scenario():
         async with world(connections_max=100) as found:
@@ -395,7 +397,6 @@ def test_protocol_breakers_are_cut(sent):
 
     async def scenario():
         async with world() as found:
-
             cut = threading.Event()
 
             def breaker():
@@ -420,7 +421,6 @@ def test_too_many_unanswered_requests_are_cut():
 
     async def scenario():
         async with world() as found:
-
             cut = threading.Event()
 
             def flood():
@@ -501,7 +501,10 @@ def test_a_process_ends_without_leftovers():
     """Closing endpoints leaves no thread, no socket and no warning behind: the process ends by itself."""
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-X", "dev", "-c", FORK.format(root=root)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-W", "error", "-X", "dev", "-c", FORK.format(root=root)],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.stdout == "clean\n", done.stderr
     assert "Warning" not in done.stderr

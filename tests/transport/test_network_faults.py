@@ -30,7 +30,9 @@ def after_hello(verdict):
 
 
 def test_duplicated_frames_have_one_effect():
-    """F27: every frame twice, in both directions: each request runs once, is answered once, and duplicates are counted."""
+    """F27: every frame twice, in both directions: each request runs once, is answered once, and duplicates are
+    counted.
+    """
 
     async def scenario(found, proxy, channel):
         proxy.forward.decide = proxy.backward.decide = lambda *_: Verdict.DUPLICATE
@@ -80,7 +82,9 @@ def test_reordered_requests_are_each_answered_once():
 
 
 def test_a_frame_delayed_by_minutes_has_no_second_effect():
-    """F27: a request that was held back, given up by its caller and released late runs at most once; its answer is dropped."""
+    """F27: a request that was held back, given up by its caller and released late runs at most once; its answer is
+    dropped.
+    """
 
     async def scenario(found, proxy, channel):
         proxy.forward.decide = after_hello(lambda n: Verdict.HOLD if n == HELLOS else Verdict.PASS)
@@ -97,7 +101,9 @@ def test_a_frame_delayed_by_minutes_has_no_second_effect():
 
 
 def test_a_frame_of_an_ended_connection_has_no_effect():
-    """F27: frames kept from an older connection and played into a new one end it, because hello does not fit; no effect."""
+    """F27: frames kept from an older connection and played into a new one end it, because hello does not fit; no
+    effect.
+    """
 
     async def scenario(found, proxy, channel):
         recorded = []
@@ -152,14 +158,16 @@ def test_corrupted_bulk_is_never_delivered():
         items = []
         with pytest.raises(errors.Unreachable):
             async for item in channel.stream(Count(100, 100_000), timeout_s=20):
-                items.append(bytes(item))
+                items += [bytes(item)]
         assert items == [number.to_bytes(4, "big") + bytes(99_996) for number in range(len(items))]
 
     run(scenario, port="bulk")
 
 
 def test_random_damage_of_the_byte_stream():
-    """F28: bits flipped anywhere in the TCP stream, framing included: typed errors or right answers, never wrong ones."""
+    """F28: bits flipped anywhere in the TCP stream, framing included: typed errors or right answers, never wrong
+    ones.
+    """
 
     async def scenario(found, proxy, channel):
         proxy.forward.corrupt_bytes = proxy.backward.corrupt_bytes = 0.1
@@ -168,8 +176,8 @@ def test_random_damage_of_the_byte_stream():
             channel.wake()
             try:
                 reply = await channel.request(Echo(str(number), b"y" * 50), timeout_s=0.5)
-            except errors.Error as error:
-                assert isinstance(error, (errors.Unreachable, errors.TimedOut)), error
+            except (errors.Unreachable, errors.TimedOut):
+                continue
             else:
                 assert reply.message == Echo(str(number), b"y" * 50)
                 answered += 1
@@ -206,8 +214,8 @@ def test_flapping_connections():
             proxy.cut()
             try:
                 await task
-            except errors.Error as error:
-                assert isinstance(error, errors.Unreachable), error
+            except errors.Unreachable:
+                continue
         assert (await ask_until_answered(channel, "calm")) == "calm"
 
     run(scenario, level="bytes")
@@ -235,7 +243,9 @@ def test_back_off_bounds_attempts():
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_half_open_peer_is_found(direction):
-    """F29: a link that swallows one direction: the waiting caller learns it from the heartbeats, before its own time-out."""
+    """F29: a link that swallows one direction: the waiting caller learns it from the heartbeats, before its own
+    time-out.
+    """
 
     async def scenario(found, proxy, channel):
         await channel.request(Echo(), timeout_s=20)

@@ -158,9 +158,7 @@ def test_concurrent_requests_share_frames(kind):
         channel = found.caller.channel(found.node.addresses["client"])
         await channel.request(Echo(), timeout_s=5)
         before = total(found.caller, "frames_sent")
-        replies = await asyncio.gather(
-            *[channel.request(Echo(str(n)), [b"%d" % n], timeout_s=20) for n in range(100)]
-        )
+        replies = await asyncio.gather(*[channel.request(Echo(str(n)), [b"%d" % n], timeout_s=20) for n in range(100)])
         assert [(reply.message.text, bytes(reply.attachments[0])) for reply in replies] == [
             (str(n), b"%d" % n) for n in range(100)
         ]
@@ -276,7 +274,16 @@ def test_a_cancelled_caller_leaves_the_rest_alone(kind):
 
 @pytest.mark.parametrize(
     "address",
-    ["", "tcp://", "tcp://127.0.0.1", "tcp://127.0.0.1:99999", "udp://127.0.0.1:1", "tcp://a b:1", "inproc://x", "ws://h:1"],
+    [
+        "",
+        "tcp://",
+        "tcp://127.0.0.1",
+        "tcp://127.0.0.1:99999",
+        "udp://127.0.0.1:1",
+        "tcp://a b:1",
+        "inproc://x",
+        "ws://h:1",
+    ],
 )
 def test_bad_addresses(kind, address):
     """An address that cannot be meant is InvalidValue, for listening and for connecting."""

@@ -24,7 +24,8 @@ def run(kind, scenario):
 
 
 @pytest.mark.parametrize(
-    ("items", "size"), [(0, 0), (1, 4), (1000, 10), (40, limits.MIB), (3, 20 * limits.MIB), (5, limits.BULK_FRAME_BYTES_MAX)]
+    ("items", "size"),
+    [(0, 0), (1, 4), (1000, 10), (40, limits.MIB), (3, 20 * limits.MIB), (5, limits.BULK_FRAME_BYTES_MAX)],
 )
 def test_items_arrive_whole_and_in_order(kind, items, size):
     """Whatever their number and size, items come as they were made."""
@@ -82,7 +83,7 @@ def test_an_error_inside_a_stream_is_typed(kind):
         seen = []
         with pytest.raises(errors.NotFound) as caught:
             async for item in channel.stream(Count(10, 4, fail_at=3), timeout_s=30):
-                seen.append(bytes(item)[3])
+                seen += [bytes(item)[3]]
         assert seen == [0, 1, 2]
         assert caught.value.number == 3
 
