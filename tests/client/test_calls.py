@@ -409,3 +409,9 @@ def test_same_names() -> None:
     for twin, blocking in ((AsyncClient, Client), (AsyncTable, Table)):
         names = {name for name in vars(twin) if not name.startswith("_")} - {"pages", "count", "contains"}
         assert names - set(dir(blocking)) == set(), names - set(dir(blocking))
+
+
+def test_a_token_is_refused_until_there_are_users():
+    """A client that names a user is told that nobody checks it; it is not served as nobody."""
+    with pytest.raises(errors.UnsupportedFeature, match="no users yet"):
+        AsyncClient("tcp://127.0.0.1:1", token="secret")
