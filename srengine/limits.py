@@ -65,15 +65,18 @@ ENVELOPES_BYTES_TARGET: Final = 64 * KIB
 """No further message joins a frame that has grown to this."""
 ATTACHMENTS_MAX: Final = 64
 REQUESTS_IN_FLIGHT_MAX: Final = 512
-"""Unanswered requests of one connection; the caller queues what is more. Times PART_BYTES_MAX: what may come unasked."""
+"""Unanswered requests of one connection; the caller queues what is more. Times PART_BYTES_MAX: what may come
+unasked.
+"""
 CONNECTION_BYTES_MAX: Final = ENTRY_BYTES_MAX
 """Attachments of one connection held in memory; more is granted when there is room."""
 ENDPOINT_BYTES_MAX: Final = 2 * CONNECTION_BYTES_MAX
 FAILURE_BYTES_MAX: Final = 16 * KIB
 """Sentence and facts of an error on the wire; longer ones are cut."""
 UNREAD_BYTES_MAX: Final = 192 * MIB
-"""Bytes of one connection that the kernel has taken in and no whole frame has brought to us; beyond it the connection is
-closed. ZeroMQ counts whole messages only: one that never ends would fill the memory."""
+"""Bytes of one connection that the kernel has taken in and no whole frame has brought to us; beyond it the connection
+is closed. ZeroMQ counts whole messages only: one that never ends would fill the memory.
+"""
 CONNECTIONS_MAX: Final = 256
 """Accepted connections of one port, half-done handshakes included; beyond it new ones are closed at once."""
 REQUEST_WINDOW: Final = 4096
@@ -109,7 +112,8 @@ ENDPOINTS_MAX: Final = 64
 FAILED_KEYS_NAMED_MAX: Final = 100
 """Keys that the error of a partly failed batch names; the rest is counted."""
 
-assert KEY_BYTES_MIN >= 1 and KEY_BYTES_MAX <= 511, (KEY_BYTES_MIN, KEY_BYTES_MAX)
+assert KEY_BYTES_MIN >= 1, KEY_BYTES_MIN
+assert KEY_BYTES_MAX <= 511, KEY_BYTES_MAX
 assert ENTRY_BYTES_MAX >= VALUE_BYTES_MAX + 64 * KIB, (ENTRY_BYTES_MAX, VALUE_BYTES_MAX)
 assert CHUNK_BYTES_MAX >= VALUE_BYTES_MAX + KEY_BYTES_MAX, (CHUNK_BYTES_MAX, VALUE_BYTES_MAX)
 assert CHUNK_BYTES_TARGET <= CHUNK_BYTES_MAX, (CHUNK_BYTES_TARGET, CHUNK_BYTES_MAX)
@@ -131,7 +135,9 @@ STALENESS_S_MAX: Final = 3.0
 CONTACT_S: Final = 3.0
 """A node not heard of for longer does not count as reachable."""
 DUPLICATE_PATIENCE_S: Final = 9.0
-"""How long a node that seems to be a copy of a living one keeps asking before it gives up: its predecessor may have just died."""
+"""How long a node that seems to be a copy of a living one keeps asking before it gives up: its predecessor may have
+just died.
+"""
 START_GRACE_S: Final = 1.0
 """A leader that knows enough waits this long for the rest: one that knows better may just be starting."""
 HALT_RETRY_S: Final = 1.0
