@@ -1006,9 +1006,9 @@ def with_check(bytes name not None, bytes value not None):
 
 def check_row(bytes name not None, bytes stored not None):
     """Return the value of a stored meta row; raises CorruptionError if its check fails."""
-    if len(stored) < 4 or with_check(name, stored[:-4]) != stored:
+    if len(stored) < 4 or with_check(name, stored[: len(stored) - 4]) != stored:
         raise errors.CorruptionError(f"meta row {name!r} is damaged", what="meta row")
-    return stored[:-4]
+    return stored[: len(stored) - 4]
 
 
 include "tablet_reader.pxi"
