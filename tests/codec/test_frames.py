@@ -50,6 +50,7 @@ def test_round_trip(sent):
     assert bytes(view) == data
 
 
+@pytest.mark.fuzz
 @given(st.data())
 def test_every_flipped_bit_is_found(data):
     """F28: one flipped bit anywhere in a frame is a typed error."""
@@ -61,6 +62,7 @@ def test_every_flipped_bit_is_found(data):
         frames.unpack(parts, data_bytes_max=MAX)
 
 
+@pytest.mark.fuzz
 @given(st.lists(st.binary(max_size=120), max_size=12))
 def test_any_parts_are_refused_with_our_error(parts):
     """F33: any bytes in any number of parts are a FrameError."""
@@ -68,6 +70,7 @@ def test_any_parts_are_refused_with_our_error(parts):
         frames.unpack(parts, data_bytes_max=MAX)
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=200), st.binary(max_size=20))
 def test_any_envelopes_under_a_right_checksum(body, data):
     """F38: a hostile sender computes checksums; still only our typed error, or well-formed envelopes, come out."""

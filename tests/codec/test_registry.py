@@ -46,6 +46,7 @@ def test_unknown_fields_are_ignored_and_missing_ones_have_defaults():
     assert registry.decode("codec_test.newer_sample", older) == NewerSample(2)
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=200))
 def test_any_body_is_a_message_or_our_error(data):
     """F38: any bytes give a message of the kind or FrameError."""

@@ -34,6 +34,7 @@ def test_accepts_every_plain_value(value):
     scanner.check(encode(value))
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=300))
 def test_anything_is_accepted_or_refused_with_our_error(data):
     """F38: any bytes either pass, and then msgspec reads them, or raise FrameError."""
@@ -44,6 +45,7 @@ def test_anything_is_accepted_or_refused_with_our_error(data):
     msgspec.msgpack.decode(data)
 
 
+@pytest.mark.fuzz
 @given(plain, st.data())
 def test_damaged_values_raise_only_our_error(value, data):
     """F38: a value with a byte changed, cut or appended is refused with FrameError, or is another value."""
@@ -58,6 +60,7 @@ def test_damaged_values_raise_only_our_error(value, data):
         msgspec.msgpack.decode(damaged)
 
 
+@pytest.mark.fuzz
 @given(plain)
 def test_every_prefix_is_refused(value):
     """F38: a message that ends too early is never read."""

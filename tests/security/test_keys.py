@@ -63,6 +63,7 @@ def test_missing_and_foreign_files(directory):
         security.load_key_file(real)
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=300))
 def test_any_content_is_refused_with_our_error(tmp_path_factory, content):
     """A key file with anything in it is a typed error that shows none of it."""
@@ -75,6 +76,7 @@ def test_any_content_is_refused_with_our_error(tmp_path_factory, content):
         security.load_key_file(path)
 
 
+@pytest.mark.fuzz
 @given(st.text(max_size=80))
 def test_public_keys_as_text(text):
     """64 hexadecimal digits are a key, anything else is InvalidValue."""
