@@ -469,6 +469,30 @@ class Transaction:
                 self._abort()
 
 
+def recover_metadata(path: str | os.PathLike[str]) -> None:
+    """Lift the fence of a closed metadata store if the file, read past the page cache, proves whole.
+
+    Raises as `fences.prove`, and `CorruptionError` naming a damaged value; the fence then stays. Without a fence
+    nothing happens.
+    """
+    directory = Path(path)
+    if fences.read_fence(directory) is not None:
+        fences.prove(directory, lambda: _check_values(directory / pages.DATA_NAME))
+
+
+def _check_values(path: Path) -> None:
+    with pages.PageFile(path) as file:
+        for table in sorted(file.tables()):
+            for key, stored in file.items(table):
+                if not is_sealed(table, key, stored):
+                    raise errors.CorruptionError(
+                        f"the value of {key[:64]!r} in table {table} of {path} is damaged",
+                        file=str(path),
+                        table=table,
+                        key=key,
+                    )
+
+
 def _checked_key(key: bytes) -> bytes:
     if not limits.KEY_BYTES_MIN <= len(key) <= limits.KEY_BYTES_MAX:
         raise errors.InvalidValue(

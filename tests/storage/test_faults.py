@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 from pathlib import Path
 
@@ -410,4 +411,57 @@ def test_no_descriptors_left(tmp_path):
     )
     assert ended.code == 0, ended.errors
     assert ended.told == ["ERROR", "ERROR", ["another", "open"]]
+    assert storage.verify_directory(tmp_path / "data").clean
+
+
+def test_a_fenced_tablet_is_proved_without_a_restart(library, tmp_path):
+    """F05, T15: the running process closes a fenced tablet, proves it, and goes on with it; what was acknowledged is
+    there, the write that failed is not.
+    """
+    ended = children.run(
+        (
+            OPEN,
+            """
+            break_from_now(SYNC, 5)
+            first = code_of(put(1))
+            again = store.recover_tablet(tablet.id)
+            again.put(b"key-2", b"value-2")
+            tell([first, tablet.closed, store.tablet("t") is again, sorted(key.decode() for key, _ in again.scan())])
+            """,
+        ),
+        tmp_path / "data",
+        library=library,
+    )
+    assert ended.code == 0, ended.errors
+    assert ended.told == ["FENCED", True, True, ["key-0", "key-2"]]
+
+
+@pytest.mark.parametrize("fault", ["fenced", "truncated", "foreign", "missing"])
+def test_a_broken_tablet_is_replaced_by_a_copy(tmp_path, fault):
+    """F05, F11: a tablet that does not open any more is seeded again: a proved copy takes its place."""
+    seed, tablet_id = b"8 bytes!", "b" * 32
+    with storage.Store(tmp_path / "data") as store:
+        source = store.create_tablet("a" * 32, seed=seed)
+        source.put_many([(b"%d" % i, b"v") for i in range(100)])
+        broken = store.create_tablet(tablet_id, lineage=source.lineage, seed=seed)
+        broken.put(b"old", b"v")
+        data = broken.path / "data.mdb"
+    match fault:
+        case "fenced":
+            fences.set_fence(data.parent, "io-error", "by the test")
+        case "truncated":
+            os.truncate(data, 8192)
+        case "foreign":
+            data.write_bytes(bytes(100_000))
+        case "missing":
+            data.unlink()
+    with storage.Store(tmp_path / "data") as store:
+        source = store.open_tablet("a" * 32)
+        with pytest.raises(errors.Error):
+            store.open_tablet(tablet_id)
+        stage = store.stage_tablet(tablet_id, seed=seed)
+        with source.view() as view:
+            stage.fill(view.rows_by_key(None, bytes_max=1 << 20).rows, b"mark")
+            stage.finish_fill(view.meta_rows(0), view.state)
+        assert store.switch_tablet(stage).position == source.position
     assert storage.verify_directory(tmp_path / "data").clean
