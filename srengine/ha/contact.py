@@ -88,6 +88,11 @@ class Contact:
         """Call back when an answer shows that the leader is another process than before."""
         self._on_new_leader.append(callback)
 
+    def leader_called(self) -> None:
+        """Let everybody ask again at once: the leader has just introduced itself."""
+        for callback in self._on_new_leader:
+            callback()
+
     def alive(self, name: str) -> bool:
         """Return whether the node asked something lately."""
         return self._roster.alive(name, self._clock.boottime_s())
@@ -137,8 +142,7 @@ class Contact:
             known = self._leader_process is not None
             self._leader_process = process
             if known:
-                for callback in self._on_new_leader:
-                    callback()
+                self.leader_called()
 
     # --- being asked -------------------------------------------------------------------------------------------------
 

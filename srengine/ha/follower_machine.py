@@ -261,6 +261,8 @@ class FollowerMachine:
         self._was_synced = False
         self._now = now
         self._number = 0
+        self._failures = 0
+        """Questions in a row without an answer."""
         self._waits: list[tuple[int, int]] = []
         self._effects_ask: Ask | None = None
         self._effects_apply: ApplyDelta | None = None
@@ -279,7 +281,9 @@ class FollowerMachine:
             case Failed(number, reason):
                 if isinstance(self.state, Asking) and self.state.number == number:
                     self._note_lag(reason)
-                    self.state = Idle(self._now + limits.ASK_RETRY_S)
+                    pause_s = limits.ASK_RETRY_S * 2 ** min(self._failures, limits.ASK_RETRY_DOUBLINGS_MAX)
+                    self._failures += 1
+                    self.state = Idle(self._now + pause_s)
             case DeltaApplied(position):
                 self._delta_applied(position)
             case DeltaRefused(reason, diverged):
@@ -296,6 +300,7 @@ class FollowerMachine:
                 heapq.heappush(self._waits, (sequence, token))
                 self._release_waits()
             case Kick():
+                self._failures = 0
                 if isinstance(self.state, Asking | Idle):
                     self.state = Idle(self._now)
             case _:
@@ -357,6 +362,7 @@ class FollowerMachine:
 
     def _answered(self, answer: Answered, asked_at: float) -> None:
         self.source = answer.source
+        self._failures = 0
         match answer.state:
             case SourceState.STARTING:
                 # It was held at the leader, so asking again at once is no busy loop; it may also have been superseded.

@@ -114,6 +114,8 @@ class Introduction(msgspec.Struct, frozen=True):
     peer_address: str = ""
     bulk_address: str = ""
     boot_number: int = 0
+    members: tuple[str, ...] = ()
+    """Names of the cluster's members in their order, as far as this node knows them."""
 
 
 registry.register("ha.propose", Propose)

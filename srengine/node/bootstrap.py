@@ -127,8 +127,16 @@ class Settling:
                 raise errors.ForeignData(
                     f"{names[0]} is of cluster {told.cluster_name}, {node.name} wants {node.identity.cluster_name}"
                 )
-            if told.cluster_id:
-                node.adopt(replace(node.identity, cluster_id=told.cluster_id, number=names.index(node.name)))
+            if told.cluster_id and told.members:
+                if node.name not in told.members:
+                    raise errors.Conflict(
+                        f"cluster {told.cluster_name} has the members {', '.join(told.members)}; {node.name} is "
+                        f"none of them, and joining a running cluster is not possible yet"
+                    )
+                number = told.members.index(node.name)
+                if number == 0:
+                    raise errors.ForeignData(f"{node.name} founded cluster {told.cluster_name} and lost its directory")
+                node.adopt(replace(node.identity, cluster_id=told.cluster_id, number=number))
                 _logger.info("joined cluster %s", told.cluster_name, extra={"event": "joined"})
                 return
             await asyncio.sleep(ASK_AGAIN_S)

@@ -138,8 +138,8 @@ class Runtime:
         settled = bootstrap.Settling(self)
         work = asyncio.ensure_future(settled.run())
         await self._or_failure(work)
-        self.bootstrapped = True
         await self._begin()
+        self.bootstrapped = True
         await self._or_failure(asyncio.ensure_future(self._wait_ready()))
 
     async def _or_failure(self, work: asyncio.Future[None]) -> None:
@@ -529,6 +529,8 @@ class Runtime:
         del peer, attachments
         if message.name and message.name != self.name:
             self.ways.wake(message.name)
+            if self.bootstrapped and message.name == self.first:
+                self.contact.leader_called()
         return Reply(
             Introduction(
                 name=self.name,
@@ -539,6 +541,7 @@ class Runtime:
                 peer_address=self.addresses.get("peer", ""),
                 bulk_address=self.addresses.get("bulk", ""),
                 boot_number=self.identity.boot_number,
+                members=tuple(member.name for member in self.members),
             )
         )
 

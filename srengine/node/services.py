@@ -243,7 +243,11 @@ class Services:
         elif place == "leader":
             need = lm.Need.ALL if message.consistency == "all" else lm.Need.QUORUM
             found, as_of = await self._led(tablet).read(
-                message.keys, bytes_max=bytes_max, need=need, timeout_s=timeout_s
+                message.keys,
+                bytes_max=bytes_max,
+                need=need,
+                timeout_s=timeout_s,
+                local=message.consistency in {"local", "one"},
             )
         else:
             return await self._pass_on(peer, _at_leader(message), attachments, timeout_s, tablet.leader)
@@ -278,6 +282,7 @@ class Services:
                 keys_only=message.keys_only,
                 need=lm.Need.ALL if message.consistency == "all" else lm.Need.QUORUM,
                 timeout_s=timeout_s,
+                local=message.consistency in {"local", "one"},
             )
         else:
             return await self._pass_on(peer, _at_leader(message), attachments, timeout_s, tablet.leader)

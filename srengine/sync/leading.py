@@ -193,12 +193,16 @@ class TabletLeader:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     async def read(
-        self, keys: Sequence[bytes], *, bytes_max: int, need: lm.Need, timeout_s: float
+        self, keys: Sequence[bytes], *, bytes_max: int, need: lm.Need, timeout_s: float, local: bool = False
     ) -> tuple[Found, float]:
-        """Look keys up; return what was found and the moment (Unix seconds) that it is current for."""
+        """Look keys up; return what was found and the moment (Unix seconds) that it is current for.
+
+        ``local``: also while a majority is out of contact; what is shown is acknowledged all the same.
+        """
         deadline = self._clock.monotonic_s() + timeout_s
         await self.driver.wait_serving(timeout_s)
-        self._check_reachable(need)
+        if not local:
+            self._check_reachable(need)
         as_of = self._clock.wall_ms() / 1000
         tablet = self.slot.opened()
         if len(keys) <= KEYS_INLINE_MAX:
@@ -219,11 +223,13 @@ class TabletLeader:
         keys_only: bool,
         need: lm.Need,
         timeout_s: float,
+        local: bool = False,
     ) -> tuple[Range, float]:
         """Read a range; as `read`."""
         deadline = self._clock.monotonic_s() + timeout_s
         await self.driver.wait_serving(timeout_s)
-        self._check_reachable(need)
+        if not local:
+            self._check_reachable(need)
         as_of = self._clock.wall_ms() / 1000
         tablet = self.slot.opened()
         found = await asyncio.to_thread(
