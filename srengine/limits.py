@@ -144,7 +144,8 @@ HALT_RETRY_S: Final = 1.0
 """A replica that was refused (diverged, foreign) or that failed asks again after this."""
 
 ASK_RETRY_S: Final = 0.2
-"""Pause after a question that got no answer; doubled for each further one in a row, so that many tablets do not spin."""
+"""Pause after a question that got no answer; doubled for each further one in a row, so that many tablets do not
+spin."""
 ASK_RETRY_DOUBLINGS_MAX: Final = 3
 
 # --- admission -------------------------------------------------------------------------------------------------------

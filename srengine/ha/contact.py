@@ -47,7 +47,7 @@ class Contact:
 
     ``process()`` and ``copied()``: this run, which may change its boot number when peers have seen a higher one.
     ``on_refused(verdict, highest)``: a leader would not have us. ``on_restored(seen)``: a replica has seen a later run
-    of this node than this one: the disk was put back.
+    of this node than this one: the disk was put back. ``on_foreign(error)``: the leader belongs to another cluster.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Contact:
         clock: Clock,
         on_refused: Callable[[Verdict, int], None],
         on_restored: Callable[[Process], None],
+        on_foreign: Callable[[errors.ForeignData], None],
     ) -> None:
         self.name = name
         self.accepted = False
@@ -70,6 +71,7 @@ class Contact:
         self._clock = clock
         self._on_refused = on_refused
         self._on_restored = on_restored
+        self._on_foreign = on_foreign
         self._numbers = itertools.count(1)
         self._on_new_leader: list[Callable[[], None]] = []
         self._leader_process: Process | None = None
@@ -123,7 +125,13 @@ class Contact:
             committed_known=ask.committed_known,
             leader_seen=None if seen is None else _process_id(seen),
         )
-        reply, attachments = await channel.request(pull, timeout_s=timeout_s)
+        try:
+            reply, attachments = await channel.request(pull, timeout_s=timeout_s)
+        except errors.ForeignData as error:
+            # Only a leader that says which other cluster it belongs to: a wiped one belongs to none yet.
+            if not self.accepted and error.details.get("theirs"):
+                self._on_foreign(error)
+            raise
         if not isinstance(reply, PullReply):
             raise errors.FrameError(f"{leader} answered a pull with {type(reply).__name__}")
         self._learn(leader, _process(reply.process))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from srengine.ha import follower_machine as fm
 from srengine.ha import leader_machine as lm
 from srengine.ha.contact import Contact, Reach
 from srengine.types import Position
+
+_logger = logging.getLogger(__name__)
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
 """Start a task under the node's supervisor, which stops the node when it fails unexpectedly."""
@@ -234,6 +237,7 @@ class FollowerDriver:
         self._waits: dict[int, asyncio.Future[None]] = {}
         self._todo: fm.Ask | fm.ApplyDelta | fm.Copy | None = None
         self._kicked = asyncio.Event()
+        self._said = ""
         self.changed = asyncio.Event()
         """Set after every turn; whoever waits for a state clears it first."""
 
@@ -316,11 +320,19 @@ class FollowerDriver:
         if question.cancelled():
             self._step(fm.Kick())
         elif error is None:
+            self._said = ""
             self._step(question.result())
         elif isinstance(error, errors.Error):
+            self._say(f"{error.code}: {error.message}")
             self._step(fm.Failed(ask.number, f"{error.code}: {error.message}"))
         else:
             raise error
+
+    def _say(self, why: str) -> None:
+        """Log why a question failed, once for as long as it stays the same."""
+        if why != self._said:
+            self._said = why
+            _logger.info("no answer from the leader: %s", why, extra={"event": "no_answer"})
 
     async def _apply(self) -> None:
         try:

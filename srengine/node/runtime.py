@@ -255,6 +255,7 @@ class Runtime:
             clock=self.clock,
             on_refused=self._refused,
             on_restored=self._restored,
+            on_foreign=self.supervisor.fail,
         )
         self.around = Surroundings(
             name=self.name,

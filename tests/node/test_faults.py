@@ -254,6 +254,25 @@ def test_directory_of_another_node_or_cluster_is_refused(nodes: Nodes, tmp_path:
     assert (three.data / "identity.json").read_bytes() == before
 
 
+def test_directory_of_a_twin_cluster_is_refused(nodes: Nodes, tmp_path: Path) -> None:
+    """F12: a directory of another cluster with the same name and node: the leader's cluster id differs: exit 5,
+    named.
+    """
+    (tmp_path / "twin").mkdir()
+    with Nodes(tmp_path / "twin") as twins:
+        twins.start_all()
+        twins["node-3"].stop()
+        nodes["node-3"].stop()
+        clone = NodeProcess("node-3", twins["node-3"].data, nodes["node-3"].port, nodes["node-3"].arguments)
+        try:
+            clone.start()
+            assert clone.wait() == 5, clone.log_tail()
+            assert "belongs to cluster" in clone.log_tail()
+        finally:
+            clone.kill()
+    nodes["node-3"].start().wait_ready()
+
+
 def test_two_processes_on_one_directory(nodes: Nodes) -> None:
     """A second process on a directory in use stops with exit 5 and a sentence."""
     three = nodes["node-3"]
