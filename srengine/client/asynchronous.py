@@ -29,10 +29,10 @@ class AsyncClient:
     """A cluster client for asyncio.
 
     ``endpoints``: ``"tcp://host:port[,…]"`` or several of them; each may carry the node's key as ``#HEXKEY``.
-    ``token``: refused until a cluster has users (`UnsupportedFeature`). ``key_file``: file with the client's CURVE key. ``server_key``: the nodes'
-    CURVE key, hexadecimal, for endpoints that do not carry one. ``timeout_s``: seconds that one call may take, retries
-    and failover included. ``source``: where channels come from instead of the network (tests, a node inside this
-    process).
+    ``token``: refused until a cluster has users (`UnsupportedFeature`). ``key_file``: file with the client's CURVE key.
+    ``server_key``: the nodes' CURVE key, hexadecimal, for endpoints that do not carry one. ``timeout_s``: seconds that
+    one call may take, retries and failover included. ``source``: where channels come from instead of the network
+    (tests, a node inside this process).
 
     Every call raises the typed errors of `srengine.errors`; those of the way are `Unreachable`, `TimedOut`, `NoQuorum`
     (with `NoLeader` and `NotReady` below it). Raises `InvalidValue` for endpoints and keys that are none.
