@@ -42,7 +42,7 @@ class Settling:
 
     def __init__(self, node: Runtime) -> None:
         self._node = node
-        self._said_at = 0.0
+        self._said_at: dict[str, float] = {}
 
     async def run(self) -> None:
         """Return when the node's identity names a cluster."""
@@ -162,7 +162,7 @@ class Settling:
                 return await self._node.ways[name].introduce()
             except (errors.Unreachable, errors.TimedOut) as error:
                 now = self._node.clock.monotonic_s()
-                if now - self._said_at > SAY_AGAIN_S:
-                    self._said_at = now
+                if now - self._said_at.get(name, -SAY_AGAIN_S) >= SAY_AGAIN_S:
+                    self._said_at[name] = now
                     _logger.info("waiting for %s: %s", name, error.message, extra={"event": "waiting"})
                 await asyncio.sleep(ASK_AGAIN_S)

@@ -106,11 +106,13 @@ class Way:
             self._introduction = None
             raise
 
-    async def stream(self, message: msgspec.Struct, *, timeout_s: float) -> AsyncGenerator[memoryview, None]:
+    async def stream(
+        self, message: msgspec.Struct, *, timeout_s: float, proved: bool = False
+    ) -> AsyncGenerator[memoryview, None]:
         """Read a stream from the bulk port; as `Channel.stream`."""
         channel = await self._channel("bulk")
         try:
-            async with aclosing(channel.stream(message, timeout_s=timeout_s)) as items:
+            async with aclosing(channel.stream(message, timeout_s=timeout_s, proved=proved)) as items:
                 async for item in items:
                     yield item
         except errors.Unreachable:
