@@ -63,23 +63,25 @@ class Failure(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 
 class Open(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """Ask for a stream; ``credit`` pieces may come before more is granted."""
+    """Ask for a stream; ``credit`` pieces may come before more is granted. ``proved``: its reader proves the items."""
 
     request: RequestId
     kind: str
     body: msgspec.Raw
     credit: Count
+    proved: bool = False
 
 
 class Data(msgspec.Struct, frozen=True, array_like=True, tag=5):
     """One piece, ``size`` bytes of the frame's data. ``number`` counts from 0; ``last``: the item ends with this
-    piece.
+    piece; ``proved``: no checksum of the frame covers it, because the stream was opened so.
     """
 
     request: RequestId
     number: Count
     size: Count
     last: bool
+    proved: bool = False
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True, tag=6):

@@ -33,7 +33,9 @@ class Channel(Protocol):
         """Send one message to the peer port and return the answer with its attachments."""
         ...
 
-    def stream(self, message: msgspec.Struct, *, timeout_s: float) -> AsyncGenerator[memoryview, None]:
+    def stream(
+        self, message: msgspec.Struct, *, timeout_s: float, proved: bool = False
+    ) -> AsyncGenerator[memoryview, None]:
         """Yield the items of a stream from the bulk port."""
         ...
 

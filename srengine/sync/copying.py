@@ -163,7 +163,7 @@ class Copier:
                     to_build_on = path is fm.Path.DELTA and not slot.filling and sink.mark is None
                     since = slot.position if to_build_on else None
                     request = Copy(slot.spec.tablet_id, self._replica, since=since, resume=sink.mark)
-                    async with aclosing(channel.stream(request, timeout_s=COPY_PROGRESS_S)) as items:
+                    async with aclosing(channel.stream(request, timeout_s=COPY_PROGRESS_S, proved=True)) as items:
                         async for item in items:
                             self.bytes_received += len(item)
                             await loop.run_in_executor(thread, sink.accept, item)

@@ -72,8 +72,13 @@ class Channel:
             caller = await self._connect(deadline)
         return await caller.request(message, attachments, deadline)
 
-    async def stream(self, message: msgspec.Struct, *, timeout_s: float) -> AsyncGenerator[memoryview, None]:
+    async def stream(
+        self, message: msgspec.Struct, *, timeout_s: float, proved: bool = False
+    ) -> AsyncGenerator[memoryview, None]:
         """Yield the items of a stream, whole and in order.
+
+        ``proved``: the items carry a digest that the caller verifies, so frames do not check them a second time; only
+        then is damage on the way the caller's to find.
 
         ``timeout_s`` is how long it may bring nothing at all. Raises what `request` raises. Whoever stops early closes
         the generator (``aclose``), which tells the peer to stop.
@@ -82,7 +87,7 @@ class Channel:
         caller = self._caller
         if caller is None or caller.closed is not None:
             caller = await self._connect(deadline)
-        items = caller.stream(message, timeout_s)
+        items = caller.stream(message, timeout_s, proved=proved)
         try:
             async for item in items:
                 yield item

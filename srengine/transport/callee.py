@@ -94,10 +94,12 @@ class _Serving:
 class _Feed:
     """One stream that is being sent."""
 
-    __slots__ = ("credit", "task", "waiter")
+    __slots__ = ("credit", "proved", "task", "waiter")
 
-    def __init__(self, credit: int) -> None:
+    def __init__(self, credit: int, *, proved: bool) -> None:
         self.credit = credit
+        self.proved = proved
+        """The reader proves the items: no checksum of a frame covers a piece that travels alone."""
         self.task: asyncio.Task[None] | None = None
         self.waiter: asyncio.Future[None] | None = None
 
@@ -135,7 +137,9 @@ class Callee(Connection):
                 self._asked(self.peer, envelope, data)
             case Open():
                 self._opened(self.peer, envelope)
-            case Data(request=number):
+            case Data(request=number, proved=proved):
+                if proved:
+                    raise errors.FrameError("a piece without a checksum that nobody promised to prove")
                 self.progress_at = self.loop.time()
                 serving = self._serving.get(number)
                 if serving is not None and serving.assembly is not None:
@@ -283,7 +287,7 @@ class Callee(Connection):
             error = errors.UnsupportedFeature(f"{opening.kind} is no stream of the {self.port} port", kind=opening.kind)
             self.post(failure_of(number, error))
             return
-        feed = self._feeds[number] = _Feed(min(opening.credit, limits.CREDIT_FRAMES))
+        feed = self._feeds[number] = _Feed(min(opening.credit, limits.CREDIT_FRAMES), proved=opening.proved)
         feed.task = self.loop.create_task(self._send_items(number, feed, handler(peer, message)))
         feed.task.add_done_callback(lambda done: self._stream_ended(number, done))
 
@@ -297,9 +301,10 @@ class Callee(Connection):
                         feed.waiter = self.loop.create_future()
                         await feed.waiter
                     feed.credit -= 1
-                    self.post(Data(number, sent, piece.nbytes, last), (piece,))
+                    alone = piece.nbytes > limits.PART_BYTES_MAX
+                    self.post(Data(number, sent, piece.nbytes, last, feed.proved and alone), (piece,))
                     sent += 1
-                    if piece.nbytes > limits.PART_BYTES_MAX:
+                    if alone:
                         self.flush()  # nothing can join it: the wire works while the next piece is made
         finally:
             # An async generator is closed here and now, not when somebody collects it: it may hold a view.

@@ -41,9 +41,11 @@ class _Incoming:
     come.
     """
 
-    __slots__ = ("ended", "items", "number", "parts", "since_grant", "waiter")
+    __slots__ = ("ended", "items", "number", "parts", "proved", "since_grant", "waiter")
 
-    def __init__(self) -> None:
+    def __init__(self, *, proved: bool) -> None:
+        self.proved = proved
+        """Whoever reads it proves the items."""
         self.items: deque[tuple[memoryview, int]] = deque()
         """(item, pieces to grant when it is taken)"""
         self.parts: bytearray | None = None
@@ -133,15 +135,17 @@ class Caller(Connection):
 
     # --- streams -----------------------------------------------------------------------------------------------------
 
-    async def stream(self, message: msgspec.Struct, timeout_s: float) -> AsyncGenerator[memoryview, None]:
+    async def stream(
+        self, message: msgspec.Struct, timeout_s: float, *, proved: bool = False
+    ) -> AsyncGenerator[memoryview, None]:
         """Yield the items of a stream; see `Channel.stream`."""
         kind, body = encode_message(message)
         if self.closed is not None:
             raise self._unsent()
         number = self._next_request
         self._next_request += 1
-        incoming = self._streams[number] = _Incoming()
-        self.post(Open(number, kind, body, limits.CREDIT_FRAMES))
+        incoming = self._streams[number] = _Incoming(proved=proved)
+        self.post(Open(number, kind, body, limits.CREDIT_FRAMES, proved))
         try:
             while True:
                 while incoming.items:
@@ -226,6 +230,10 @@ class Caller(Connection):
     def _piece(self, data: Data, piece: memoryview) -> None:
         self.progress_at = self.loop.time()
         incoming = self._streams.get(data.request)
+        if data.proved and (incoming is None or not incoming.proved):
+            if incoming is None and data.request < self._next_request:
+                return  # of a stream that was given up
+            raise errors.FrameError("a piece without a checksum that nobody promised to prove")
         if incoming is not None:
             self._take_piece(data.request, incoming, data, piece)
             return

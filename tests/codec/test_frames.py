@@ -151,3 +151,14 @@ def test_documented_vectors():
     assert found.keys() == cases.keys()
     for name, (sent, chunks) in cases.items():
         assert [bytes(part) for part in frames.pack(sent, chunks)] == found[name], name
+
+
+def test_a_proved_piece_is_not_covered_and_nothing_else_can_be():
+    """F28: only a frame of one proved Data goes without a checksum of its data; beside another envelope it is checked."""
+    alone = frames.pack([envelopes.Data(1, 0, 4, last=True, proved=True)], [b"data"])
+    assert frames.unpack([alone[0], b"atad"], data_bytes_max=4)[1] == b"atad"
+    together = frames.pack([envelopes.Credit(1, 1), envelopes.Data(1, 0, 4, last=True, proved=True)], [b"data"])
+    checked = frames.pack([envelopes.Data(1, 0, 4, last=True)], [b"data"])
+    for parts in (together, checked):
+        with pytest.raises(errors.FrameError):
+            frames.unpack([parts[0], b"atad"], data_bytes_max=4)

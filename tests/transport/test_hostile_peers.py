@@ -484,6 +484,22 @@ def test_a_hostile_node_cannot_hurt_a_client():
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("port", ["client", "bulk"])
+def test_an_unasked_proof_is_refused(port):
+    """F28: a piece without a checksum ends the connection when its stream was not opened so."""
+
+    async def scenario():
+        async with world() as found:
+            channel = found.caller.channel(found.node.addresses[port], port=port)
+            await channel.request(Echo("hello"), timeout_s=10) if port == "client" else await anext(
+                channel.stream(Count(1), timeout_s=10)
+            )
+            channel._caller.post(envelopes.Data(10_000, 0, 4, last=True, proved=True), (b"data",))
+            await until(lambda: not channel.connected)
+
+    asyncio.run(scenario())
+
+
 FORK = """
 import asyncio, sys
 sys.path.insert(0, {root!r})

@@ -164,6 +164,20 @@ def test_corrupted_bulk_is_never_delivered():
     run(scenario, port="bulk")
 
 
+def test_damage_in_a_proved_stream_is_the_readers_to_find():
+    """F28: a stream opened as proved delivers what came, checked by nobody on the way; its frames are still framed."""
+
+    async def scenario(found, proxy, channel):
+        proxy.backward.decide = after_hello(lambda n: Verdict.CORRUPT if n == 6 else Verdict.PASS)
+        size = 2 * limits.PART_BYTES_MAX
+        expected = [number.to_bytes(4, "big") + bytes(size - 4) for number in range(10)]
+        items = [bytes(item) async for item in channel.stream(Count(10, size), timeout_s=20, proved=True)]
+        assert [len(item) for item in items] == [size] * 10
+        assert sum(item != wanted for item, wanted in zip(items, expected, strict=True)) == 1
+
+    run(scenario, port="bulk")
+
+
 def test_random_damage_of_the_byte_stream():
     """F28: bits flipped anywhere in the TCP stream, framing included: typed errors or right answers, never wrong
     ones.
