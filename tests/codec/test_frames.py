@@ -154,7 +154,7 @@ def test_documented_vectors():
 
 
 def test_a_proved_piece_is_not_covered_and_nothing_else_can_be():
-    """F28: only a frame of one proved Data goes without a checksum of its data; beside another envelope it is checked."""
+    """F28: only a frame of one proved Data goes without a checksum of its data."""
     alone = frames.pack([envelopes.Data(1, 0, 4, last=True, proved=True)], [b"data"])
     assert frames.unpack([alone[0], b"atad"], data_bytes_max=4)[1] == b"atad"
     together = frames.pack([envelopes.Credit(1, 1), envelopes.Data(1, 0, 4, last=True, proved=True)], [b"data"])
