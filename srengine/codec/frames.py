@@ -14,9 +14,9 @@
     16  8  XXH3-64 of the data; 0 when the frame is one Data that its reader proves
     24  8  XXH3-64 of the envelopes, seeded with the XXH3-64 of bytes 0 to 24 of the header
 
-Both checksums are verified before anything is believed. They find damage, not malice: authenticity is CURVE's business.
-The items of a stream that is opened as *proved* carry a digest of their own, as snapshots do: hashing them twice at both
-ends would cost a third of what bulk can carry.
+Both checksums are verified before anything is believed. They find damage, not malice: authenticity is CURVE's
+business. The items of a stream that is opened as *proved* carry a digest of their own, as snapshots do: hashing them
+twice at both ends would cost a third of what bulk can carry.
 """
 
 from __future__ import annotations
