@@ -7,6 +7,7 @@ import random
 import pytest
 
 from srengine import storage
+from srengine.storage import pages
 from tests.crash import children
 
 FLIPS = 150
@@ -73,6 +74,21 @@ def base(tmp_path_factory):
             del model[key]
     (path / "rows.json").write_text(json.dumps({key.hex(): value.hex() for key, value in model.items()}))
     return path
+
+
+def test_the_flips_that_once_aborted(base, tmp_path):
+    """T11, F10: leaf pages whose mark says something else are damage, not an abort of the process."""
+    with pages.PageFile(next((base / "store" / "tablets").glob("*/data.mdb"))) as file:
+        last = file.newest().last_page
+        leaves = [page for page in range(2, last) if file.read(page * 4096 + 10, 2) == b"\2\0"]
+    source = READ.replace(
+        "raw[page * 4096 + random_.randrange(64 if seed % 2 else 4096)] ^= 1 << random_.randrange(8)",
+        f"raw[{leaves!r}[seed] * 4096 + 10] ^= 1 << seed % 8",
+    )
+    ended = children.run(source, base, tmp_path / "work", 0, min(len(leaves), 60))
+    assert ended.code == 0, (ended.code, ended.lines[-1:], ended.errors)
+    results = [line for line in ended.lines if "wrong" in line]
+    assert [line for line in results if line["wrong"] or line["unnamed"]] == []
 
 
 def test_reads_of_a_file_with_a_flipped_bit(base, tmp_path):
