@@ -70,6 +70,8 @@ class PullReply(msgspec.Struct, frozen=True):
     target: Position | None = None
     base_sequence: int = 0
     base_root: bytes | None = None
+    meta_raw_bytes: int = 0
+    """Size of the delta's meta rows when they travel as one zstd frame; 0: they travel as they are."""
     highest: int = 0
     reason: str = ""
 

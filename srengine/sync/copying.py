@@ -19,7 +19,8 @@ from srengine.ha import follower_machine as fm
 from srengine.ha.contact import Channel, Reach
 from srengine.ha.messages import Fetch, ProcessId, PullReply
 from srengine.snapshot import SnapshotSink, SnapshotSource, Staged
-from srengine.snapshot.format import Manifest
+from srengine.snapshot.compression import Compressor, Decompressor
+from srengine.snapshot.format import Encoding, Manifest
 from srengine.storage import Delta, Tablet
 from srengine.sync.messages import Copy
 from srengine.sync.slots import Slot
@@ -66,6 +67,8 @@ def rows_after(tablet: Tablet, position: Position, process: ProcessId, *, commit
         return plain(fm.SourceState.COPY, f"below the purge mark or log floor: {error.message}")
     if delta is None:
         return plain(fm.SourceState.TOO_LARGE)
+    # Request rows differ in their numbers only; without this they would outweigh small records.
+    encoding, meta = Compressor(active=True).encode(delta.meta)
     reply = PullReply(
         fm.SourceState.DELTA.value,
         own if own.sequence >= delta.position.sequence else delta.position,
@@ -74,8 +77,9 @@ def rows_after(tablet: Tablet, position: Position, process: ProcessId, *, commit
         target=delta.position,
         base_sequence=delta.base_sequence,
         base_root=delta.base_root,
+        meta_raw_bytes=len(delta.meta) if encoding is Encoding.ZSTD else 0,
     )
-    return Rows(reply, (delta.rows, delta.meta, delta.state))
+    return Rows(reply, (delta.rows, bytes(meta), delta.state))
 
 
 async def stream_copy(tablet: Tablet, request: Copy) -> AsyncGenerator[bytes, None]:
@@ -113,6 +117,12 @@ def delta_of(reply: PullReply, attachments: Sequence[Buffer]) -> Delta:
     if reply.target is None or len(attachments) != 3:
         raise errors.FrameError(f"a delta has three attachments and a target, not {len(attachments)}")
     rows, meta, state = (bytes(attachment) for attachment in attachments)
+    if reply.meta_raw_bytes:
+        if not 0 < reply.meta_raw_bytes <= limits.TRAILER_BYTES_MAX:
+            raise errors.FrameError(
+                f"a delta with {reply.meta_raw_bytes} bytes of meta rows", bytes=reply.meta_raw_bytes
+            )
+        meta = bytes(Decompressor().decode(Encoding.ZSTD, meta, reply.meta_raw_bytes))
     return Delta(reply.base_sequence, reply.base_root, rows, meta, state, reply.target)
 
 

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from srengine import errors
 from srengine.ha import follower_machine as fm
 from srengine.ha.messages import Fetch, ProcessId, PullReply
-from srengine.storage import MetadataStore, Store, Tablet
+from srengine.storage import Batch, MetadataStore, Store, Tablet, encode_puts
 from srengine.sync import copying
 from srengine.sync.messages import Copy
 from srengine.sync.slots import FileId, Slot, Spec, Standing
@@ -65,7 +66,9 @@ class Wire:
             return copying.Rows(PullReply("copy", self.source.slot.position, PROCESS))
         return copying.rows_after(self.source.tablet, message.position, PROCESS)
 
-    async def stream(self, message: Copy, *, timeout_s: float) -> AsyncGenerator[memoryview, None]:
+    async def stream(
+        self, message: Copy, *, timeout_s: float, proved: bool = False
+    ) -> AsyncGenerator[memoryview, None]:
         self.requests.append(message)
         sent = 0
         async for item in copying.stream_copy(self.source.tablet, message):
@@ -110,6 +113,24 @@ def test_a_delta_brings_exactly_what_changed(sides: tuple[Side, Side]) -> None:
     assert sum(map(len, rows.attachments)) < 10 * 400 + 1000
     assert target.tablet.apply_delta(copying.delta_of(rows.reply, rows.attachments)) == source.slot.position
     assert target.tablet.diff(source.tablet) == []
+
+
+def test_request_rows_do_not_outweigh_small_records(sides: tuple[Side, Side]) -> None:
+    """K05: 1 000 single writes with request ids ship as at most 1.1 x (changed bytes + 24 B each)."""
+    source, target = sides
+    session = b"s" * 16
+    source.tablet.open_session(session)
+    bring(target, Wire(source), source.slot.position)
+    pairs = [(b"%024d" % number, b"v" * 128) for number in range(1000)]
+    source.tablet.apply([Batch(encode_puts([pair]), session, number) for number, pair in enumerate(pairs, 1)])
+    rows = ask(source, target.slot.position)
+    changed = sum(len(key) + len(value) + 24 for key, value in pairs)
+    assert sum(map(len, rows.attachments)) <= 1.1 * changed
+    assert target.tablet.apply_delta(copying.delta_of(rows.reply, rows.attachments)) == source.slot.position
+    for raw_bytes in (rows.reply.meta_raw_bytes - 1, rows.reply.meta_raw_bytes + 1, 1 << 40, -1):
+        forged = msgspec.structs.replace(rows.reply, meta_raw_bytes=raw_bytes)
+        with pytest.raises((errors.FrameError, errors.SnapshotDamaged)):
+            copying.delta_of(forged, rows.attachments)
 
 
 def test_what_a_source_answers(sides: tuple[Side, Side]) -> None:
