@@ -309,10 +309,13 @@ cdef class Reader:
             raise_failure(environment, &failure)
 
     def __dealloc__(self):
+        # NB: the link lives as long as the object: another thread may be about to enter a reader that is being closed.
         self.close()
+        if self.environment is not None and self.environment.generation == sr_generation:
+            free(self.link)
 
     def close(self):
-        """Release the reader; may be called twice."""
+        """Release the reader; may be called twice, from any thread."""
         cdef ReaderLink *link = self.link
         cdef Environment env = self.environment
         if link is NULL or env is None or env.generation != sr_generation:
@@ -321,29 +324,30 @@ cdef class Reader:
             pthread_mutex_lock(&env.queue_lock)
             while link.busy:
                 pthread_cond_wait(&env.unpinned, &env.queue_lock)
-            if link.txn is not NULL:
-                mdb_txn_abort(link.txn)
-                env.pinned -= 1
-            if link.previous is not NULL:
-                link.previous.following = link.following
-            elif env.readers == link:
-                env.readers = link.following
-            if link.following is not NULL:
-                link.following.previous = link.previous
-            if env.pinned == 0:
-                pthread_cond_broadcast(&env.unpinned)
+            if not link.is_closed:
+                link.is_closed = True
+                if link.txn is not NULL:
+                    mdb_txn_abort(link.txn)
+                    link.txn = NULL
+                    env.pinned -= 1
+                if link.previous is not NULL:
+                    link.previous.following = link.following
+                elif env.readers == link:
+                    env.readers = link.following
+                if link.following is not NULL:
+                    link.following.previous = link.previous
+                if env.pinned == 0:
+                    pthread_cond_broadcast(&env.unpinned)
             pthread_mutex_unlock(&env.queue_lock)
-        self.link = NULL
-        free(link)
 
     cdef MDB_txn *begin(self) except NULL:
         """Enter a call: the reader cannot be expired until `end`. One call at a time; a second waits."""
         cdef ReaderLink *link = self.link
         cdef Environment env = self.environment
         cdef bint expired
+        env.check_usable()
         if link is NULL:
             raise errors.Closed("the view is closed")
-        env.check_usable()
         with nogil:
             pthread_mutex_lock(&env.queue_lock)
             while link.busy:
@@ -355,6 +359,8 @@ cdef class Reader:
                 link.busy = True
             pthread_mutex_unlock(&env.queue_lock)
         if expired:
+            if link.is_closed:
+                raise errors.Closed("the view is closed")
             raise errors.ViewExpired(f"the view is older than its maximum age of {link.ms_max} ms",
                                      age_ms_max=link.ms_max)
         sr_enter(env.marker)

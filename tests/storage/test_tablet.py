@@ -762,3 +762,32 @@ def test_equal_tablets_cost_one_comparison(store, tablet):
     with pytest.raises(errors.CorruptionError):
         list(damaged.scan())
     assert tablet.diff(damaged) == []
+
+
+def test_closing_one_view_from_many_threads(tablet):
+    """T09: threads that use a view while others close it get a result or a typed error."""
+    tablet.put_many([(b"%d" % i, b"v") for i in range(100)])
+    for _ in range(50):
+        view = tablet.view()
+        barrier = threading.Barrier(4)
+        failures = []
+
+        def work(number, view=view, barrier=barrier, failures=failures):
+            barrier.wait()
+            try:
+                for _ in range(20):
+                    assert len(list(view.scan(limit=50))) == 50
+                    if number > 1:
+                        view.close()
+            except errors.Closed:
+                pass
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+    assert tablet.counters["pinned"] == 0
