@@ -136,7 +136,7 @@ def _write(
         end = 0
     os.ftruncate(fd, end)
     os.lseek(fd, end, os.SEEK_SET)
-    made = source.sealed()
+    made = source.sealed(ahead=True)
     with contextlib.closing(made):
         for item in made:
             if item.head.kind == Kind.MANIFEST and source.resumed:
