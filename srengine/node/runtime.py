@@ -23,7 +23,7 @@ import logging
 import secrets
 import shutil
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -38,39 +38,32 @@ from srengine.ha.journal import Command
 from srengine.ha.journal_store import JournalStore
 from srengine.ha.members import IDENTIFY, Identify, Member, MembersApplier, read_members
 from srengine.ha.messages import (
-    JOURNAL_GROUP,
-    Fetch,
     Introduce,
     Introduction,
-    Propose,
-    Proposed,
-    Pull,
 )
 from srengine.ha.metadata import MetadataMachine
-from srengine.ha.one_node import FollowingJournal, LeadingJournal, entries_after
-from srengine.ha.roster_machine import Process, Verdict
+from srengine.ha.one_node import FollowingJournal, LeadingJournal
+from srengine.ha.roster_machine import Process
 from srengine.metrics import Metrics
 from srengine.node import bootstrap, status
-from srengine.node.identity import Identity, load_identity, new_identity, raised, save_identity, started
+from srengine.node.identity import Identity, load_identity, new_identity, save_identity, started
 from srengine.node.identity import file_id as identity_file_id
 from srengine.node.options import NodeOptions
+from srengine.node.peers import PeerServices
 from srengine.node.reach import Ways
 from srengine.node.services import Services
 from srengine.node.supervisor import Supervisor
+from srengine.node.trust import Trust
 from srengine.security import AllowList, ensure_node_keys, load_allow_list, prove_closed
 from srengine.storage import MetadataStore, Store
-from srengine.sync.messages import Copy, ReplicaStates, ReplicaStatesReply
+from srengine.sync.messages import ReplicaStates, ReplicaStatesReply
 from srengine.sync.service import SyncService
-from srengine.sync.slots import Standing
 from srengine.transport import Endpoint, Peer, Reply
 from srengine.transport import Identity as TransportIdentity
 from srengine.transport.addresses import stays_on_this_machine
 
 _logger = logging.getLogger(__name__)
 
-NODE_TABLE: Final = "node"
-"""Local, in no digest: ``boot`` -> the boot number that was last written here."""
-_BOOT: Final = b"boot"
 THREADS: Final = 32
 ALARMS_KEPT: Final = 50
 ALARM_AGAIN_S: Final = 60.0
@@ -98,7 +91,6 @@ class Runtime:
         self._nonce = secrets.token_hex(8)
         self._stack = contextlib.AsyncExitStack()
         self._tables_changed = asyncio.Condition()
-        self._refused_since: float | None = None
         self._said: dict[str, float] = {}
         self._busy = 0
         self._idle = asyncio.Event()
@@ -228,33 +220,16 @@ class Runtime:
     # --- wiring ------------------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
-        stored = self.metadata.get(NODE_TABLE, _BOOT)
-        meta_boot = 0 if stored is None else int.from_bytes(stored, "little")
-        identity = self.identity
-        if identity.boot_number == 0:
-            identity = replace(identity, boot_number=1)
-        elif meta_boot < identity.stamped:
-            self.alarm(
-                "metadata_restored", f"meta/ is of start {meta_boot}, the node of {identity.stamped}: an older state"
-            )
-            identity = replace(identity, stamped=identity.boot_number, distrusted=True)
-        self.adopt(identity)
-        with self.metadata.transaction() as transaction:
-            transaction.put(NODE_TABLE, _BOOT, identity.boot_number.to_bytes(8, "little"))
-        if identity.distrusted:
-            self.alarm(
-                "directory_distrusted",
-                f"{self.options.data} was copied or put back to an older state: nothing counts until it is proved",
-            )
-        self.standing = Standing(identity.boot_number, identity.stamped, identity.distrusted)
+        self.trust = Trust(self)
+        self.trust.open()
         self.contact = Contact(
             name=self.name,
             process=lambda: Process(self.identity.node_id, self.identity.boot_number, self._nonce),
             copied=lambda: self.copied,
             store=self.metadata,
             clock=self.clock,
-            on_refused=self._refused,
-            on_restored=self._restored,
+            on_refused=self.trust.refused,
+            on_restored=self.trust.restored,
             on_foreign=self.supervisor.fail,
         )
         self.around = Surroundings(
@@ -265,30 +240,25 @@ class Runtime:
             spawn=self.supervisor.spawn,
             alarm=self.alarm,
         )
-        self.journal_store = JournalStore(self.metadata, identity.cluster_id)
+        self.journal_store = JournalStore(self.metadata, self.identity.cluster_id)
         self._read_members()
         self._make_journal()
         self.sync = SyncService(
             around=self.around,
             store=self.store,
             rows=self.metadata,
-            standing=self.standing,
+            standing=self.trust.standing,
             file_ids=identity_file_id,
             metrics=self.metrics,
-            directory_trusted=self._trusted,
+            directory_trusted=self.trust.trusted,
         )
         self._stack.callback(self._close_groups)
         self._serve()
         self.journal.start()
         await self._read_tables()
-        if not self.standing.distrusted:
-            # Everything that was trusted carries this start's number now: older states show from here on.
-            self.adopt(replace(self.identity, stamped=self.identity.boot_number))
-            self.standing.stamped = self.identity.stamped
+        self.trust.opened()
         self.supervisor.spawn(self._follow_journal(), "catalog")
         self.supervisor.spawn(self._call_members(), "call members")
-        if self.standing.distrusted:
-            self.supervisor.spawn(self._regain_trust(), "regain trust")
         if self.leads:
             self.supervisor.spawn(self._identify_members(), "identify members")
 
@@ -297,21 +267,22 @@ class Runtime:
         if self.leads:
             others = [member.name for member in self.members if member.name != self.name]
             self.journal = LeadingJournal(
-                self.journal_store, self.machine, others=others, trusted=self._trusted(), around=self.around
+                self.journal_store, self.machine, others=others, trusted=self.trust.trusted(), around=self.around
             )
         else:
             self.journal = FollowingJournal(
-                self.journal_store, self.machine, leader=self.first, trusted=self._trusted, around=self.around
+                self.journal_store, self.machine, leader=self.first, trusted=self.trust.trusted, around=self.around
             )
 
     def _serve(self) -> None:
-        serve = self.endpoint.serve
-        serve(Pull, self._pulled, ports=("peer",))
-        serve(Fetch, self._fetched, ports=("peer",))
-        serve(Propose, self._proposed, ports=("peer",))
-        serve(ReplicaStates, self._asked_states, ports=("peer",))
-        self.endpoint.serve_stream(Copy, self._copied)
+        PeerServices(self).register()
         Services(self).register()
+
+    def distrust_groups(self, reason: str) -> None:
+        """Tell the journal and every tablet that the directory is an older state."""
+        if isinstance(self.journal, LeadingJournal):
+            self.journal.distrust(reason)
+        self.sync.distrust(reason)
 
     def _close_groups(self) -> None:
         self.sync.close()
@@ -407,7 +378,7 @@ class Runtime:
                 with contextlib.suppress(errors.Error):
                     await self.ways[member.name].introduce()
 
-    # --- trust -------------------------------------------------------------------------------------------------------
+    # --- alarms ------------------------------------------------------------------------------------------------------
 
     def alarm(self, event: str, message: str) -> None:
         """Say what a person must see: log, status, counter; the same thing once a minute."""
@@ -422,71 +393,6 @@ class Runtime:
         _logger.error("%s: %s", event, message, extra={"event": event})
         if text not in self.alarms:
             self.alarms.append(text)
-
-    def _trusted(self) -> bool:
-        return not self.standing.distrusted
-
-    def _restored(self, seen: Process) -> None:
-        """Take note that a replica knows a later run of this node: the directory was put back."""
-        self._distrust(seen.boot_number, f"start {seen.boot_number} of this node was seen by others")
-
-    def _distrust(self, highest: int, reason: str) -> None:
-        self.alarm("directory_restored", f"{self.options.data} is an older state: {reason}")
-        self.adopt(raised(self.identity, highest))
-        self.copied = True
-        with self.metadata.transaction() as transaction:
-            transaction.put(NODE_TABLE, _BOOT, self.identity.boot_number.to_bytes(8, "little"))
-        before = self.standing.distrusted
-        self.standing.boot_number = self.identity.boot_number
-        self.standing.stamped = self.identity.stamped
-        self.standing.distrusted = True
-        if isinstance(self.journal, LeadingJournal):
-            self.journal.distrust(reason)
-        self.sync.distrust(reason)
-        if not before:
-            self.supervisor.spawn(self._regain_trust(), "regain trust")
-
-    def _refused(self, verdict: Verdict, highest: int) -> None:
-        """Take note that the leader would not have this process."""
-        if self.contact.accepted:
-            self.supervisor.fail(
-                errors.Conflict(f"another process runs as {self.name} ({self.identity.node_id}); this one stops")
-            )
-            return
-        if verdict is Verdict.STALE_BOOT:
-            if highest >= self.identity.boot_number:
-                self._distrust(highest, f"start {highest} of this node was seen by {self.first}")
-            return
-        now = self.clock.boottime_s()
-        self._refused_since = self._refused_since or now
-        if now - self._refused_since > limits.DUPLICATE_PATIENCE_S:
-            self.supervisor.fail(
-                errors.Conflict(
-                    f"another process runs as {self.name}; this directory is a copy or a second start of it"
-                )
-            )
-
-    async def _regain_trust(self) -> None:
-        """Trust the directory again when the journal is current and every copy was proved."""
-        while True:
-            await asyncio.sleep(0.2)
-            if not self.journal.current or self.journal.applied_index < self.journal_store.position.sequence:
-                continue
-            slots = [leader.slot for leader in self.sync.leaders.values()]
-            slots += [follower.slot for follower in self.sync.followers.values()]
-            if any(not slot.trusted for slot in slots):
-                continue
-            expected = {
-                tablet.id for table in self.tables.values() for tablet in table.tablets if self.name in tablet.nodes
-            }
-            if expected != {slot.spec.tablet_id for slot in slots}:
-                continue
-            break
-        self.standing.distrusted = False
-        self.standing.stamped = self.identity.boot_number
-        self.copied = False
-        self.adopt(replace(self.identity, stamped=self.identity.boot_number, distrusted=False))
-        _logger.info("the directory is proved and trusted again", extra={"event": "directory_trusted"})
 
     # --- ready -------------------------------------------------------------------------------------------------------
 
@@ -545,45 +451,6 @@ class Runtime:
                 members=tuple(member.name for member in self.members),
             )
         )
-
-    async def _pulled(self, peer: Peer, message: Pull, attachments: Sequence[memoryview]) -> Reply:
-        del peer, attachments
-        slot = None if message.group == JOURNAL_GROUP else self.sync.slot(message.group)
-        position = self.journal_store.position if slot is None else slot.position
-        refused = self.contact.judge(message, position)
-        if refused is not None:
-            return Reply(refused)
-        if message.group == JOURNAL_GROUP:
-            if not isinstance(self.journal, LeadingJournal):
-                raise errors.NotLeader(f"{self.name} does not lead the journal", leader=self.address_of(self.first))
-            reply, rows = await self.journal.answer(message)
-            return Reply(reply, rows)
-        answer = await self.sync.pulled(message)
-        return Reply(answer.reply, answer.attachments)
-
-    async def _fetched(self, peer: Peer, message: Fetch, attachments: Sequence[memoryview]) -> Reply:
-        del peer, attachments
-        if message.group == JOURNAL_GROUP:
-            reply, rows = await entries_after(self.journal_store, message.position, self.contact)
-            return Reply(reply, rows)
-        answer = await self.sync.fetched(message)
-        return Reply(answer.reply, answer.attachments)
-
-    async def _proposed(self, peer: Peer, message: Propose, attachments: Sequence[memoryview]) -> Reply:
-        del peer, attachments
-        if not self.leads:
-            raise errors.NotLeader(f"{self.name} does not lead the journal", leader=self.address_of(self.first))
-        index = await self.journal.propose(Command(message.kind, message.body), timeout_s=min(message.timeout_s, 600.0))
-        return Reply(Proposed(index))
-
-    async def _copied(self, peer: Peer, message: Copy) -> AsyncIterator[bytes]:
-        del peer
-        async for item in self.sync.copy_stream(message):
-            yield item
-
-    async def _asked_states(self, peer: Peer, message: ReplicaStates, attachments: Sequence[memoryview]) -> Reply:
-        del peer, attachments
-        return Reply(self.own_states(message.table))
 
     # --- status ------------------------------------------------------------------------------------------------------
 

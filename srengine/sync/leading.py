@@ -272,8 +272,12 @@ class TabletLeader:
 
     def distrust(self, reason: str) -> None:
         """Take note that the disk turned out to be an older state."""
+        serving = self.driver.machine.serving
         self.slot.trusted = False
         self.driver.step(lm.Distrusted(reason))
+        if serving:
+            # Too late to wait for the others: what is served is what counts from here on. The alarm has been raised.
+            self._spawn(self._stamp_when_serving(), f"stamp {self.slot.spec.tablet_id}")
 
     async def _recover(self, effect: lm.Recover) -> Position:
         self.recovered_from = effect.replica
