@@ -5,7 +5,8 @@ Three clocks, never mixed:
 * `Clock.monotonic_s`: for durations inside one process (time-outs, back-off);
 * `Clock.boottime_s`: like it, but goes on while the machine sleeps: everything that is promised to somebody else
   (contact, staleness, leases) is measured by it, because a paused process must not believe that no time passed;
-* `Clock.wall_ms`: for people and for the hybrid clock only. No decision about who leads or what is current reads it.
+* `Clock.wall_ms`: for people. No decision about who leads or what is current reads it; the hybrid clock of records is
+  the tablet kernel's.
 
 Machines get time as a value in ``tick(now)``; services take a `Clock`, so that tests hand in a `ManualClock`.
 """
@@ -13,10 +14,7 @@ Machines get time as a value in ``tick(now)``; services take a `Clock`, so that 
 from __future__ import annotations
 
 import time
-from typing import Final, Protocol
-
-_COUNTER_BITS: Final = 16
-_WALL_MS_MAX: Final = (1 << 47) - 1
+from typing import Protocol
 
 
 class Clock(Protocol):
@@ -81,37 +79,3 @@ class ManualClock:
     def set_wall_ms(self, wall_ms: int) -> None:
         """Let the wall clock jump; the others do not notice."""
         self._wall_ms = wall_ms
-
-
-class HybridClock:
-    """Wall milliseconds with a counter below, as one 64-bit number that only grows.
-
-    ``wall_ms << 16 | counter``: readable as time, ordered as events. When the wall clock stands or goes back, the
-    counter goes on, so a later call always returns a larger number; a full counter borrows the next millisecond.
-
-    >>> clock = HybridClock(ManualClock(wall_ms=5))
-    >>> clock.next() == 5 << 16, clock.next() == (5 << 16) + 1
-    (True, True)
-    >>> clock.observe(9 << 16)
-    >>> clock.next() == (9 << 16) + 1
-    True
-    """
-
-    def __init__(self, clock: Clock, last: int = 0) -> None:
-        self._clock = clock
-        self._last = last
-
-    @property
-    def last(self) -> int:
-        """The largest number given out or observed."""
-        return self._last
-
-    def next(self) -> int:
-        """Return a number above all that were given out or observed."""
-        wall = min(self._clock.wall_ms(), _WALL_MS_MAX) << _COUNTER_BITS
-        self._last = max(wall, self._last + 1)
-        return self._last
-
-    def observe(self, value: int) -> None:
-        """Take note of a number from elsewhere (the last one in a tablet)."""
-        self._last = max(self._last, value)
