@@ -8,7 +8,7 @@ Three clocks, never mixed:
 * `Clock.wall_ms`: for people. No decision about who leads or what is current reads it; the hybrid clock of records is
   the tablet kernel's.
 
-Machines get time as a value in ``tick(now)``; services take a `Clock`, so that tests hand in a `ManualClock`.
+Machines get time as a value in ``tick(now)``; services take a `Clock`.
 """
 
 from __future__ import annotations
@@ -49,33 +49,3 @@ class SystemClock:
     def wall_ms(self) -> int:
         """See `Clock.wall_ms`."""
         return time.time_ns() // 1_000_000
-
-
-class ManualClock:
-    """A clock that moves only when told to; for tests and simulations."""
-
-    def __init__(self, start_s: float = 1000.0, wall_ms: int = 1_700_000_000_000) -> None:
-        self._now_s = start_s
-        self._wall_ms = wall_ms
-
-    def monotonic_s(self) -> float:
-        """See `Clock.monotonic_s`."""
-        return self._now_s
-
-    def boottime_s(self) -> float:
-        """See `Clock.boottime_s`."""
-        return self._now_s
-
-    def wall_ms(self) -> int:
-        """See `Clock.wall_ms`."""
-        return self._wall_ms
-
-    def advance(self, seconds: float) -> None:
-        """Move all clocks on."""
-        assert seconds >= 0, seconds
-        self._now_s += seconds
-        self._wall_ms += int(seconds * 1000)
-
-    def set_wall_ms(self, wall_ms: int) -> None:
-        """Let the wall clock jump; the others do not notice."""
-        self._wall_ms = wall_ms
