@@ -42,7 +42,7 @@ def test_a_replica_with_another_history_is_named(nodes: Nodes, asker: Asker, mea
     # At an end of an entry the leader sees it, inside of one the replica, when the delta does not reach its root.
     alarms = [alarm for node in asker.status(one)["nodes"] for alarm in node["alarms"]]
     assert any("diverged" in alarm.lower() for alarm in alarms), alarms
-    with pytest.raises(errors.NotReady, match="(?i)diverged"):
+    with pytest.raises(errors.NotReady, match=r"(?i)diverged"):
         asker.read(three.address, TABLE, [b"forged"], consistency="local", timeout_s=0.5)
     assert asker.read(three.address, TABLE, [b"forged"]) == {b"forged": None}
     asker.write(one, TABLE, numbered(200, 210))
