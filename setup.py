@@ -33,7 +33,10 @@ C_FLAGS = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", "-pthread", "-UNDE
 # LMDB keeps its asserts: a page that breaks them stops the process instead of the data.
 LMDB_FLAGS = [*C_FLAGS, "-w"]
 # Cython's generated code, not ours, triggers these.
-KERNEL_FLAGS = [*C_FLAGS, "-Wno-unused-function", "-Wno-sign-compare", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS = [
+    *C_FLAGS,
+    *("-Wno-unused-function", "-Wno-sign-compare", "-Wno-maybe-uninitialized", "-Wno-alloc-size-larger-than"),
+]
 XXHASH_MACROS = [("XXH_INLINE_ALL", "1"), ("XXH_STATIC_LINKING_ONLY", "1")]
 DIRECTIVES = {
     "language_level": 3,

@@ -74,6 +74,7 @@ def bench_rejoin_after_kill(
             return replica(cluster, AWAY)
 
         state = benchmark.pedantic(come_back, rounds=1, iterations=1)
+    assert state["path"] in {"log", "delta"}, state
     least = missed * (KEY_BYTES + VALUE_BYTES + ROW_BYTES)
     report(
         Row(

@@ -91,7 +91,7 @@ def bench_together(
 
     items = list(make())
     with Server(items, make, secure=False) as server:
-        race(benchmark, all_of_it, {"write": write, "ship": ship, "apply": apply}, rounds=min(3, sizes.rounds))
+        race(benchmark, all_of_it, {"write": write, "ship": ship, "apply": apply}, rounds=min(5, sizes.rounds))
     slowest = [max(each) for each in zip(*stages.values(), strict=True)]
     ratios = sorted(wall / stage for wall, stage in zip(together, slowest, strict=True))
     middle = len(ratios) // 2

@@ -27,17 +27,21 @@ def build(*, force: bool = False) -> None:
 
     place = ROOT / "build" / "vendor"
     vendor_dir = os.environ.get("SRENGINE_VENDOR_DIR") or None
-    lmdb = vendor.vendor(vendor.LMDB, place, vendor_dir)
-    xxhash = vendor.vendor(vendor.XXHASH, place, vendor_dir)
+    system_libs = os.environ.get("SRENGINE_SYSTEM_LIBS", "") not in {"", "0"}
     before = Path.cwd()
     os.chdir(ROOT)
     try:
         (extension,) = cythonize(
             [Extension("benchmarks._reference", [str(SOURCE)])], build_dir="build/cython", quiet=True, force=force
         )
-        # NB: only relative sources end up below build/; absolute ones would scatter objects over the disk.
-        extension.sources += [os.path.relpath(lmdb / name, ROOT) for name in ("mdb.c", "midl.c")]
-        extension.include_dirs += [str(lmdb), str(xxhash)]
+        if system_libs:
+            extension.libraries += ["lmdb"]
+        else:
+            lmdb = vendor.vendor(vendor.LMDB, place, vendor_dir)
+            xxhash = vendor.vendor(vendor.XXHASH, place, vendor_dir)
+            # NB: only relative sources end up below build/; absolute ones would scatter objects over the disk.
+            extension.sources += [os.path.relpath(lmdb / name, ROOT) for name in ("mdb.c", "midl.c")]
+            extension.include_dirs += [str(lmdb), str(xxhash)]
         extension.define_macros += [("XXH_INLINE_ALL", "1"), ("XXH_STATIC_LINKING_ONLY", "1")]
         extension.extra_compile_args += C_FLAGS
         extension.extra_link_args += ["-pthread"]

@@ -43,14 +43,14 @@ class Receiver:
     async def _connect(self, address: str, key: bytes) -> Endpoint:
         endpoint = Endpoint(Identity(keys=new_key_pair() if key else None))
         self.channel = endpoint.channel(address, port="bulk", server_key=key or None)
-        async for _ in self.channel.stream(Prepared(0), timeout_s=STREAM_S_MAX):
+        async for _ in self.channel.stream(Prepared(0), timeout_s=STREAM_S_MAX, proved=True):
             pass
         return endpoint
 
     async def read(self, message: msgspec.Struct, take: Callable[[memoryview], object] | None) -> None:
         """Read a whole stream; ``take`` each item in another thread, in order."""
         loop = asyncio.get_running_loop()
-        async for item in self.channel.stream(message, timeout_s=STREAM_S_MAX):
+        async for item in self.channel.stream(message, timeout_s=STREAM_S_MAX, proved=True):
             if take is not None:
                 await loop.run_in_executor(None, take, item)
 

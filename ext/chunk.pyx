@@ -314,7 +314,7 @@ def join(bytes head not None, stored):
 
 
 def measure(fixed):
-    """Return (head bytes, stored bytes) as declared, checked against limits; see chunk.pyi."""
+    """Return (head bytes, stored bytes, raw bytes) as declared, checked against limits; see chunk.pyi."""
     cdef Py_buffer view
     cdef Head head
     cdef int answer
@@ -325,32 +325,33 @@ def measure(fixed):
         answer = read_fixed(<const uint8_t *>view.buf, &head)
         if answer != HEAD_OK:
             refuse(answer, <const uint8_t *>view.buf)
-        return FIXED + head.after_bytes + head.last_bytes, head.stored_bytes
+        return FIXED + head.after_bytes + head.last_bytes, head.stored_bytes, head.raw_bytes
     finally:
         PyBuffer_Release(&view)
 
 
-def read_head(data):
+def read_head(head not None):
     """Decode a whole head; see chunk.pyi."""
     cdef Py_buffer view
-    cdef Head head
+    cdef Head fields
     cdef const char *start
     cdef int answer
-    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    PyObject_GetBuffer(head, &view, PyBUF_SIMPLE)
     try:
         start = <const char *>view.buf
         if view.len < FIXED:
             raise SnapshotDamaged("an item of a snapshot is shorter than its head", bytes=view.len)
-        answer = read_fixed(<const uint8_t *>start, &head)
+        answer = read_fixed(<const uint8_t *>start, &fields)
         if answer != HEAD_OK:
             refuse(answer, <const uint8_t *>start)
-        if <size_t>view.len < <size_t>FIXED + head.after_bytes + head.last_bytes:
+        if <size_t>view.len < <size_t>FIXED + fields.after_bytes + fields.last_bytes:
             raise SnapshotDamaged("an item of a snapshot is shorter than its head", bytes=view.len)
         return (
-            head.kind, head.encoding, head.flags, head.ordinal, head.raw_bytes, head.stored_bytes, head.row_count,
-            PyBytes_FromStringAndSize(start + FIXED, head.after_bytes),
-            PyBytes_FromStringAndSize(start + FIXED + head.after_bytes, head.last_bytes),
-            head.view_sequence, head.after_sequence, head.last_sequence,
+            fields.kind, fields.encoding, fields.flags, fields.ordinal,
+            fields.raw_bytes, fields.stored_bytes, fields.row_count,
+            PyBytes_FromStringAndSize(start + FIXED, fields.after_bytes),
+            PyBytes_FromStringAndSize(start + FIXED + fields.after_bytes, fields.last_bytes),
+            fields.view_sequence, fields.after_sequence, fields.last_sequence,
             PyBytes_FromStringAndSize(start + SNAPSHOT_AT, 16),
             PyBytes_FromStringAndSize(start + SOURCE_AT, 16),
             PyBytes_FromStringAndSize(start + DIGEST_AT, 16),

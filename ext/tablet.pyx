@@ -26,12 +26,11 @@ It does no policy and no logging, and knows no replicas: `srengine.storage.table
 from cpython.bytes cimport (
     PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringAndSize, PyBytes_GET_SIZE, _PyBytes_Resize,
 )
-from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc cimport errno
-from libc.errno cimport EDQUOT, EFBIG, EIO, ENOENT, ENOSPC
+from libc.errno cimport EDQUOT, EFBIG, EIO, ENOMEM, ENOSPC
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove, memset, strncpy
 
@@ -349,7 +348,6 @@ cdef class Environment:
         cdef int rc
         cdef unsigned int flags
         cdef const char *where
-        cdef bytes seed
         if self.env is not NULL:
             raise errors.Error("an environment is opened once")
         failure.code = 0
@@ -479,13 +477,20 @@ cdef class Environment:
         cdef ReaderLink *link
         with nogil:
             pthread_mutex_lock(&self.queue_lock)
+            if self.is_closed:
+                # Another thread closes it at this moment.
+                pthread_mutex_unlock(&self.queue_lock)
+                return
             self.is_closed = True
             while self.writer_active:
                 sr_wait_ms(&self.unpinned, &self.queue_lock, 1)
             link = self.readers
             while link is not NULL:
-                while link.busy:
+                if link.busy:
+                    # NB: whoever uses it may free it while we wait, and its neighbours go, too: begin again.
                     pthread_cond_wait(&self.unpinned, &self.queue_lock)
+                    link = self.readers
+                    continue
                 if link.txn is not NULL:
                     mdb_txn_abort(link.txn)
                     link.txn = NULL
@@ -819,7 +824,7 @@ cdef class Environment:
         if count == 0:
             return []
         memset(&job, 0, sizeof(Submission))
-        for kind, body, session, number, argument in entries:
+        for kind, body, session, _number, _argument in entries:
             if kind not in (BATCH, OPEN_SESSION, PURGE):
                 raise errors.InvalidValue(f"unknown kind of entry {kind!r}")
             if session is not None and len(session) not in (0, 16):
@@ -1099,9 +1104,9 @@ def with_check(bytes name not None, bytes value not None):
 
 def check_row(bytes name not None, bytes stored not None):
     """Return the value of a stored meta row; raises CorruptionError if its check fails."""
-    if len(stored) < 4 or with_check(name, stored[:-4]) != stored:
+    if len(stored) < 4 or with_check(name, stored[: len(stored) - 4]) != stored:
         raise errors.CorruptionError(f"meta row {name!r} is damaged", what="meta row")
-    return stored[:-4]
+    return stored[: len(stored) - 4]
 
 
 include "tablet_reader.pxi"

@@ -109,6 +109,38 @@ cdef int find_page(Environment env, MDB_txn *txn, const uint8_t *start, size_t s
     return rc
 
 
+cdef MDB_cursor *scout_open(MDB_txn *txn, MDB_dbi database, const MDB_val *key) noexcept nogil:
+    """Return a second cursor for a walk that begins at ``key``, or NULL: see `scout_on`."""
+    cdef MDB_cursor *scout = NULL
+    cdef MDB_val name = key[0]
+    if mdb_cursor_open(txn, database, &scout) != 0:
+        return NULL
+    if mdb_cursor_get(scout, &name, NULL, MDB_SET_KEY) != 0:
+        mdb_cursor_close(scout)
+        return NULL
+    sr_prefetch_page(key.mv_data)
+    return scout
+
+
+cdef inline void scout_on(MDB_cursor *scout, bint *going) noexcept nogil:
+    """Move the scout to the leaf behind its own and ask for all of that leaf; at the end it stops ``going``.
+
+    A walk calls this for each leaf that it enters. Only a leaf's neighbour knows where the leaf is, so without a scout a
+    walk stands still at each one until memory answers. What goes wrong here goes wrong in the walk too, and is told there.
+    """
+    cdef MDB_val key
+    cdef size_t page = 0
+    while going[0]:
+        if mdb_cursor_get(scout, &key, NULL, MDB_NEXT) != 0:
+            going[0] = False
+            return
+        if page == 0:
+            page = <size_t>key.mv_data >> 12
+        elif <size_t>key.mv_data >> 12 != page:
+            sr_prefetch_page(key.mv_data)
+            return
+
+
 cdef int rows_in_key_order(Environment env, MDB_txn *txn, const uint8_t *after, size_t after_bytes, uint8_t *out,
                            size_t room, size_t *used, size_t *count, uint8_t *last, size_t *last_bytes, size_t *needed,
                            bint *done, Failure *failure) noexcept nogil:
@@ -118,6 +150,8 @@ cdef int rows_in_key_order(Environment env, MDB_txn *txn, const uint8_t *after, 
     cdef Header header
     cdef size_t size
     cdef size_t page = 0
+    cdef MDB_cursor *scout = NULL
+    cdef bint going
     cdef const uint8_t *last_key = NULL
     cdef size_t last_size = 0
     cdef int rc
@@ -134,10 +168,13 @@ cdef int rows_in_key_order(Environment env, MDB_txn *txn, const uint8_t *after, 
             rc = mdb_cursor_get(cursor, &key, &data, MDB_NEXT)
     else:
         rc = mdb_cursor_get(cursor, &key, &data, MDB_FIRST)
+    if rc == 0:
+        scout = scout_open(txn, env.records, &key)
+    going = scout is not NULL
     while rc == 0:
         if <size_t>key.mv_data >> 12 != page:
             page = <size_t>key.mv_data >> 12
-            sr_prefetch_page(key.mv_data)
+            scout_on(scout, &going)
         if not record_read(<const uint8_t *>key.mv_data, key.mv_size, <const uint8_t *>data.mv_data, data.mv_size,
                            &header):
             rc = fail(failure, CODE_CORRUPT, b"record", <const uint8_t *>key.mv_data, key.mv_size)
@@ -155,6 +192,8 @@ cdef int rows_in_key_order(Environment env, MDB_txn *txn, const uint8_t *after, 
     if count[0]:
         memcpy(last, last_key, last_size)
         last_bytes[0] = last_size
+    if scout is not NULL:
+        mdb_cursor_close(scout)
     mdb_cursor_close(cursor)
     if rc == MDB_NOTFOUND:
         done[0] = True
@@ -251,11 +290,17 @@ cdef class Reader:
                     link.following.previous = link
                 environment.readers = link
                 environment.pinned += 1
+                # Nobody expires it, or closes the tablet, while its state is being read.
+                link.busy = True
             pthread_mutex_unlock(&environment.queue_lock)
             if rc == 0:
                 sr_enter(environment.marker)
                 rc = read_state(environment, link.txn, &self.state, &failure)
                 sr_enter(NULL)
+                pthread_mutex_lock(&environment.queue_lock)
+                link.busy = False
+                pthread_cond_broadcast(&environment.unpinned)
+                pthread_mutex_unlock(&environment.queue_lock)
         self.link = link
         if rc != 0:
             if failure.code == 0:
@@ -264,10 +309,13 @@ cdef class Reader:
             raise_failure(environment, &failure)
 
     def __dealloc__(self):
+        # NB: the link lives as long as the object: another thread may be about to enter a reader that is being closed.
         self.close()
+        if self.environment is not None and self.environment.generation == sr_generation:
+            free(self.link)
 
     def close(self):
-        """Release the reader; may be called twice."""
+        """Release the reader; may be called twice, from any thread."""
         cdef ReaderLink *link = self.link
         cdef Environment env = self.environment
         if link is NULL or env is None or env.generation != sr_generation:
@@ -276,29 +324,30 @@ cdef class Reader:
             pthread_mutex_lock(&env.queue_lock)
             while link.busy:
                 pthread_cond_wait(&env.unpinned, &env.queue_lock)
-            if link.txn is not NULL:
-                mdb_txn_abort(link.txn)
-                env.pinned -= 1
-            if link.previous is not NULL:
-                link.previous.following = link.following
-            elif env.readers == link:
-                env.readers = link.following
-            if link.following is not NULL:
-                link.following.previous = link.previous
-            if env.pinned == 0:
-                pthread_cond_broadcast(&env.unpinned)
+            if not link.is_closed:
+                link.is_closed = True
+                if link.txn is not NULL:
+                    mdb_txn_abort(link.txn)
+                    link.txn = NULL
+                    env.pinned -= 1
+                if link.previous is not NULL:
+                    link.previous.following = link.following
+                elif env.readers == link:
+                    env.readers = link.following
+                if link.following is not NULL:
+                    link.following.previous = link.previous
+                if env.pinned == 0:
+                    pthread_cond_broadcast(&env.unpinned)
             pthread_mutex_unlock(&env.queue_lock)
-        self.link = NULL
-        free(link)
 
     cdef MDB_txn *begin(self) except NULL:
         """Enter a call: the reader cannot be expired until `end`. One call at a time; a second waits."""
         cdef ReaderLink *link = self.link
         cdef Environment env = self.environment
         cdef bint expired
+        env.check_usable()
         if link is NULL:
             raise errors.Closed("the view is closed")
-        env.check_usable()
         with nogil:
             pthread_mutex_lock(&env.queue_lock)
             while link.busy:
@@ -310,6 +359,8 @@ cdef class Reader:
                 link.busy = True
             pthread_mutex_unlock(&env.queue_lock)
         if expired:
+            if link.is_closed:
+                raise errors.Closed("the view is closed")
             raise errors.ViewExpired(f"the view is older than its maximum age of {link.ms_max} ms",
                                      age_ms_max=link.ms_max)
         sr_enter(env.marker)

@@ -23,6 +23,7 @@ cdef extern from *:
     #include <pthread.h>
     #include <signal.h>
     #include <string.h>
+    #include <sys/mman.h>
     #include <time.h>
     #include <unistd.h>
 
@@ -62,6 +63,14 @@ cdef extern from *:
         return pthread_atfork(NULL, NULL, sr_forked);
     }
 
+    /* Is there address space for a map of this size? LMDB gives the old map up before it asks for the new one. */
+    static int sr_can_map(size_t size) {
+        void *probe = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (probe == MAP_FAILED) return 0;
+        munmap(probe, size);
+        return 1;
+    }
+
     static unsigned long long sr_now_ms(void) {
         struct timespec now;
         clock_gettime(CLOCK_MONOTONIC, &now);
@@ -87,6 +96,7 @@ cdef extern from *:
     void sr_enter(const char *marker) noexcept nogil
     int sr_process_setup() noexcept nogil
     void sr_write_marker(const char *path, const char *text) noexcept nogil
+    bint sr_can_map(size_t size) noexcept nogil
     uint64_t sr_now_ms() noexcept nogil
     uint64_t sr_wall_ms() noexcept nogil
     void sr_wait_ms(pthread_cond_t *condition, pthread_mutex_t *lock, unsigned long ms) noexcept nogil
@@ -151,9 +161,14 @@ cdef void expire_readers(Environment env) noexcept nogil:
 
 
 cdef int grow(Environment env, bint wait) noexcept nogil:
-    """Double the map. Without ``wait`` only if no reader is pinned at this instant."""
+    """Double the map. Without ``wait`` only if no reader is pinned at this instant.
+
+    ENOMEM without address space for it; the map then stays as it is.
+    """
     cdef size_t wanted = 2 * env.map_bytes
     cdef int rc
+    if not sr_can_map(wanted):
+        return ENOMEM
     pthread_mutex_lock(&env.queue_lock)
     expire_readers(env)
     if env.pinned and not wait:
@@ -165,6 +180,9 @@ cdef int grow(Environment env, bint wait) noexcept nogil:
         expire_readers(env)
     pthread_mutex_lock(&env.map_lock)
     rc = mdb_env_set_mapsize(env.env, wanted)
+    if rc == ENOMEM:
+        # Lost to another thread after all. The old map is gone, too: this process is done with the tablet.
+        env.fence = ENOMEM
     if rc == 0:
         env.map_bytes = wanted
         env.grown += 1
@@ -203,8 +221,9 @@ cdef int run(Environment env, Submission *job) noexcept nogil:
             rc = grow(env, True)
             if rc == 0:
                 continue
-            fence(env, rc)
-            return fail(&job.failure, rc, b"growing the map", NULL, 0)
+            if rc != ENOMEM:
+                fence(env, rc)
+                return fail(&job.failure, rc, b"growing the map", NULL, 0)
         break
     if rc == 0:
         env.disk_full = False
@@ -215,11 +234,14 @@ cdef int run(Environment env, Submission *job) noexcept nogil:
         mdb_env_info(env.env, &info)
         if (info.me_last_pgno + 1) * 4096 > env.map_bytes // 4 * 3:
             rc = grow(env, False)
-            if rc != 0:
+            if rc != 0 and rc != ENOMEM:
                 fence(env, rc)
             rc = 0
     elif is_space(rc):
         env.disk_full = True
+    elif rc == ENOMEM:
+        # The transaction is taken back; nothing is wrong with the disk.
+        rc = job.failure.code = CODE_NO_MEMORY
     elif rc > 0 or rc == MDB_PANIC:
         # An errno out of LMDB: the kernel may have marked pages clean that never reached the disk.
         fence(env, rc)

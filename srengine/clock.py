@@ -3,20 +3,18 @@
 Three clocks, never mixed:
 
 * `Clock.monotonic_s`: for durations inside one process (time-outs, back-off);
-* `Clock.boottime_s`: like it, but goes on while the machine sleeps: everything that is promised to somebody else (contact,
-  staleness, leases) is measured by it, because a paused process must not believe that no time passed;
-* `Clock.wall_ms`: for people and for the hybrid clock only. No decision about who leads or what is current reads it.
+* `Clock.boottime_s`: like it, but goes on while the machine sleeps: everything that is promised to somebody else
+  (contact, staleness, leases) is measured by it, because a paused process must not believe that no time passed;
+* `Clock.wall_ms`: for people. No decision about who leads or what is current reads it; the hybrid clock of records is
+  the tablet kernel's.
 
-Machines get time as a value in ``tick(now)``; services take a `Clock`, so that tests hand in a `ManualClock`.
+Machines get time as a value in ``tick(now)``; services take a `Clock`.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Final, Protocol
-
-_COUNTER_BITS: Final = 16
-_WALL_MS_MAX: Final = (1 << 47) - 1
+from typing import Protocol
 
 
 class Clock(Protocol):
@@ -39,73 +37,15 @@ class SystemClock:
     """The machine's clocks."""
 
     def monotonic_s(self) -> float:
+        """See `Clock.monotonic_s`."""
         return time.monotonic()
 
     def boottime_s(self) -> float:
+        """See `Clock.boottime_s`."""
         if hasattr(time, "CLOCK_BOOTTIME"):
             return time.clock_gettime(time.CLOCK_BOOTTIME)
         return time.monotonic()
 
     def wall_ms(self) -> int:
+        """See `Clock.wall_ms`."""
         return time.time_ns() // 1_000_000
-
-
-class ManualClock:
-    """A clock that moves only when told to; for tests and simulations."""
-
-    def __init__(self, start_s: float = 1000.0, wall_ms: int = 1_700_000_000_000) -> None:
-        self._now_s = start_s
-        self._wall_ms = wall_ms
-
-    def monotonic_s(self) -> float:
-        return self._now_s
-
-    def boottime_s(self) -> float:
-        return self._now_s
-
-    def wall_ms(self) -> int:
-        return self._wall_ms
-
-    def advance(self, seconds: float) -> None:
-        """Move all clocks on."""
-        assert seconds >= 0, seconds
-        self._now_s += seconds
-        self._wall_ms += int(seconds * 1000)
-
-    def set_wall_ms(self, wall_ms: int) -> None:
-        """Let the wall clock jump; the others do not notice."""
-        self._wall_ms = wall_ms
-
-
-class HybridClock:
-    """Wall milliseconds with a counter below, as one 64-bit number that only grows.
-
-    ``wall_ms << 16 | counter``: readable as time, ordered as events. When the wall clock stands or goes back, the counter
-    goes on, so a later call always returns a larger number; a full counter borrows the next millisecond.
-
-    >>> clock = HybridClock(ManualClock(wall_ms=5))
-    >>> clock.next() == 5 << 16, clock.next() == (5 << 16) + 1
-    (True, True)
-    >>> clock.observe(9 << 16)
-    >>> clock.next() == (9 << 16) + 1
-    True
-    """
-
-    def __init__(self, clock: Clock, last: int = 0) -> None:
-        self._clock = clock
-        self._last = last
-
-    @property
-    def last(self) -> int:
-        """The largest number given out or observed."""
-        return self._last
-
-    def next(self) -> int:
-        """Return a number above all that were given out or observed."""
-        wall = min(self._clock.wall_ms(), _WALL_MS_MAX) << _COUNTER_BITS
-        self._last = max(wall, self._last + 1)
-        return self._last
-
-    def observe(self, value: int) -> None:
-        """Take note of a number from elsewhere (the last one in a tablet)."""
-        self._last = max(self._last, value)

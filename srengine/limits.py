@@ -65,12 +65,18 @@ ENVELOPES_BYTES_TARGET: Final = 64 * KIB
 """No further message joins a frame that has grown to this."""
 ATTACHMENTS_MAX: Final = 64
 REQUESTS_IN_FLIGHT_MAX: Final = 512
-"""Unanswered requests of one connection; the caller queues what is more. Times PART_BYTES_MAX: what may come unasked."""
+"""Unanswered requests of one connection; the caller queues what is more. Times PART_BYTES_MAX: what may come
+unasked.
+"""
 CONNECTION_BYTES_MAX: Final = ENTRY_BYTES_MAX
 """Attachments of one connection held in memory; more is granted when there is room."""
 ENDPOINT_BYTES_MAX: Final = 2 * CONNECTION_BYTES_MAX
 FAILURE_BYTES_MAX: Final = 16 * KIB
 """Sentence and facts of an error on the wire; longer ones are cut."""
+UNREAD_BYTES_MAX: Final = 192 * MIB
+"""Bytes of one connection that the kernel has taken in and no whole frame has brought to us; beyond it the connection
+is closed. ZeroMQ counts whole messages only: one that never ends would fill the memory.
+"""
 CONNECTIONS_MAX: Final = 256
 """Accepted connections of one port, half-done handshakes included; beyond it new ones are closed at once."""
 REQUEST_WINDOW: Final = 4096
@@ -123,7 +129,8 @@ FAILED_KEYS_NAMED_MAX: Final = 100
 
 assert EXCHANGE_CELLS_MAX * 30 <= EXCHANGE_BYTES_MAX, (EXCHANGE_CELLS_MAX, EXCHANGE_BYTES_MAX)
 assert EXCHANGE_BYTES_MAX <= CONNECTION_BYTES_MAX, (EXCHANGE_BYTES_MAX, CONNECTION_BYTES_MAX)
-assert KEY_BYTES_MIN >= 1 and KEY_BYTES_MAX <= 511, (KEY_BYTES_MIN, KEY_BYTES_MAX)
+assert KEY_BYTES_MIN >= 1, KEY_BYTES_MIN
+assert KEY_BYTES_MAX <= 511, KEY_BYTES_MAX
 assert ENTRY_BYTES_MAX >= VALUE_BYTES_MAX + 64 * KIB, (ENTRY_BYTES_MAX, VALUE_BYTES_MAX)
 assert CHUNK_BYTES_MAX >= VALUE_BYTES_MAX + KEY_BYTES_MAX, (CHUNK_BYTES_MAX, VALUE_BYTES_MAX)
 assert CHUNK_BYTES_TARGET <= CHUNK_BYTES_MAX, (CHUNK_BYTES_TARGET, CHUNK_BYTES_MAX)
@@ -145,14 +152,18 @@ STALENESS_S_MAX: Final = 3.0
 CONTACT_S: Final = 3.0
 """A node not heard of for longer does not count as reachable."""
 DUPLICATE_PATIENCE_S: Final = 9.0
-"""How long a node that seems to be a copy of a living one keeps asking before it gives up: its predecessor may have just died."""
+"""How long a node that seems to be a copy of a living one keeps asking before it gives up: its predecessor may have
+just died.
+"""
 START_GRACE_S: Final = 1.0
 """A leader that knows enough waits this long for the rest: one that knows better may just be starting."""
 HALT_RETRY_S: Final = 1.0
 """A replica that was refused (diverged, foreign) or that failed asks again after this."""
 
 ASK_RETRY_S: Final = 0.2
-"""Pause after a question that got no answer."""
+"""Pause after a question that got no answer; doubled for each further one in a row, so that many tablets do not
+spin."""
+ASK_RETRY_DOUBLINGS_MAX: Final = 3
 
 # --- admission -------------------------------------------------------------------------------------------------------
 WRITE_QUEUE_BYTES_MAX: Final = 256 * MIB
@@ -176,3 +187,5 @@ assert BODY_BYTES_MAX + ENVELOPES_BYTES_TARGET + 64 * KIB <= CLIENT_FRAME_BYTES_
     CLIENT_FRAME_BYTES_MAX,
 )
 assert CONNECTION_BYTES_MAX >= ENTRY_BYTES_MAX, (CONNECTION_BYTES_MAX, ENTRY_BYTES_MAX)
+assert UNREAD_BYTES_MAX >= REQUESTS_IN_FLIGHT_MAX * PART_BYTES_MAX + 32 * MIB, (UNREAD_BYTES_MAX, PART_BYTES_MAX)
+assert UNREAD_BYTES_MAX >= 2 * CREDIT_FRAMES * BULK_FRAME_BYTES_MAX, (UNREAD_BYTES_MAX, BULK_FRAME_BYTES_MAX)

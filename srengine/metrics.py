@@ -1,8 +1,8 @@
 """Counters and gauges of one process: plain numbers under stable names, rendered by others.
 
-Names follow ``srengine_<subsystem>_<noun>_<unit>[_total]``; labels are a fixed set of key words for each name. A counter
-only grows; a gauge is set. Adding is a dictionary operation on one thread or under the interpreter lock: cheap enough for
-every request, not for every record (kernels count themselves).
+Names follow ``srengine_<subsystem>_<noun>_<unit>[_total]``; labels are a fixed set of key words for each name. A
+counter only grows; a gauge is set. Adding is a dictionary operation on one thread or under the interpreter lock: cheap
+enough for every request, not for every record (kernels count themselves).
 """
 
 from __future__ import annotations

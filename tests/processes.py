@@ -6,7 +6,7 @@ condition, and only processes that were started here are ever signalled.
 Example::
 
     with Nodes(tmp_path, 3) as nodes:
-        nodes.start_all()                      # bootstraps, waits for all ready lines
+        nodes.start_all()  # bootstraps, waits for all ready lines
         nodes["node-3"].kill()
         nodes["node-3"].start().wait_ready()
 """
@@ -30,6 +30,7 @@ from typing import Any, Self
 
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
+COMMAND = [sys.executable, "-m", "srengine", "node", "start"]
 ROOT = Path(__file__).resolve().parent.parent
 
 _handed_out: set[int] = set()
@@ -87,8 +88,8 @@ class NodeProcess:
     def start(self, *more: str) -> Self:
         """Start the process; does not wait (see `wait_ready`)."""
         assert self.process is None or self.process.poll() is not None, (self.name, "is running")
-        command = [sys.executable, "-m", "srengine", "node", "start", "--name", self.name, "--data", str(self.data)]
-        command += ["--listen", self.address, *self.arguments, *more]
+        command = [*COMMAND, "--name", self.name, "--data", str(self.data), "--listen", self.address]
+        command += [*self.arguments, *more]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -169,7 +170,9 @@ class NodeProcess:
 class Nodes:
     """``count`` nodes node-1 .. node-N of one cluster under ``directory``; whatever still runs is killed at the end."""
 
-    def __init__(self, directory: Path, count: int = 3, *, cluster: str = "test", arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self, directory: Path, count: int = 3, *, cluster: str = "test", arguments: Sequence[str] = ()
+    ) -> None:
         names = [f"node-{number}" for number in range(1, count + 1)]
         ports = {name: free_ports() for name in names}
         self.initial = ",".join(f"{name}=tcp://127.0.0.1:{ports[name]}" for name in names)

@@ -22,6 +22,8 @@ def main() -> int:
         print(f"ext/{name}.pyx: there is no stub srengine/_native/{name}.pyi")
     modules = [f"srengine._native.{name}" for name in kernels if name not in missing] + ["srengine._native.build_info"]
     command = [sys.executable, "-m", "mypy.stubtest", "--concise", "--mypy-config-file", "pyproject.toml"]
+    # Every cdef class is one; no stub of ours is for subclassing several of them.
+    command += ["--ignore-disjoint-bases"]
     command += ["--allowlist", str(ALLOWED), "--ignore-unused-allowlist", *modules]
     done = subprocess.run(command, check=False, cwd=ROOT)
     return 1 if missing else done.returncode

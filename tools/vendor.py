@@ -57,6 +57,7 @@ class Source:
 
     ``members`` maps names inside the archive, below its top directory, to names in the vendored directory.
     ``patches`` says where the archive keeps patches (a directory below the top) and which engine's list to follow.
+    ``edits`` are our own changes after that: (file, regular expression, replacement, how often it must match).
     """
 
     name: str
@@ -66,6 +67,7 @@ class Source:
     patches: str | None = None
     patch_engine: str | None = None
     patch_strip: int = 3
+    edits: tuple[tuple[str, str, str, int], ...] = ()
 
     @property
     def archive(self) -> str:
@@ -80,7 +82,17 @@ class Source:
     @property
     def key(self) -> str:
         """Return twelve hexadecimal digits that change with everything that decides the vendored directory."""
-        text = repr((self.sha256, sorted(self.members.items()), self.patches, self.patch_engine, self.patch_strip, 1))
+        text = repr(
+            (
+                self.sha256,
+                sorted(self.members.items()),
+                self.patches,
+                self.patch_engine,
+                self.patch_strip,
+                self.edits,
+                1,
+            )
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -97,6 +109,19 @@ LMDB = Source(
     },
     patches="lib/py-lmdb",
     patch_engine="v09",
+    edits=(
+        # What a search asserts of the pages that it meets is true of healthy files only: with one flipped bit it would
+        # abort the process. The page is damaged, and the caller is told so.
+        (
+            "mdb.c",
+            (
+                r"mdb_cassert\(mc, (IS_LEAF\(.+\)|IS_BRANCH\(.+\)|!mc->mc_dbi \|\| NUMKEYS\(mp\) > 1"
+                r"|i > 0|i < NUMKEYS\(mp\))\);"
+            ),
+            r"if (!(\1)) return MDB_CORRUPTED;",
+            9,
+        ),
+    ),
 )
 
 XXHASH = Source(
@@ -275,6 +300,14 @@ def apply_patch(text: bytes, name: str, root: Path, strip: int) -> None:
 # --- the vendored directories -----------------------------------------------------------------------------------------
 
 
+def edit(path: Path, pattern: str, replacement: str, count: int) -> None:
+    """Replace every match in a file; raises `VendorError` unless there are exactly ``count``."""
+    changed, found = re.subn(pattern, replacement, path.read_text(encoding="utf-8"))
+    if found != count:
+        raise VendorError(f"{path.name} is not the pinned one: a change of ours fits {found} times, not {count}.")
+    path.write_text(changed, encoding="utf-8")
+
+
 def unpack(source: Source, archive_path: Path, target: Path) -> Path:
     """Unpack the wanted members into ``target``, patched, and return ``target``. It appears whole or not at all."""
     if (target / "VENDORED").is_file():
@@ -293,6 +326,8 @@ def unpack(source: Source, archive_path: Path, target: Path) -> Path:
                 for name in names:
                     text = read_member(archive, f"{source.top}/{source.patches}/{name}.patch")
                     apply_patch(text, name, stage, source.patch_strip)
+        for name, pattern, replacement, count in source.edits:
+            edit(stage / name, pattern, replacement, count)
         made_of = [f"{source.top} {source.sha256}", *names]
         (stage / "VENDORED").write_text("\n".join(made_of) + "\n", encoding="utf-8")
         if target.exists():  # only an unfinished one of an older scheme can be there

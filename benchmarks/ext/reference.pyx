@@ -16,7 +16,7 @@ Every method releases the GIL while it works, and raises `LmdbError` with LMDB's
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, qsort
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy  # no-cython-lint (memcmp: in the C text below)
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 import os
@@ -481,11 +481,11 @@ def hash_64_bytes(size_t times):
     """Take XXH3-64 of 64 bytes so many times, each depending on the one before; return the last."""
     cdef uint8_t data[64]
     cdef uint64_t hashed = 0
-    cdef size_t i
+    cdef size_t i, _i
     for i in range(64):
         data[i] = <uint8_t>i
     with nogil:
-        for i in range(times):
+        for _i in range(times):
             memcpy(data, &hashed, 8)
             hashed = XXH3_64bits(data, 64)
     return hashed

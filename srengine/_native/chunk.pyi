@@ -1,4 +1,6 @@
-"""The byte work of snapshots: heads, digests, bounded readers of rows and of zstd frames. See docs/formats-snapshot.md."""
+"""The byte work of snapshots: heads, digests, bounded readers of rows and of zstd frames. See
+docs/formats-snapshot.md.
+"""
 
 from typing import Final, TypeAlias
 
@@ -7,9 +9,7 @@ from typing_extensions import Buffer
 HEAD_BYTES: Final[int]
 """Size of the fixed part of an item's head."""
 
-HeadFields: TypeAlias = tuple[
-    int, int, int, int, int, int, int, bytes, bytes, int, int, int, bytes, bytes, bytes
-]
+_HeadFields: TypeAlias = tuple[int, int, int, int, int, int, int, bytes, bytes, int, int, int, bytes, bytes, bytes]
 """kind, encoding, flags, ordinal, raw_bytes, stored_bytes, row_count, after_key, last_key, view_sequence,
 after_sequence, last_sequence, snapshot, source, digest."""
 
@@ -29,18 +29,21 @@ def seal(
     source: bytes,
     stored: Buffer,
 ) -> bytes:
-    """Return the head of an item, its digest over head and ``stored`` included. ``ValueError`` for a field out of range."""
+    """Return the head of an item, its digest over head and ``stored`` included. ``ValueError`` for a field out of
+    range.
+    """
 
 def join(head: bytes, stored: Buffer) -> bytes:
     """Return ``head`` and ``stored`` as one item, copied without the GIL."""
 
-def measure(fixed: Buffer) -> tuple[int, int]:
-    """Return (head bytes, stored bytes) that the fixed part of a head declares, each checked against its limit.
+def measure(fixed: Buffer) -> tuple[int, int, int]:
+    """Return (head bytes, stored bytes, raw bytes) that the fixed part of a head declares, each checked against its
+    limit.
 
     Raises `SnapshotDamaged` for anything that is no head of ours, `UnsupportedFeature` for a format of the future.
     """
 
-def read_head(head: Buffer) -> HeadFields:
+def read_head(head: Buffer) -> _HeadFields:
     """Decode a whole head (fixed part and keys); the digest is not checked. Raises as `measure` does."""
 
 def verify(head: Buffer, stored: Buffer) -> bool:

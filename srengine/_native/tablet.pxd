@@ -117,6 +117,7 @@ cdef struct ReaderLink:          # a pinned reader in its environment's list; gu
     uint64_t ms_max
     bint busy                    # a call is inside it: it cannot be expired now
     bint is_expired
+    bint is_closed
     ReaderLink *previous
     ReaderLink *following
 

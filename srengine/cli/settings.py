@@ -189,7 +189,9 @@ def global_options(*, at_root: bool) -> list[click.Option]:
             metavar="SECONDS",
             help="How long one request may take (default: 10).",
         ),
-        _option("--token", type=str, at_root=at_root, help="Token that names the user."),
+        _option(
+            "--token", type=str, at_root=at_root, help="Token that names the user; refused until a cluster has users."
+        ),
         _option("--key-file", type=str, at_root=at_root, metavar="FILE", help="CURVE key of the client."),
         _option("--server-key", type=str, at_root=at_root, metavar="KEY", help="CURVE key of the nodes, hexadecimal."),
         _option("--context", type=str, at_root=at_root, metavar="NAME", help="Named set of these options."),

@@ -145,9 +145,9 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End all nodes, orderly if they can, and remove the directory unless it is to be kept."""
+        # The first one leads: it finishes what was begun only while the others are still there to acknowledge it.
         for node in self.nodes.values():
             node.terminate()
-        for node in self.nodes.values():
             node.wait_end()
         if not self.keep:
             shutil.rmtree(self.directory, ignore_errors=True)

@@ -29,10 +29,10 @@ class AsyncClient:
     """A cluster client for asyncio.
 
     ``endpoints``: ``"tcp://host:port[,…]"`` or several of them; each may carry the node's key as ``#HEXKEY``.
-    ``token``: text that names the user. ``key_file``: file with the client's CURVE key. ``server_key``: the nodes'
-    CURVE key, hexadecimal, for endpoints that do not carry one. ``timeout_s``: seconds that one call may take, retries
-    and failover included. ``source``: where channels come from instead of the network (tests, a node inside this
-    process).
+    ``token``: refused until a cluster has users (`UnsupportedFeature`). ``key_file``: file with the client's CURVE key.
+    ``server_key``: the nodes' CURVE key, hexadecimal, for endpoints that do not carry one. ``timeout_s``: seconds that
+    one call may take, retries and failover included. ``source``: where channels come from instead of the network
+    (tests, a node inside this process).
 
     Every call raises the typed errors of `srengine.errors`; those of the way are `Unreachable`, `TimedOut`, `NoQuorum`
     (with `NoLeader` and `NotReady` below it). Raises `InvalidValue` for endpoints and keys that are none.
@@ -50,11 +50,13 @@ class AsyncClient:
     ) -> None:
         if not timeout_s > 0:
             raise errors.InvalidValue(f"timeout_s is {timeout_s!r}; it must be a positive number of seconds")
+        if token is not None:
+            # NB: refused, not ignored: who names a user must not be served as nobody.
+            raise errors.UnsupportedFeature("this version has no users yet: a token proves nothing; leave it out")
         addresses, keys = routing.parse_endpoints(endpoints)
         self.timeout_s = timeout_s
         self._routes = routing.Routes(addresses, keys)
         self._server_key = parse_public_key(server_key) if server_key else None
-        self._token = token
         self._keys = read_key_file(key_file) if key_file else None
         self._source = source
         self._caller: Caller | None = None

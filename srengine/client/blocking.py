@@ -8,6 +8,7 @@ once; after a fork the child must make its own (`ForkedEnvironment`).
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import threading
 from collections.abc import (
@@ -139,6 +140,10 @@ class Client:
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError as error:
+            if self._closed:
+                raise errors.Closed("the client was closed during the call") from error
+            raise
         except BaseException:
             future.cancel()
             raise

@@ -81,7 +81,7 @@ class Status(msgspec.Struct, frozen=True):
 
 
 class StatusReply(msgspec.Struct, frozen=True):
-    """``status`` is the JSON text (UTF-8) of interface.md, section 2."""
+    """``status`` is the JSON text (UTF-8) of docs/cli.md."""
 
     status: bytes
 
@@ -155,9 +155,13 @@ class DescribeTable(msgspec.Struct, frozen=True):
 
 
 class OpenSession(msgspec.Struct, frozen=True):
-    """Open a session, under which writes are numbered from 1 so that a repeated one has its effect once."""
+    """Open a session, under which writes are numbered from 1 so that a repeated one has its effect once.
+
+    ``timeout_s``: how long the leader may wait for the replicas before it answers `NoQuorum`.
+    """
 
     table: str
+    timeout_s: float = 10.0
 
 
 class SessionOpened(msgspec.Struct, frozen=True):

@@ -147,8 +147,9 @@ class Routes:
             random.shuffle(replicas)
             return _unique([*replicas, *self.anybody()])
         leader = self._leaders.get((table, tablet), info.leader)
-        return _unique([*([leader] if leader else []), *replicas, *self.anybody()])
+        return _unique([leader, *replicas, *self.anybody()])
 
 
 def _unique(addresses: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(addresses))
+    """Return the addresses in order, each once, without those that nobody can connect to (unknown, or port 0)."""
+    return [address for address in dict.fromkeys(addresses) if address and not address.endswith(":0")]

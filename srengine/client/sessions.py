@@ -63,7 +63,7 @@ class Sessions:
             del self._opened[table]
 
     async def _open(self, table: str, deadline: float) -> Session:
-        call = self._client._any_call(lambda _: messages.OpenSession(table))
+        call = self._client._any_call(lambda wait_s: messages.OpenSession(table, wait_s))
         call.deadline = deadline
         opened = expect((await self._client._call(call)).message, messages.SessionOpened)
         if len(opened.session) != SESSION_BYTES:

@@ -18,7 +18,8 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -184,8 +185,8 @@ class AsyncTable:
         return.
 
         ``if_absent``: only when there is no record; ``if_version``: only over that version; otherwise `Conflict`, whose
-        ``current_version`` is the version that stands (None: no record). An error that ends a write after it was sent
-        has ``outcome`` = ``unknown``: it may still happen, at most once.
+        ``current_version`` is the version that stands (None: no record; 0: it could not be read). An error that ends a
+        write after it was sent has ``outcome`` = ``unknown``: it may still happen, at most once.
         """
         condition, version = condition_of(if_absent=if_absent, if_version=if_version)
         operation = (PUT, check_key(key), check_value(value), condition, version)
@@ -322,7 +323,8 @@ class AsyncTable:
     async def _write_one(self, operation: Operation, consistency: str) -> messages.WriteReply:
         routing.check_write_consistency(consistency)
         deadline = self._client._deadline()
-        tablets = await self._client._tablets(self.name, deadline)
+        with _before_execution():
+            tablets = await self._client._tablets(self.name, deadline)
         key = operation[1]
         reply = await self._write(routing.tablet_of(key, tablets), [operation], consistency, deadline)
         if reply.results[0] == RESULT_CONDITION_FAILED:
@@ -331,7 +333,13 @@ class AsyncTable:
 
     async def _conflict(self, key: bytes) -> errors.Conflict:
         """Return the error of a lost condition with the version that stands now."""
-        current = await self.get_record(key)
+        try:
+            current = await self.get_record(key)
+        except errors.Error as error:
+            # The condition was lost, whatever became of the question what stands now.
+            conflict = errors.Conflict("the condition does not hold", key=key, current_version=0)
+            conflict.__cause__ = error
+            return conflict
         if current is None:
             return errors.Conflict("the condition does not hold: there is no record", key=key, current_version=None)
         return errors.Conflict(
@@ -346,7 +354,8 @@ class AsyncTable:
         if not operations:
             return 0
         deadline = self._client._deadline()
-        tablets = await self._client._tablets(self.name, deadline)
+        with _before_execution():
+            tablets = await self._client._tablets(self.name, deadline)
         parts: dict[int, list[Operation]] = {}
         for operation in operations:
             parts.setdefault(routing.tablet_of(operation[1], tablets), []).append(operation)
@@ -375,7 +384,8 @@ class AsyncTable:
         """Send one tablet's part until it is answered; the same request id through all retries."""
         encoded = encode_operations(operations)
         while True:
-            session = await self._client._sessions.get(self.name, deadline)
+            with _before_execution():
+                session = await self._client._sessions.get(self.name, deadline)
             number = session.next_number(tablet)
             build = partial(messages.Write, self.name, tablet, session.id, number, consistency)
             call = self._client._tablet_call(self.name, tablet, consistency, deadline, build, (encoded,), is_write=True)
@@ -390,6 +400,16 @@ class AsyncTable:
             if len(answer.results) != len(operations):
                 raise errors.FrameError(f"{len(answer.results)} results for {len(operations)} operations")
             return answer
+
+
+@contextlib.contextmanager
+def _before_execution() -> Iterator[None]:
+    """Say of a failing write that it was not executed: it was not even sent."""
+    try:
+        yield
+    except errors.Error as error:
+        error.details.setdefault("outcome", "not executed")
+        raise
 
 
 def _bounded_keys(keys: list[bytes], begin: int) -> tuple[bytes, ...]:

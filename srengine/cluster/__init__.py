@@ -1,1 +1,3 @@
-"""What exists and where it should be: the catalog (database > table > partition > index > tablet > replica) and placement."""
+"""What exists and where it should be: the catalog (database > table > partition > index > tablet > replica) and
+placement.
+"""

@@ -5,12 +5,13 @@
     Database -> Table -> Partition -> Index -> Tablet -> Replica
     shop        orders   p0 (all keys)  base     0..7      node-1 (leads), node-2, node-3
 
-A table has one partition that spans all keys, and one index, ``base``, which is the table itself; both stand in the tree so that
-range partitions and secondary indexes find their place. A key belongs to tablet ``XXH3-64(key, seed 0) mod count``, and the count
-is fixed when the partition is made.
+A table has one partition that spans all keys, and one index, ``base``, which is the table itself; both stand in the
+tree so that range partitions and secondary indexes find their place. A key belongs to tablet ``XXH3-64(key, seed 0) mod
+count``, and the count is fixed when the partition is made.
 
-A tablet's lineage and seed are minted by the proposer and stand in its catalog entry: every replica makes the same empty tablet by
-itself. NB: the seed is a secret of the cluster; it is never logged and never leaves in answers to clients.
+A tablet's lineage and seed are minted by the proposer and stand in its catalog entry: every replica makes the same
+empty tablet by itself. NB: the seed is a secret of the cluster; it is never logged and never leaves in answers to
+clients.
 
 Changes are commands of the journal (`CreateDatabase`, `CreateTable`), decided when applied: equal everywhere.
 """
@@ -49,10 +50,12 @@ class Tablet(msgspec.Struct, frozen=True):
 
     @property
     def leader(self) -> str:
+        """Name of the node that leads."""
         return self.replicas[0].node
 
     @property
     def nodes(self) -> tuple[str, ...]:
+        """Names of the nodes that hold a replica, the leader's first."""
         return tuple(replica.node for replica in self.replicas)
 
     def __repr__(self) -> str:
@@ -85,6 +88,7 @@ class Table(msgspec.Struct, frozen=True):
 
     @property
     def database(self) -> str:
+        """Name of its database."""
         return self.name.partition(".")[0]
 
     @property
@@ -115,16 +119,21 @@ class CreateTable(msgspec.Struct, frozen=True):
 class Rows(Protocol):
     """Tables of the metadata store as this room reads them."""
 
-    def get(self, table: str, key: bytes) -> bytes | None: ...
-    def scan(
-        self, table: str, start: bytes | None = None, stop: bytes | None = None
-    ) -> Iterator[tuple[bytes, bytes]]: ...
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """Return a value, None without one."""
+        ...
+
+    def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """Yield (key, value) in key order, ``start`` inclusive, ``stop`` exclusive."""
+        ...
 
 
 class WritableRows(Rows, Protocol):
     """The same inside a transaction."""
 
-    def put(self, table: str, key: bytes, value: bytes) -> None: ...
+    def put(self, table: str, key: bytes, value: bytes) -> None:
+        """Set a value."""
+        ...
 
 
 def check_table_name(name: str) -> str:

@@ -1,8 +1,9 @@
 """Which members hold a tablet: rendezvous hashing, the first member always among them.
 
-Each (tablet, member) pair has a hash; a tablet lives at the members with the highest ones. So a member more or less moves only
-the tablets that it gains or loses, and nobody has to agree on anything but the members. Until tablets are consensus groups the
-first member leads all of them, so it holds all of them: it takes one place of every replica set, the hash gives the others.
+Each (tablet, member) pair has a hash; a tablet lives at the members with the highest ones. So a member more or less
+moves only the tablets that it gains or loses, and nobody has to agree on anything but the members. Until tablets are
+consensus groups the first member leads all of them, so it holds all of them: it takes one place of every replica set,
+the hash gives the others.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
     frame        several envelopes and their raw bytes, with checksums: one ZeroMQ message  frames.py
     scanner      the bounded look at msgpack before anything is built from it               scanner.py
 
-Whatever arrives, a decoder of this room either returns a value or raises `FrameError` (damaged, hostile or foreign bytes)
-or `UnsupportedFeature` (a newer version's bytes). docs/formats-wire.md has the byte tables and test vectors.
+Whatever arrives, a decoder of this room either returns a value or raises `FrameError` (damaged, hostile or foreign
+bytes) or `UnsupportedFeature` (a newer version's bytes). docs/formats-wire.md has the byte tables and test vectors.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@
       | Credit(request 8, 4) ---------------------------> |     four more may come
       | <------------------------------ End(request 8) -- |     or Failure
 
-Attachments of an Ask or Answer that together exceed ``limits.PART_BYTES_MAX`` are not in its frame. The receiver answers
-with Credit as soon as it has room for the whole, and they come as Data of the same request.
+Attachments of an Ask or Answer that together exceed ``limits.PART_BYTES_MAX`` are not in its frame. The receiver
+answers with Credit as soon as it has room for the whole, and they come as Data of the same request.
 
-Request ids count up on each connection; one that was seen is never answered again. New fields are appended with defaults;
-a receiver ignores what it does not know.
+Request ids count up on each connection; one that was seen is never answered again. New fields are appended with
+defaults; a receiver ignores what it does not know.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ NOTHING: Final = msgspec.Raw(b"\xc0")
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """A question. ``sizes``: bytes of each attachment. ``timeout_ms``: how long the caller will wait, 0 when not said."""
+    """A question. ``sizes``: bytes of each attachment. ``timeout_ms``: how long the caller will wait, 0 when not
+    said.
+    """
 
     request: RequestId
     kind: str
@@ -61,21 +63,25 @@ class Failure(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 
 class Open(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """Ask for a stream; ``credit`` pieces may come before more is granted."""
+    """Ask for a stream; ``credit`` pieces may come before more is granted. ``proved``: its reader proves the items."""
 
     request: RequestId
     kind: str
     body: msgspec.Raw
     credit: Count
+    proved: bool = False
 
 
 class Data(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """One piece, ``size`` bytes of the frame's data. ``number`` counts from 0; ``last``: the item ends with this piece."""
+    """One piece, ``size`` bytes of the frame's data. ``number`` counts from 0; ``last``: the item ends with this
+    piece; ``proved``: no checksum of the frame covers it, because the stream was opened so.
+    """
 
     request: RequestId
     number: Count
     size: Count
     last: bool
+    proved: bool = False
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True, tag=6):

@@ -27,8 +27,8 @@ _encoder: Final = msgspec.msgpack.Encoder()
 def register(kind: str, message_type: type[Message]) -> type[Message]:
     """Make ``message_type`` known under ``kind`` and return it.
 
-    The type is a frozen `msgspec.Struct` in map encoding without a tag. Raises `ValueError` for a kind or a type that is
-    already known, and for a malformed kind: all of them mistakes of ours, found at import.
+    The type is a frozen `msgspec.Struct` in map encoding without a tag. Raises `ValueError` for a kind or a type that
+    is already known, and for a malformed kind: all of them mistakes of ours, found at import.
     """
     if _KIND.fullmatch(kind) is None:
         raise ValueError(f"{kind!r} is no kind: room.message, lower case")

@@ -1,8 +1,8 @@
 """The bounded look at msgpack before anything is built from it.
 
-msgspec builds values of the wanted type and skips what it does not know; left alone it would let the last of two equal map
-keys win, accept NaN, follow unknown fields as deep as the interpreter's stack, and believe a declared count. `check` walks
-the bytes once, without recursion and without building anything, and refuses (`FrameError`):
+msgspec builds values of the wanted type and skips what it does not know; left alone it would let the last of two equal
+map keys win, accept NaN, follow unknown fields as deep as the interpreter's stack, and believe a declared count.
+`check` walks the bytes once, without recursion and without building anything, and refuses (`FrameError`):
 
 * depth above `limits.MESSAGE_DEPTH_MAX` (``scan depth`` counts arrays and maps around a value);
 * a string, array or map that declares more than what is left;
@@ -26,7 +26,8 @@ from srengine import errors, limits
 _FLOAT32: Final = struct.Struct(">f")
 _FLOAT64: Final = struct.Struct(">d")
 
-# What follows a first byte >= 0xc0: (meaning, size). "skip": size bytes of scalar; the others: size bytes of length or count.
+# What follows a first byte >= 0xc0: (meaning, size). "skip": size bytes of scalar; the others: size bytes of length or
+# count.
 _LONG: Final[dict[int, tuple[str, int]]] = {
     0xC0: ("skip", 0),
     0xC2: ("skip", 0),

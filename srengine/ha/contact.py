@@ -1,13 +1,13 @@
 """Contact between nodes: every question carries who asks, every answer who answers, and both sides remember.
 
-`Contact.ask` is how a replica of any group asks the leader; `Contact.judge` is what the leader does first with a question. Both
-keep the roster (roster_machine.py) durable before anything is done with what was heard.
+`Contact.ask` is how a replica of any group asks the leader; `Contact.judge` is what the leader does first with a
+question. Both keep the roster (roster_machine.py) durable before anything is done with what was heard.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -25,21 +25,31 @@ PEER_TABLE: Final = "peers_seen"
 
 
 class Channel(Protocol):
-    """What this room needs of `srengine.transport.Channel`."""
+    """The way to another node, both its ports; `srengine.node.reach.Way`."""
 
     async def request(
         self, message: msgspec.Struct, attachments: Sequence[bytes] = (), *, timeout_s: float
     ) -> tuple[msgspec.Struct, Sequence[bytes | bytearray | memoryview]]:
-        """Send one message and return the answer with its attachments."""
+        """Send one message to the peer port and return the answer with its attachments."""
         ...
+
+    def stream(
+        self, message: msgspec.Struct, *, timeout_s: float, proved: bool = False
+    ) -> AsyncGenerator[memoryview, None]:
+        """Yield the items of a stream from the bulk port."""
+        ...
+
+
+Reach = Callable[[str], Awaitable[Channel]]
+"""Return the way to a member, by name; `Unreachable` for a stranger."""
 
 
 class Contact:
     """This node among the others.
 
     ``process()`` and ``copied()``: this run, which may change its boot number when peers have seen a higher one.
-    ``on_refused(verdict, highest)``: a leader would not have us. ``on_restored(seen)``: a replica has seen a later run of this
-    node than this one: the disk was put back.
+    ``on_refused(verdict, highest)``: a leader would not have us. ``on_restored(seen)``: a replica has seen a later run
+    of this node than this one: the disk was put back. ``on_foreign(error)``: the leader belongs to another cluster.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class Contact:
         clock: Clock,
         on_refused: Callable[[Verdict, int], None],
         on_restored: Callable[[Process], None],
+        on_foreign: Callable[[errors.ForeignData], None],
     ) -> None:
         self.name = name
         self.accepted = False
@@ -62,6 +73,7 @@ class Contact:
         self._clock = clock
         self._on_refused = on_refused
         self._on_restored = on_restored
+        self._on_foreign = on_foreign
         self._numbers = itertools.count(1)
         self._on_new_leader: list[Callable[[], None]] = []
         self._leader_process: Process | None = None
@@ -79,6 +91,11 @@ class Contact:
     def on_new_leader(self, callback: Callable[[], None]) -> None:
         """Call back when an answer shows that the leader is another process than before."""
         self._on_new_leader.append(callback)
+
+    def leader_called(self) -> None:
+        """Let everybody ask again at once: the leader has just introduced itself."""
+        for callback in self._on_new_leader:
+            callback()
 
     def alive(self, name: str) -> bool:
         """Return whether the node asked something lately."""
@@ -110,7 +127,13 @@ class Contact:
             committed_known=ask.committed_known,
             leader_seen=None if seen is None else _process_id(seen),
         )
-        reply, attachments = await channel.request(pull, timeout_s=timeout_s)
+        try:
+            reply, attachments = await channel.request(pull, timeout_s=timeout_s)
+        except errors.ForeignData as error:
+            # Only a leader that says which other cluster it belongs to: a wiped one belongs to none yet.
+            if not self.accepted and error.details.get("theirs"):
+                self._on_foreign(error)
+            raise
         if not isinstance(reply, PullReply):
             raise errors.FrameError(f"{leader} answered a pull with {type(reply).__name__}")
         self._learn(leader, _process(reply.process))
@@ -129,8 +152,7 @@ class Contact:
             known = self._leader_process is not None
             self._leader_process = process
             if known:
-                for callback in self._on_new_leader:
-                    callback()
+                self.leader_called()
 
     # --- being asked -------------------------------------------------------------------------------------------------
 
@@ -141,9 +163,7 @@ class Contact:
             later = seen.boot_number > own.boot_number
             if later or (seen.boot_number == own.boot_number and seen.nonce != own.nonce):
                 self._on_restored(_process(seen))
-        judged = self._roster.hear(
-            Hello(pull.replica, _process(pull.process), pull.copied), self._clock.boottime_s()
-        )
+        judged = self._roster.hear(Hello(pull.replica, _process(pull.process), pull.copied), self._clock.boottime_s())
         if judged.persist is not None:
             self._persist(pull.replica, judged.persist)
         if judged.verdict is Verdict.ACCEPTED:
@@ -169,7 +189,13 @@ def answered(number: int, reply: PullReply, bytes_received: int) -> fm.Answered:
     if state is fm.SourceState.DELTA and reply.target is None:
         raise errors.FrameError("a delta must say where it ends")
     return fm.Answered(
-        number, state, reply.source, reply.committed, target=reply.target, bytes_received=bytes_received, reason=reply.reason
+        number,
+        state,
+        reply.source,
+        reply.committed,
+        target=reply.target,
+        bytes_received=bytes_received,
+        reason=reply.reason,
     )
 
 

@@ -14,10 +14,10 @@ One question is open at a time. A question states the own durable position, so i
 sequence at or above what the leader called committed in that answer). It is SYNCED while that is at most
 ``STALENESS_S_MAX`` ago. Nothing else makes it SYNCED, and nothing of it is stored: after a start it is not.
 
-Invariants, each checked by the simulation in tests/sync:
+Invariants, each checked by the simulation in tests/ha:
 
-1. Only positions of the source are ever applied: a delta starts at exactly the own sequence and root, or is refused by the
-   tablet.
+1. Only positions of the source are ever applied: a delta starts at exactly the own sequence and root, or is refused by
+   the tablet.
 2. The own copy is replaced (full copy) only by a source of the same lineage that stands at or past the own sequence, or
    when the own copy is empty. Otherwise the machine halts and names both (`reason`).
 3. ``committed_known`` never goes back; a reader waits (`AwaitCommitted`) until it covers what was read.
@@ -149,7 +149,9 @@ class ApplyDelta:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Fetch over the bulk port: a DELTA in place, or a FULL copy into a stage that replaces the own copy once proved."""
+    """Fetch over the bulk port: a DELTA in place, or a FULL copy into a stage that replaces the own copy once
+    proved.
+    """
 
     path: Path
     source: Position
@@ -193,13 +195,17 @@ class Idle:
 
 @dataclass(frozen=True, slots=True)
 class Asking:
+    """One question is open."""
+
     number: int
     asked_at: float
 
 
 @dataclass(frozen=True, slots=True)
 class Applying:
-    """``asked_at`` and ``committed`` of the answer that brought the rows: what makes the replica current once applied."""
+    """``asked_at`` and ``committed`` of the answer that brought the rows: what makes the replica current once
+    applied.
+    """
 
     asked_at: float
     committed: int
@@ -207,11 +213,13 @@ class Applying:
 
 @dataclass(frozen=True, slots=True)
 class Copying:
+    """A copy over the bulk port is running."""
+
     path: Path
 
 
 class ReplicaState(enum.Enum):
-    """As interface.md §2 shows it."""
+    """As docs/cli.md (State) shows it."""
 
     SEEDING = "SEEDING"
     SYNCING = "SYNCING"
@@ -232,8 +240,8 @@ class CatchUp:
 class FollowerMachine:
     """One replica of the journal or of a tablet; ``step``, ``tick``, ``drain``, see the module's text.
 
-    ``filling``: the SYNCING mark stands in the tablet, so its position is none. ``created``: the tablet was made in this run
-    because the directory had none (a new member, or a wiped one).
+    ``filling``: the SYNCING mark stands in the tablet, so its position is none. ``created``: the tablet was made in
+    this run because the directory had none (a new member, or a wiped one).
     """
 
     def __init__(self, *, own: Position, filling: bool, created: bool, now: float) -> None:
@@ -253,6 +261,8 @@ class FollowerMachine:
         self._was_synced = False
         self._now = now
         self._number = 0
+        self._failures = 0
+        """Questions in a row without an answer."""
         self._waits: list[tuple[int, int]] = []
         self._effects_ask: Ask | None = None
         self._effects_apply: ApplyDelta | None = None
@@ -271,7 +281,9 @@ class FollowerMachine:
             case Failed(number, reason):
                 if isinstance(self.state, Asking) and self.state.number == number:
                     self._note_lag(reason)
-                    self.state = Idle(self._now + limits.ASK_RETRY_S)
+                    pause_s = limits.ASK_RETRY_S * 2 ** min(self._failures, limits.ASK_RETRY_DOUBLINGS_MAX)
+                    self._failures += 1
+                    self.state = Idle(self._now + pause_s)
             case DeltaApplied(position):
                 self._delta_applied(position)
             case DeltaRefused(reason, diverged):
@@ -282,12 +294,13 @@ class FollowerMachine:
             case CopyFailed(reason, position, filling, bytes_received):
                 self._received(bytes_received)
                 self.own, self.filling = position, filling
-                self.catch_up.reason = f"{self.catch_up.reason}; interrupted: {reason}"[-500:]
+                self._note_lag(f"interrupted: {reason}")
                 self.state = Idle(self._now + limits.HALT_RETRY_S)
             case AwaitCommitted(token, sequence):
                 heapq.heappush(self._waits, (sequence, token))
                 self._release_waits()
             case Kick():
+                self._failures = 0
                 if isinstance(self.state, Asking | Idle):
                     self.state = Idle(self._now)
             case _:
@@ -349,6 +362,7 @@ class FollowerMachine:
 
     def _answered(self, answer: Answered, asked_at: float) -> None:
         self.source = answer.source
+        self._failures = 0
         match answer.state:
             case SourceState.STARTING:
                 # It was held at the leader, so asking again at once is no busy loop; it may also have been superseded.
@@ -367,9 +381,13 @@ class FollowerMachine:
                 self._effects_apply = ApplyDelta(answer.number)
             case SourceState.TOO_LARGE:
                 # A delta is worth it when there is something to build on.
-                self._copy(Path.FULL if self.own.count == 0 else Path.DELTA, answer, "more changes than fit in an answer")
+                self._copy(
+                    Path.FULL if self.own.count == 0 else Path.DELTA, answer, "more changes than fit in an answer"
+                )
             case SourceState.COPY:
-                self._copy(Path.FULL, answer, answer.reason or "a copy was interrupted")
+                # What a delta left half applied is gone on with; without anything to build on only a full copy helps.
+                path = Path.DELTA if self.filling and self.own.count else Path.FULL
+                self._copy(path, answer, answer.reason or "a copy was interrupted")
             case SourceState.DIVERGED | SourceState.FOREIGN:
                 self._halt(answer.reason)
             case _:
@@ -381,7 +399,7 @@ class FollowerMachine:
             self._halt(refusal)
             return
         self._begin_catch_up(path)
-        self.catch_up.reason = f"{self.catch_up.reason}; {why}"
+        self._note_lag(why)
         if self.own.sequence == 0:
             self._seeding = True
         self.fresh_at = None
@@ -391,7 +409,7 @@ class FollowerMachine:
 
     def _unsafe(self, source: Position) -> str:
         """Return why the own copy must not be replaced by this source, empty if it may."""
-        if self.own.sequence == 0 and not self.filling:
+        if self.own.sequence == 0:
             return ""
         ours = f"own copy: lineage {self.own.lineage} at {self.own.sequence}"
         theirs = f"source: lineage {source.lineage} at {source.sequence}"

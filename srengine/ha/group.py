@@ -1,10 +1,11 @@
 """Drivers of the two machines of a group: they turn messages into steps, and effects into answers and I/O.
 
-`LeaderDriver` and `FollowerDriver` know nothing of what a group holds; the journal (`one_node`) and tablets (`sync`) give them
-that as callables. Everything here runs on the event loop's thread; what blocks is done by the callables in other threads.
+`LeaderDriver` and `FollowerDriver` know nothing of what a group holds; the journal (`one_node`) and tablets (`sync`)
+give them that as callables. Everything here runs on the event loop's thread; what blocks is done by the callables in
+other threads.
 
-The order is the same everywhere: receive, step, persist, send, apply. The machines of this room have nothing to persist: a
-replica's position is durable before it is stepped.
+The order is the same everywhere: receive, step, persist, send, apply. The machines of this room have nothing to
+persist: a replica's position is durable before it is stepped.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from srengine import errors, limits
 from srengine.clock import Clock
 from srengine.ha import follower_machine as fm
 from srengine.ha import leader_machine as lm
+from srengine.ha.contact import Contact, Reach
 from srengine.types import Position
+
+_logger = logging.getLogger(__name__)
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
 """Start a task under the node's supervisor, which stops the node when it fails unexpectedly."""
@@ -27,49 +33,61 @@ AlarmSink = Callable[[str, str], None]
 """Called with an event and a message: to the log, the counters and the status."""
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every group of a node is given: ``name`` of the node, and its ways out."""
+
+    name: str
+    contact: Contact
+    reach: Reach
+    clock: Clock
+    spawn: Spawn
+    alarm: AlarmSink
+
+
 class LeaderDriver:
     """Drives one `LeaderMachine`.
 
-    ``recover(effect)`` fetches what is missing and returns the position reached; its `errors.Error` makes the machine ask again.
+    ``recover(effect)`` fetches what is missing and returns the position reached; its `errors.Error` makes the machine
+    ask again.
     """
 
     def __init__(
         self,
         machine: lm.LeaderMachine,
         *,
-        clock: Clock,
-        spawn: Spawn,
+        around: Surroundings,
         recover: Callable[[lm.Recover], Awaitable[Position]],
-        alarm: AlarmSink,
         committed: Callable[[int], None] | None = None,
     ) -> None:
         self.machine = machine
         self._committed = committed
-        self._clock = clock
-        self._spawn = spawn
+        self._clock = around.clock
+        self._spawn = around.spawn
         self._recover = recover
-        self._alarm = alarm
+        self._alarm = around.alarm
         self._tokens = itertools.count(1)
         self._pulls: dict[int, asyncio.Future[lm.Answer]] = {}
         self._waits: dict[int, asyncio.Future[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._serving = asyncio.Event()
-        self._last_pull: dict[str, tuple[int, int]] = {}
+        self._last_pull: dict[str, tuple[object, int]] = {}
 
     def start(self) -> None:
         """Begin; to be called on the event loop."""
         self._turn()
 
-    async def pulled(self, replica: str, claim: lm.Claim, order: tuple[int, int]) -> lm.Answer:
+    async def pulled(self, replica: str, claim: lm.Claim, process: object, number: int) -> lm.Answer:
         """Answer a replica's question, at once or when there is something to say.
 
-        ``order``: (boot number, number of the question); an older one than before is a late or repeated frame and counts for
-        nothing.
+        ``number`` grows with the questions of one ``process`` (which the roster has accepted); one that does not is a
+        late or repeated frame and counts for nothing.
         """
-        if order <= self._last_pull.get(replica, (0, 0)):
+        last_process, last_number = self._last_pull.get(replica, (None, 0))
+        if last_process == process and number <= last_number:
             return lm.Answer(0, lm.AnswerKind.STARTING, self.machine.committed, self.machine.own, "superseded")
-        self._last_pull[replica] = order
+        self._last_pull[replica] = (process, number)
         token = next(self._tokens)
         future: asyncio.Future[lm.Answer] = asyncio.get_running_loop().create_future()
         self._pulls[token] = future
@@ -167,7 +185,8 @@ class LeaderDriver:
             self._timer.cancel()
             self._timer = None
         closed = errors.Closed("the node stops")
-        for future in [*self._pulls.values(), *self._waits.values()]:
+        futures: list[asyncio.Future[Any]] = [*self._pulls.values(), *self._waits.values()]
+        for future in futures:
             if not future.done():
                 future.set_exception(closed)
         self._pulls.clear()
@@ -206,24 +225,24 @@ class FollowerDriver:
         machine: fm.FollowerMachine,
         actions: FollowerActions,
         *,
-        clock: Clock,
-        alarm: AlarmSink,
+        around: Surroundings,
         committed: Callable[[int], None] | None = None,
     ) -> None:
         self.machine = machine
         self._committed = committed
         self._actions = actions
-        self._clock = clock
-        self._alarm = alarm
+        self._clock = around.clock
+        self._alarm = around.alarm
         self._tokens = itertools.count(1)
         self._waits: dict[int, asyncio.Future[None]] = {}
         self._todo: fm.Ask | fm.ApplyDelta | fm.Copy | None = None
         self._kicked = asyncio.Event()
+        self._said = ""
         self.changed = asyncio.Event()
         """Set after every turn; whoever waits for a state clears it first."""
 
     def kick(self) -> None:
-        """The leader is another process: ask again at once."""
+        """Ask again at once: the leader is another process."""
         self._kicked.set()
 
     async def run(self) -> None:
@@ -301,11 +320,19 @@ class FollowerDriver:
         if question.cancelled():
             self._step(fm.Kick())
         elif error is None:
+            self._said = ""
             self._step(question.result())
         elif isinstance(error, errors.Error):
+            self._say(f"{error.code}: {error.message}")
             self._step(fm.Failed(ask.number, f"{error.code}: {error.message}"))
         else:
             raise error
+
+    def _say(self, why: str) -> None:
+        """Log why a question failed, once for as long as it stays the same."""
+        if why != self._said:
+            self._said = why
+            _logger.info("no answer from the leader: %s", why, extra={"event": "no_answer"})
 
     async def _apply(self) -> None:
         try:

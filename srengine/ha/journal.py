@@ -1,10 +1,11 @@
 """The journal: the replicated log of commands behind catalog and members, as everybody but its backends sees it.
 
-A command is *proposed* on any node, becomes an entry with the next index when a majority holds it durably, and is applied
-everywhere in the order of indexes by the appliers of `metadata`. Backends implement `Journal`; `one_node` is the plain one
-(the first member leads, nobody else ever does), a consensus group takes its place later.
+A command is *proposed* on any node, becomes an entry with the next index when a majority holds it durably, and is
+applied everywhere in the order of indexes by the appliers of `metadata`. Backends implement `Journal`; `one_node` is
+the plain one (the first member leads, nobody else ever does), a consensus group takes its place later.
 
-Entries are chained: each carries the digest of everything before and itself, so equal (index, digest) means equal journals.
+Entries are chained: each carries the digest of everything before and itself, so equal (index, digest) means equal
+journals.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Entry(msgspec.Struct, frozen=True):
 
     @property
     def command(self) -> Command:
+        """What is to change."""
         return Command(self.kind, self.body)
 
 
@@ -55,13 +57,15 @@ class Journal(Protocol):
     async def propose(self, command: Command, *, timeout_s: float = 10.0) -> int:
         """Return the command's index when a majority holds it and this node has applied it.
 
-        Raises what the applier raises (the entry then stands in the journal and changed nothing), `NoQuorum`, `NotReady`,
-        `TimedOut` (whether it will stand is unknown).
+        Raises what the applier raises (the entry then stands in the journal and changed nothing), `NoQuorum`,
+        `NotReady`, `TimedOut` (whether it will stand is unknown).
         """
         ...
 
     def subscribe(self, from_index: int) -> AsyncIterator[tuple[int, Command]]:
-        """Yield (index, command) of every applied entry from ``from_index`` on, those of the past first, without end."""
+        """Yield (index, command) of every applied entry from ``from_index`` on, those of the past first, without
+        end.
+        """
         ...
 
 
@@ -105,7 +109,9 @@ def encode_entries(entries: Iterable[Entry]) -> bytes:
 
 
 def decode_entries(data: bytes | memoryview) -> list[Entry]:
-    """Return the entries in ``data``; `FrameError` for anything else. A bounded reader: safe for bytes from anywhere."""
+    """Return the entries in ``data``; `FrameError` for anything else. A bounded reader: safe for bytes from
+    anywhere.
+    """
     if len(data) > limits.JOURNAL_PULL_BYTES_MAX + limits.JOURNAL_ENTRY_BYTES_MAX:
         raise errors.FrameError(f"{len(data)} bytes of journal entries are too many", bytes=len(data))
     try:

@@ -1,4 +1,5 @@
-"""The leader of one group (the journal, or a tablet), without I/O: who holds what, what is therefore durable, who gets which answer.
+"""The leader of one group (the journal, or a tablet), without I/O: who holds what, what is therefore durable, who gets
+which answer.
 
 The picture::
 
@@ -7,8 +8,9 @@ The picture::
     replica --Pulled(claim)----------------------> | machine | --Answer---> to the pull: rows, nothing, wait, refused
                                                    +---------+ --Recover--> service: fetch from that replica
 
-A replica *pulls*: it states what it has durably applied (its claim: lineage, sequence, root, count) and asks for what comes
-after. So a pull is an acknowledgement and a question at once; it is held until there is something new or the hold time ends.
+A replica *pulls*: it states what it has durably applied (its claim: lineage, sequence, root, count) and asks for what
+comes after. So a pull is an acknowledgement and a question at once; it is held until there is something new or the hold
+time ends.
 
 States::
 
@@ -16,19 +18,19 @@ States::
     Starting --knows enough, somebody is ahead--> Recovering(source) --Recovered--> Serving
     Recovering --RecoveryFailed--> Starting
 
-Invariants, each checked by the simulation in tests/sync:
+Invariants, each checked by the simulation in tests/ha:
 
 1. ``committed`` never goes back, and at least a majority of the replicas, this one included, holds it durably.
-2. A replica counts only for what its root proves: ``held`` is set when its root equals ours at that sequence. A pull whose
-   sequence left the ring of roots proves nothing and counts nothing until the next one.
+2. A replica counts only for what its root proves: ``held`` is set when its root equals ours at that sequence. A pull
+   whose sequence left the ring of roots proves nothing and counts nothing until the next one.
 3. A replica that shows a lower sequence than before counts from the lower one at once, and an alarm names it.
 4. Nothing is released above ``committed`` (for `all`: above what every replica holds).
 5. Nothing is served in Starting and Recovering.
-6. A replica with another root at the same sequence, or ahead of a leader that serves, is *diverged*: named by an alarm and in
-   the status, it counts for nothing and gets no rows; nothing of it or of us is deleted.
+6. A replica with another root at the same sequence, or ahead of a leader that serves, is *diverged*: named by an alarm
+   and in the status, it counts for nothing and gets no rows; nothing of it or of us is deleted.
 
-What it does not do: elect (the first member leads), fence another leader (there is none), or decide how rows travel (the
-service asks the tablet whether they fit into an answer).
+What it does not do: elect (the first member leads), fence another leader (there is none), or decide how rows travel
+(the service asks the tablet whether they fit into an answer).
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class Claim:
 
     position: Position
     trusted: bool = True
-    """The disk is what it was when the node last ran; False after a wipe or a restore, until the copy was proved again."""
+    """The disk is what it was when the node last ran; False after a wipe or a restore, until the copy was proved
+    again.
+    """
     filling: bool = False
     """A copy is half applied: ``position`` is the one that it began from; the replica cannot be a source."""
     committed_known: int = 0
@@ -60,6 +64,7 @@ class Claim:
 
     @property
     def empty(self) -> bool:
+        """Whether nothing was ever applied to the copy."""
         return self.position.sequence == 0
 
 
@@ -147,6 +152,8 @@ class AnswerKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """The answer to the pull with this token. ``committed`` and ``leader`` as of now; ``reason`` for a refusal."""
+
     token: int
     kind: AnswerKind
     committed: int
@@ -156,6 +163,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Release:
+    """The answer that waited under this token may leave."""
+
     token: int
 
 
@@ -230,8 +239,9 @@ class Serving:
 class LeaderMachine:
     """One group's leader. ``step``, ``tick``, ``drain``; see the module's text.
 
-    ``others``: names of the other replicas. ``own``: the own durable position, ``own_trusted``: whether the disk is what it
-    was. ``root_at(sequence)``: the own root after that sequence, None when it left the ring; a pure function of the tablet.
+    ``others``: names of the other replicas. ``own``: the own durable position, ``own_trusted``: whether the disk is
+    what it was. ``root_at(sequence)``: the own root after that sequence, None when it left the ring; a pure function of
+    the tablet.
     """
 
     def __init__(
@@ -241,6 +251,7 @@ class LeaderMachine:
         others: Sequence[str],
         own: Position,
         own_trusted: bool,
+        own_whole: bool = True,
         root_at: Callable[[int], bytes | None],
         now: float,
     ) -> None:
@@ -249,6 +260,8 @@ class LeaderMachine:
         self.others = tuple(sorted(others))
         self.own = own
         self.own_trusted = own_trusted
+        self.own_whole = own_whole
+        """False: the own copy does not open or is half applied; nothing is served before it was replaced."""
         self.committed = 0
         self.state: Starting | Recovering | Serving = Starting()
         self.progress: dict[str, Progress] = {other: Progress() for other in self.others}
@@ -314,6 +327,7 @@ class LeaderMachine:
 
     @property
     def serving(self) -> bool:
+        """Whether reads and writes are answered."""
         return isinstance(self.state, Serving)
 
     @property
@@ -338,9 +352,12 @@ class LeaderMachine:
                 return f"the leader fetches what it lacks from {source} (to sequence {target.sequence})"
             case Starting(told=told, failed=failed):
                 missing = [other for other in self.others if other not in told]
+                waits = (
+                    f"the leader waits for positions of {', '.join(missing)}" if missing else "the leader cannot start"
+                )
                 own = "" if self.own_trusted else "; its own copy was wiped or restored and does not count"
-                why = f"; last attempt: {failed}" if failed else ""
-                return f"the leader waits for positions of {', '.join(missing) or 'nobody'}{own}{why}"
+                why = f"; {failed}" if failed else ""
+                return f"{waits}{own}{why}"
 
     # --- pulls -------------------------------------------------------------------------------------------------------
 
@@ -363,6 +380,7 @@ class LeaderMachine:
                 self._hold(pull)
             case Serving():
                 self._count(pull.replica, pull.claim)
+                self._advance()
                 self._maybe_answer(pull)
 
     def _hold(self, pull: Pulled) -> None:
@@ -411,7 +429,6 @@ class LeaderMachine:
             return
         proof = self._root_at(position.sequence)
         progress.held = position.sequence if proof is not None and proof == position.root else 0
-        self._advance()
 
     def _fault(self, replica: str, position: Position) -> str:
         if position.lineage != self.own.lineage:
@@ -532,7 +549,15 @@ class LeaderMachine:
             # What that replica held before its copy began may be acknowledged and nowhere else: touch nothing.
             state.failed = f"a replica with a half-applied copy held {begun}, nobody whole does"
             return
-        if best[0] > own.sequence:
+        if not self.own_whole and not best[1]:
+            best = max(
+                ((claim.position.sequence, other) for other, claim in sorted(told.items()) if not claim.filling),
+                default=best,
+            )
+            if not best[1]:
+                state.failed = "the own copy cannot be used, and nobody else has one"
+                return
+        if best[0] > own.sequence or not self.own_whole:
             source = best[1]
             if self.own_trusted and own.sequence > 0:
                 self._alarm(
@@ -550,12 +575,13 @@ class LeaderMachine:
         if not isinstance(self.state, Recovering):
             return
         assert position.sequence >= self.state.target.sequence, (position, self.state.target)
-        self.own = position
+        self.own, self.own_whole = position, True
         self._serve()
 
     def _serve(self) -> None:
         self.own_trusted = True
         self.state = Serving()
+        # All claims before the first answer: a held question must not be answered on a claim that was not looked at.
         for other in self.others:
             claim = self.progress[other].claim
             if claim is not None:

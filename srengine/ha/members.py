@@ -1,7 +1,7 @@
 """Members of the cluster: names, addresses and the identity that each name has now; an applier of the journal.
 
-A member is named at bootstrap (``--initial``) and stays. Its directory may be lost: then another random node id, with a higher
-*incarnation*, takes the name, and whoever holds the old id is refused.
+A member is named at bootstrap (``--initial``) and stays. Its directory may be lost: then another random node id, with a
+higher *incarnation*, takes the name, and whoever holds the old id is refused.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ _CLUSTER: Final = b"cluster"
 
 
 class Member(msgspec.Struct, frozen=True):
-    """One member. ``address``: client port. ``node_id`` is empty until the node has shown itself; ``number``: its place in
-    ``--initial``, 0 leads."""
+    """One member. ``address``: client port. ``node_id`` is empty until the node has shown itself; ``number``: its place
+    in ``--initial``, 0 leads.
+    """
 
     name: str
     address: str

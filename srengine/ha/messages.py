@@ -1,8 +1,8 @@
 """What the nodes of a group say to each other: one question, one answer, the same for the journal and for every tablet.
 
-A replica sends `Pull` to the leader: an acknowledgement of what it holds durably, and the question for more. The leader of a
-group that starts and lacks something sends `Fetch` to a replica. Both are answered by `PullReply`; rows travel as attachments
-(journal: one, the entries; tablet: three, rows, meta and state of a `Delta`).
+A replica sends `Pull` to the leader: an acknowledgement of what it holds durably, and the question for more. The leader
+of a group that starts and lacks something sends `Fetch` to a replica. Both are answered by `PullReply`; rows travel as
+attachments (journal: one, the entries; tablet: three, rows, meta and state of a `Delta`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ class ProcessId(msgspec.Struct, frozen=True):
 
 
 class Pull(msgspec.Struct, frozen=True):
-    """"I hold this durably; what comes next?"
+    """Say "I hold this durably; what comes next?".
 
-    ``number`` grows with every question of a process, so that a duplicated or late frame is recognised. ``leader_seen``: the
-    highest process of the leader's node that this replica has ever seen, which tells a restored leader that it is one.
+    ``number`` grows with every question of a process, so that a duplicated or late frame is recognised.
+    ``leader_seen``: the highest process of the leader's node that this replica has ever seen, which tells a restored
+    leader that it is one.
     """
 
     group: str
@@ -45,7 +46,7 @@ class Pull(msgspec.Struct, frozen=True):
 
 
 class Fetch(msgspec.Struct, frozen=True):
-    """"Give me what comes after this": read-only, counts for nothing; a leader that recovers asks it."""
+    """Ask for what comes after a position: read-only, counts for nothing; a leader that recovers asks it."""
 
     group: str
     replica: str
@@ -56,9 +57,9 @@ class Fetch(msgspec.Struct, frozen=True):
 class PullReply(msgspec.Struct, frozen=True):
     """The answer.
 
-    ``state`` is a value of `follower_machine.SourceState`, or ``stale_boot`` or ``duplicate`` (`roster_machine.Verdict`;
-    ``highest`` is the boot number to get above). ``source``: the answering copy's position. With ``delta``: it starts at
-    (``base_sequence``, ``base_root``) and ends at ``target``.
+    ``state`` is a value of `follower_machine.SourceState`, or ``stale_boot`` or ``duplicate``
+    (`roster_machine.Verdict`; ``highest`` is the boot number to get above). ``source``: the answering copy's position.
+    With ``delta``: it starts at (``base_sequence``, ``base_root``) and ends at ``target``.
     """
 
     state: str
@@ -69,6 +70,8 @@ class PullReply(msgspec.Struct, frozen=True):
     target: Position | None = None
     base_sequence: int = 0
     base_root: bytes | None = None
+    meta_raw_bytes: int = 0
+    """Size of the delta's meta rows when they travel as one zstd frame; 0: they travel as they are."""
     highest: int = 0
     reason: str = ""
 
@@ -93,7 +96,7 @@ class Proposed(msgspec.Struct, frozen=True):
 
 
 class Introduce(msgspec.Struct, frozen=True):
-    """"This is me, who are you?" Asked on the client port before anything else is known of the other node."""
+    """Say "this is me, who are you?". Asked on the client port before anything else is known of the other node."""
 
     name: str = ""
     cluster_name: str = ""
@@ -101,8 +104,9 @@ class Introduce(msgspec.Struct, frozen=True):
 
 
 class Introduction(msgspec.Struct, frozen=True):
-    """What a node says of itself. ``cluster_id`` is empty while it belongs to none; ``initial``: ``name=address`` of its
-    ``--initial``; peer and bulk addresses as bound (the host may be a wildcard: take the one that was asked)."""
+    """What a node says of itself. ``cluster_id`` is empty while it belongs to none; ``initial``: ``name=address`` of
+    its ``--initial``; peer and bulk addresses as bound (the host may be a wildcard: take the one that was asked).
+    """
 
     name: str
     node_id: str
@@ -112,6 +116,8 @@ class Introduction(msgspec.Struct, frozen=True):
     peer_address: str = ""
     bulk_address: str = ""
     boot_number: int = 0
+    members: tuple[str, ...] = ()
+    """Names of the cluster's members in their order, as far as this node knows them."""
 
 
 registry.register("ha.propose", Propose)

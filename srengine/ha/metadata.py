@@ -1,12 +1,12 @@
 """The metadata state machine: applies the journal's entries, in order, to named tables of the metadata store.
 
-Each room that keeps cluster-wide state contributes one *applier*. The machine finds the applier by the command's kind, gives it
-a transaction, and commits its changes together with the entry's index: so after any crash the state is exactly that of some
-index. Appliers read nothing but the command and the tables, hence every node comes to the same state; `MetadataMachine.digest`
-proves it.
+Each room that keeps cluster-wide state contributes one *applier*. The machine finds the applier by the command's kind,
+gives it a transaction, and commits its changes together with the entry's index: so after any crash the state is exactly
+that of some index. Appliers read nothing but the command and the tables, hence every node comes to the same state;
+`MetadataMachine.digest` proves it.
 
-An applier refuses a command by raising one of our errors: nothing of it is kept, the index is raised all the same, and the
-error is what the proposer gets. Refusals are as deterministic as changes.
+An applier refuses a command by raising one of our errors: nothing of it is kept, the index is raised all the same, and
+the error is what the proposer gets. Refusals are as deterministic as changes.
 """
 
 from __future__ import annotations
@@ -28,21 +28,34 @@ _APPLIED: Final = b"applied"
 class Tables(Protocol):
     """Reads and writes of one transaction; what an applier sees."""
 
-    def get(self, table: str, key: bytes) -> bytes | None: ...
-    def put(self, table: str, key: bytes, value: bytes) -> None: ...
-    def delete(self, table: str, key: bytes) -> bool: ...
-    def scan(
-        self, table: str, start: bytes | None = None, stop: bytes | None = None
-    ) -> Iterator[tuple[bytes, bytes]]: ...
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """Return a value, None without one."""
+        ...
+
+    def put(self, table: str, key: bytes, value: bytes) -> None:
+        """Set a value."""
+        ...
+
+    def delete(self, table: str, key: bytes) -> bool:
+        """Remove a value; return whether there was one."""
+        ...
+
+    def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """Yield (key, value) in key order, ``start`` inclusive, ``stop`` exclusive."""
+        ...
 
 
 class Store(Protocol):
     """What this room needs of `srengine.storage.MetadataStore`."""
 
-    def get(self, table: str, key: bytes) -> bytes | None: ...
-    def scan(
-        self, table: str, start: bytes | None = None, stop: bytes | None = None
-    ) -> Iterator[tuple[bytes, bytes]]: ...
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """Return a value, None without one."""
+        ...
+
+    def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """Yield (key, value) in key order, ``start`` inclusive, ``stop`` exclusive."""
+        ...
+
     def transaction(self) -> AbstractContextManager[Tables]:
         """Durable, all or nothing, when the with-block ends."""
         ...
@@ -140,9 +153,7 @@ class _Aside:
         self._changes[table, key] = None
         return there
 
-    def scan(
-        self, table: str, start: bytes | None = None, stop: bytes | None = None
-    ) -> Iterator[tuple[bytes, bytes]]:
+    def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         rows: dict[bytes, bytes | None] = dict(self._below.scan(table, start, stop))
         for (changed, key), value in self._changes.items():
             if changed == table and (start is None or key >= start) and (stop is None or key < stop):

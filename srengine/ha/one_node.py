@@ -1,25 +1,25 @@
 """The plain backend of the journal: the first member leads for ever, the others pull.
 
-On the first member `LeadingJournal` appends a proposed command to its own log (fsync), lets the replicas pull it, and answers
-when a majority holds it durably. Elsewhere `FollowingJournal` appends what it pulls, applies what is committed, and passes
-proposals on. The machines and their rules (what counts as held, how a start goes on, restored disks) are those of tablets.
+On the first member `LeadingJournal` appends a proposed command to its own log (fsync), lets the replicas pull it, and
+answers when a majority holds it durably. Elsewhere `FollowingJournal` appends what it pulls, applies what is committed,
+and passes proposals on. The machines and their rules (what counts as held, how a start goes on, restored disks) are
+those of tablets.
 
-What it does not do: elect. While the first member is down nothing can be proposed; everything applied stays readable. A consensus
-group takes its place behind the same `Journal` interface.
+What it does not do: elect. While the first member is down nothing can be proposed; everything applied stays readable. A
+consensus group takes its place behind the same `Journal` interface.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from srengine import errors, limits
-from srengine.clock import Clock
 from srengine.ha import follower_machine as fm
 from srengine.ha import leader_machine as lm
 from srengine.ha import quorum
-from srengine.ha.contact import Channel, Contact, answered
-from srengine.ha.group import AlarmSink, FollowerDriver, LeaderDriver, Spawn
+from srengine.ha.contact import Contact, answered
+from srengine.ha.group import FollowerDriver, LeaderDriver, Surroundings
 from srengine.ha.journal import Command, chained, decode_entries, encode_entries
 from srengine.ha.journal_store import JournalStore
 from srengine.ha.messages import JOURNAL_GROUP, Fetch, Propose, Proposed, Pull, PullReply
@@ -27,8 +27,6 @@ from srengine.ha.metadata import MetadataMachine
 from srengine.types import Position
 
 Answer = tuple[PullReply, Sequence[bytes]]
-Reach = Callable[[str], Awaitable[Channel]]
-"""Return a channel to a member's peer port, by name; `Unreachable`."""
 
 
 class _Applying:
@@ -72,12 +70,15 @@ class _Applying:
 
     async def wait_applied(self, index: int) -> None:
         """Return when ``index`` is applied here; raise its refusal if it was proposed here (`expect`)."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._applied >= index)
+        await self._reach_index(index)
         self._proposed.discard(index)
         refusal = self._refusals.pop(index, None)
         if refusal is not None:
             raise refusal
+
+    async def _reach_index(self, index: int) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._applied >= index)
 
     def expect(self, index: int) -> None:
         """Keep the refusal of ``index`` for `wait_applied`."""
@@ -87,8 +88,7 @@ class _Applying:
         """See `journal.Journal.subscribe`."""
         index = max(1, from_index)
         while True:
-            async with self._changed:
-                await self._changed.wait_for(lambda: self._applied >= index)
+            await self._reach_index(index)
             entry = await asyncio.to_thread(self.store.entry, index)
             assert entry is not None, index
             yield index, entry.command
@@ -103,36 +103,29 @@ class LeadingJournal:
         store: JournalStore,
         machine: MetadataMachine,
         *,
-        name: str,
         others: Sequence[str],
         trusted: bool,
-        contact: Contact,
-        reach: Reach,
-        clock: Clock,
-        spawn: Spawn,
-        alarm: AlarmSink,
+        around: Surroundings,
     ) -> None:
         self._store = store
-        self._contact = contact
-        self._reach = reach
-        self._spawn = spawn
+        self._contact = around.contact
+        self._reach = around.reach
+        self._spawn = around.spawn
         self._appending = asyncio.Lock()
         self._applying = _Applying(store, machine)
         self._others = tuple(others)
-        self._name = name
+        self._name = around.name
         self.driver = LeaderDriver(
             lm.LeaderMachine(
-                name=name,
+                name=around.name,
                 others=others,
                 own=store.position,
                 own_trusted=trusted,
                 root_at=store.root_at,
-                now=clock.boottime_s(),
+                now=around.clock.boottime_s(),
             ),
-            clock=clock,
-            spawn=spawn,
+            around=around,
             recover=self._recover,
-            alarm=alarm,
             committed=self._applying.apply_up_to,
         )
 
@@ -142,7 +135,7 @@ class LeadingJournal:
         self.driver.start()
 
     def distrust(self, reason: str) -> None:
-        """The disk turned out to be an older state."""
+        """Take note that the disk turned out to be an older state."""
         self.driver.step(lm.Distrusted(reason))
 
     def close(self) -> None:
@@ -153,6 +146,11 @@ class LeadingJournal:
     def applied_index(self) -> int:
         """See `journal.Journal`."""
         return self._applying.applied_index
+
+    @property
+    def current(self) -> bool:
+        """Whether what this node has applied is what the journal holds: it leads and serves."""
+        return self.driver.machine.serving
 
     @property
     def quorum_in_contact(self) -> bool:
@@ -196,13 +194,14 @@ class LeadingJournal:
     async def answer(self, pull: Pull) -> Answer:
         """Answer a replica's question; it was judged already."""
         claim = lm.Claim(pull.position, pull.trusted, pull.filling, pull.committed_known)
-        answer = await self.driver.pulled(pull.replica, claim, (pull.process.boot_number, pull.number))
+        answer = await self.driver.pulled(pull.replica, claim, pull.process, pull.number)
         if answer.kind is not lm.AnswerKind.ROWS:
             return PullReply(
                 answer.kind.value, answer.leader, self._contact.process_id, answer.committed, reason=answer.reason
             ), ()
         reply, attachments = await entries_after(self._store, pull.position, self._contact)
-        # The committed sequence of the answer, not of now: the entries may end before it, which the receiver allows for.
+        # The committed sequence of the answer, not of now: the entries may end before it, which the receiver allows
+        # for.
         return PullReply(
             reply.state,
             reply.source,
@@ -235,26 +234,24 @@ class FollowingJournal:
         machine: MetadataMachine,
         *,
         leader: str,
-        trusted: bool,
-        contact: Contact,
-        reach: Reach,
-        clock: Clock,
-        spawn: Spawn,
-        alarm: AlarmSink,
+        trusted: Callable[[], bool],
+        around: Surroundings,
     ) -> None:
         self._store = store
         self._leader = leader
         self._trusted = trusted
-        self._contact = contact
-        self._reach = reach
-        self._spawn = spawn
+        self._contact = around.contact
+        self._reach = around.reach
+        self._spawn = around.spawn
         self._applying = _Applying(store, machine)
+        self._clock = around.clock
         self._entries: bytes | None = None
         self.driver = FollowerDriver(
-            fm.FollowerMachine(own=store.position, filling=False, created=store.position.sequence == 0, now=clock.boottime_s()),
+            fm.FollowerMachine(
+                own=store.position, filling=False, created=store.position.sequence == 0, now=around.clock.boottime_s()
+            ),
             self,
-            clock=clock,
-            alarm=alarm,
+            around=around,
             committed=self._applying.apply_up_to,
         )
 
@@ -271,6 +268,11 @@ class FollowingJournal:
     def applied_index(self) -> int:
         """See `journal.Journal`."""
         return self._applying.applied_index
+
+    @property
+    def current(self) -> bool:
+        """Whether this node has lately held all that the leader called committed."""
+        return self.driver.machine.synced(self._clock.boottime_s())
 
     async def propose(self, command: Command, *, timeout_s: float = 10.0) -> int:
         """See `journal.Journal`: passed on to the first member."""
@@ -299,7 +301,7 @@ class FollowingJournal:
         """See `group.FollowerActions`."""
         channel = await self._reach(self._leader)
         reply, attachments = await self._contact.ask(
-            channel, self._leader, JOURNAL_GROUP, ask, trusted=self._trusted, timeout_s=limits.PULL_TIMEOUT_S
+            channel, self._leader, JOURNAL_GROUP, ask, trusted=self._trusted(), timeout_s=limits.PULL_TIMEOUT_S
         )
         self._entries = bytes(attachments[0]) if attachments else None
         return answered(ask.number, reply, len(self._entries or b""))
@@ -312,7 +314,7 @@ class FollowingJournal:
         return await asyncio.to_thread(self._store.append, entries)
 
     async def copy(self, copy: fm.Copy) -> tuple[Position, int]:
-        """The journal is kept whole: there is always a delta."""
+        """Refuse: the journal is kept whole, so there is always a delta."""
         raise errors.NotReady(f"the journal is never copied as a whole (asked for {copy.path.value})")
 
     def own(self) -> tuple[Position, bool]:

@@ -1,20 +1,21 @@
 """The arithmetic of majorities: what is durable, and when a leader knows enough to serve.
 
-Used for the journal and for every tablet, so that there is one place to check. Let a group have ``n`` replicas, of which
-the first member always is one and leads. A write is acknowledged when a *majority* ``m = n // 2 + 1`` holds it durably, the
-leader included.
+Used for the journal and for every tablet, so that there is one place to check. Let a group have ``n`` replicas, of
+which the first member always is one and leads. A write is acknowledged when a *majority* ``m = n // 2 + 1`` holds it
+durably, the leader included.
 
 *What is durable.* Sorted from the highest, the ``m``-th of the sequences that replicas hold is held by a majority.
 
 *When a leader may serve after a start.* It must know of every acknowledged write.
 
-* Its own disk is what it was: it holds every acknowledged write itself. It still asks until a majority (itself included)
-  has told where it stands, because "my disk is what it was" is a belief, and a replica that is ahead refutes it.
+* Its own disk is what it was: it holds every acknowledged write itself. It still asks until a majority (itself
+  included) has told where it stands, because "my disk is what it was" is a belief, and a replica that is ahead refutes
+  it.
 * Its own disk is not what it was (wiped, or put back to an older state): its own position counts for nothing. An
   acknowledged write is at ``m - 1`` of the others at least, so any ``n - m + 1`` of the others contain one that has it,
   provided their disks are what they were.
-* All others have told: nothing better exists anywhere; waiting would not help. What may be missing then is the caller's to
-  say aloud (`Knowledge.COMPLETE_UNTRUSTED`).
+* All others have told: nothing better exists anywhere; waiting would not help. What may be missing then is the caller's
+  to say aloud (`Knowledge.COMPLETE_UNTRUSTED`).
 """
 
 from __future__ import annotations

@@ -1,24 +1,24 @@
 """Who is who: process numbers of nodes, without I/O. Finds restored, cloned and doubled nodes, and who is reachable.
 
-A node is a random id in its data directory; every start raises its *boot number* durably and draws a *nonce*. The pair tells
-one process of a node from another. Whoever talks to a node remembers, durably and before answering, the highest pair it saw:
-so a directory that was put back to an older state shows itself by a boot number that others have already seen.
+A node is a random id in its data directory; every start raises its *boot number* durably and draws a *nonce*. The pair
+tells one process of a node from another. Whoever talks to a node remembers, durably and before answering, the highest
+pair it saw: so a directory that was put back to an older state shows itself by a boot number that others have already
+seen.
 
-======================================================  =====================================================
-a node shows                                            verdict
-======================================================  =====================================================
-the process that we know                                ACCEPTED
-same id, higher boot number, not a copied directory     ACCEPTED: it restarted (its lock file says that the old one is dead)
-same id, higher boot number, copied directory, old one  DUPLICATE
-heard within ``CONTACT_S``
-same id, boot number seen before, old one silent        STALE_BOOT: it must raise its number above ``highest``, and trust
-                                                        none of its data
-same id, boot number seen before, old one heard         DUPLICATE
-another id under a known name, old one silent           ACCEPTED: the node was wiped
-another id under a known name, old one heard            DUPLICATE
-======================================================  =====================================================
+====================================================  ============================================================
+a node shows                                          verdict
+====================================================  ============================================================
+the process that we know                              ACCEPTED
+same id, higher boot number, directory not copied     ACCEPTED: it restarted (its lock file says the old one is dead)
+same id, higher boot number, copied, old one heard    DUPLICATE
+same id, boot number seen before, old one silent      STALE_BOOT: raise it above ``highest`` and trust nothing
+same id, boot number seen before, old one heard       DUPLICATE
+another id under a known name, old one silent         ACCEPTED: the node was wiped
+another id under a known name, old one heard          DUPLICATE
+====================================================  ============================================================
 
-A process that was accepted once and is later told STALE_BOOT or DUPLICATE has been replaced and must stop.
+"Heard" means within ``CONTACT_S``. A process that was accepted once and is later told STALE_BOOT or DUPLICATE has been
+replaced and must stop.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Hello:
 
 
 class Verdict(enum.Enum):
+    """What becomes of a process that talks to us, see the module's table."""
+
     ACCEPTED = "accepted"
     STALE_BOOT = "stale_boot"
     DUPLICATE = "duplicate"

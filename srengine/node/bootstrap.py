@@ -7,8 +7,9 @@
     no identity, first, somebody else has an identity -------> stops with exit 5: its own data was lost
     no identity, not first ----------------------------------> waits for the first one's cluster id and takes it
 
-All first nodes name the same members in the same order and the same cluster; whoever does not is told which one differs. The founder
-asks *every* other member: one that holds an identity knows of a cluster that must not be forgotten.
+All first nodes name the same members in the same order and the same cluster; whoever does not is told which one
+differs. The founder asks *every* other member: one that holds an identity knows of a cluster that must not be
+forgotten.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Settling:
 
     def __init__(self, node: Runtime) -> None:
         self._node = node
-        self._said_at = 0.0
+        self._said_at: dict[str, float] = {}
 
     async def run(self) -> None:
         """Return when the node's identity names a cluster."""
@@ -52,7 +53,9 @@ class Settling:
             self._check_catalog()
             return
         if not node.options.initial:
-            raise errors.UsageError(f"{node.options.data} belongs to no cluster yet: --initial must name the first members")
+            raise errors.UsageError(
+                f"{node.options.data} belongs to no cluster yet: --initial must name the first members"
+            )
         if not node.options.cluster and not node.identity.cluster_name:
             raise errors.UsageError("a new cluster needs a name: --cluster NAME")
         if node.options.initial[0].name == node.name:
@@ -64,8 +67,9 @@ class Settling:
         node = self._node
         if node.identity.number == 0 and read_cluster(node.metadata) is None:
             raise errors.ForeignData(
-                f"{node.options.data} belongs to cluster {node.identity.cluster_name} ({node.identity.cluster_id}), but its "
-                f"catalog is gone: put meta/ or the whole directory back from a copy (an older one is brought up to date)",
+                f"{node.options.data} belongs to cluster {node.identity.cluster_name} "
+                f"({node.identity.cluster_id}), but its catalog is gone: put meta/ or the whole directory back from a "
+                f"copy (an older one is brought up to date)",
                 cluster_id=node.identity.cluster_id,
             )
 
@@ -78,9 +82,7 @@ class Settling:
             # The crash came between the first entry and the identity.
             node.adopt(replace(node.identity, cluster_id=begun.cluster_id, cluster_name=begun.name, number=0))
             return
-        await asyncio.gather(
-            *(self._blank(member.name) for member in node.options.initial if member.name != node.name)
-        )
+        await asyncio.gather(*(self._blank(member.name) for member in node.options.initial if member.name != node.name))
         cluster = Cluster(secrets.token_hex(16), node.identity.cluster_name)
         members = tuple(
             Member(member.name, member.address, number, public_key=member.public_key)
@@ -105,9 +107,9 @@ class Settling:
         told = await self._ask(name)
         if told.cluster_id:
             raise errors.ForeignData(
-                f"{name} already belongs to cluster {told.cluster_name} ({told.cluster_id}), and {self._node.options.data} holds "
-                f"nothing of it: {self._node.name} does not found another one; put its directory back from a copy "
-                f"(an older one is brought up to date)",
+                f"{name} already belongs to cluster {told.cluster_name} ({told.cluster_id}), and "
+                f"{self._node.options.data} holds nothing of it: {self._node.name} does not found another "
+                f"one; put its directory back from a copy (an older one is brought up to date)",
                 cluster_id=told.cluster_id,
                 peer=name,
             )
@@ -125,8 +127,16 @@ class Settling:
                 raise errors.ForeignData(
                     f"{names[0]} is of cluster {told.cluster_name}, {node.name} wants {node.identity.cluster_name}"
                 )
-            if told.cluster_id:
-                node.adopt(replace(node.identity, cluster_id=told.cluster_id, number=names.index(node.name)))
+            if told.cluster_id and told.members:
+                if node.name not in told.members:
+                    raise errors.Conflict(
+                        f"cluster {told.cluster_name} has the members {', '.join(told.members)}; {node.name} is "
+                        f"none of them, and joining a running cluster is not possible yet"
+                    )
+                number = told.members.index(node.name)
+                if number == 0:
+                    raise errors.ForeignData(f"{node.name} founded cluster {told.cluster_name} and lost its directory")
+                node.adopt(replace(node.identity, cluster_id=told.cluster_id, number=number))
                 _logger.info("joined cluster %s", told.cluster_name, extra={"event": "joined"})
                 return
             await asyncio.sleep(ASK_AGAIN_S)
@@ -140,8 +150,8 @@ class Settling:
         mine = tuple(f"{member.name}={member.address}" for member in node.options.initial)
         if told.initial != mine:
             raise errors.Conflict(
-                f"--initial of {name} is {','.join(told.initial) or 'empty'}, of {node.name} {','.join(mine)}: all first nodes "
-                f"name the same members in the same order",
+                f"--initial of {name} is {','.join(told.initial) or 'empty'}, of {node.name} {','.join(mine)}: "
+                f"all first nodes name the same members in the same order",
                 peer=name,
             )
 
@@ -152,7 +162,7 @@ class Settling:
                 return await self._node.ways[name].introduce()
             except (errors.Unreachable, errors.TimedOut) as error:
                 now = self._node.clock.monotonic_s()
-                if now - self._said_at > SAY_AGAIN_S:
-                    self._said_at = now
+                if now - self._said_at.get(name, -SAY_AGAIN_S) >= SAY_AGAIN_S:
+                    self._said_at[name] = now
                     _logger.info("waiting for %s: %s", name, error.message, extra={"event": "waiting"})
                 await asyncio.sleep(ASK_AGAIN_S)

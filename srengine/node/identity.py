@@ -15,8 +15,9 @@ field                     meaning
 ``check``                 BLAKE2b of the rest
 ========================  ==============================================================================================
 
-The file is replaced at each start, so its inode and birth time are new each time. One that was copied, restored from a backup or
-moved to another disk has others than it says: the node then trusts nothing in the directory until its peers have proved it.
+The file is replaced at each start, so its inode and birth time are new each time. One that was copied, restored from a
+backup or moved to another disk has others than it says: the node then trusts nothing in the directory until its peers
+have proved it.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def file_id(path: Path) -> FileId | None:
     Python has no statx before 3.15: the C library's is called, with the plain inode as the fallback.
     """
     try:
-        status = os.stat(path, follow_symlinks=False)
+        status = path.stat(follow_symlinks=False)
     except FileNotFoundError:
         return None
     return FileId(status.st_ino, _birth_ns(path))
@@ -191,7 +192,8 @@ def _birth_ns(path: Path) -> int:
     (mask,) = struct.unpack_from("=I", buffer, 0)
     if not mask & _STATX_BTIME:
         return 0
-    # struct statx: stx_btime is the second of four timestamps (16 bytes each: s64 seconds, u32 nanoseconds) from byte 64.
+    # struct statx: stx_btime is the second of four timestamps (16 bytes each: s64 seconds, u32 nanoseconds) from byte
+    # 64.
     seconds, nanoseconds = struct.unpack_from("=qI", buffer, 80)
     return int(seconds) * 1_000_000_000 + int(nanoseconds)
 

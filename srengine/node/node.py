@@ -23,8 +23,8 @@ START_TIMEOUT_S = 60.0
 def run_node(options: NodeOptions, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
     """Run a node until SIGTERM or SIGINT, then drain and return.
 
-    ``on_ready`` gets the ready event once the node can serve. Raises why the node could not start or had to stop; must be called on the
-    main thread.
+    ``on_ready`` gets the ready event once the node can serve. Raises why the node could not start or had to stop; must
+    be called on the main thread.
     """
     asyncio.run(_run(options, on_ready))
 
@@ -47,7 +47,8 @@ async def _run(options: NodeOptions, on_ready: Callable[[dict[str, Any]], None] 
         starting.result()
         if on_ready is not None:
             on_ready(node.ready_event())
-        await asyncio.wait({stopping, node.supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {stopping, node.supervisor.failed}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if node.supervisor.failed.done():
             raise node.supervisor.failed.result()
     finally:
@@ -58,8 +59,8 @@ async def _run(options: NodeOptions, on_ready: Callable[[dict[str, Any]], None] 
 class Node:
     """A node inside this program, on an event loop of its own in a thread.
 
-    Use as a context manager, or `start` and `stop`. ``on_state_change(old, new)`` may be set before `start`; it is called on the node's
-    thread with INIT, LEADER, FOLLOWER or UNKNOWN.
+    Use as a context manager, or `start` and `stop`. ``on_state_change(old, new)`` may be set before `start`; it is
+    called on the node's thread with INIT, LEADER, FOLLOWER or UNKNOWN.
     """
 
     def __init__(self, options: NodeOptions) -> None:
@@ -146,7 +147,8 @@ class Node:
             self._runtime = runtime
             self._change("LEADER" if runtime.leads else "FOLLOWER")
             self._started.set()
-            await asyncio.wait({stopping, runtime.supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
+            ends: set[asyncio.Future[Any]] = {stopping, runtime.supervisor.failed}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if runtime.supervisor.failed.done():
                 raise runtime.supervisor.failed.result()
         finally:

@@ -1,7 +1,8 @@
 """Settings of one node process: what ``node start`` takes as flags, environment or file.
 
-Precedence is the command line's business (flag, then ``SRENGINE_…``, then the file, then the default); `load_options_file` reads the
-file, whose keys are the names of the fields below; an unknown one is an error that suggests the nearest.
+Precedence is the command line's business (flag, then ``SRENGINE_…``, then the file, then the default);
+`load_options_file` reads the file, whose keys are the names of the fields below; an unknown one is an error that
+suggests the nearest.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class InitialMember:
 class NodeOptions:
     """How to run a node.
 
-    ``listen``: client address ``tcp://host:port``; peers use port + 1 and bulk port + 2 unless given. ``initial``: all first
-    members in one order that all of them name; the first one leads. ``cluster`` is needed to bootstrap and checked afterwards.
+    ``listen``: client address ``tcp://host:port``; peers use port + 1 and bulk port + 2 unless given. ``initial``: all
+    first members in one order that all of them name; the first one leads. ``cluster`` is needed to bootstrap and
+    checked afterwards.
     """
 
     name: str
@@ -91,7 +93,9 @@ def split_address(address: str) -> tuple[str, int]:
     """
     match = _TCP.fullmatch(address) if isinstance(address, str) else None
     if match is None:
-        raise errors.InvalidValue(f"{str(address)[:100]!r} is not an address: tcp://HOST:PORT", address=str(address)[:100])
+        raise errors.InvalidValue(
+            f"{str(address)[:100]!r} is not an address: tcp://HOST:PORT", address=str(address)[:100]
+        )
     return match["host"], _checked_port(int(match["port"]))
 
 
@@ -136,7 +140,7 @@ def load_options_file(path: Path) -> dict[str, Any]:
 
 def checked_settings(found: dict[str, Any]) -> dict[str, Any]:
     """Return settings with their types checked; unknown keys are a `UsageError` that suggests the nearest."""
-    kinds: dict[str, type] = {field.name: str for field in fields(NodeOptions)}
+    kinds: dict[str, type[Any]] = {field.name: str for field in fields(NodeOptions)}
     kinds |= {"insecure": bool, "allow_remote_fs": bool, "map_bytes": int}
     settings: dict[str, Any] = {}
     for key, value in found.items():

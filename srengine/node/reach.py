@@ -1,7 +1,8 @@
 """Ways to other nodes: from a member's name to channels, with one introduction in between.
 
-Of another node only the client address is known (``--initial`` or the journal). The first request asks there who it is and where its
-peer and bulk ports are; the answer is kept until the node cannot be reached, because it may come back elsewhere.
+Of another node only the client address is known (``--initial`` or the journal). The first request asks there who it is
+and where its peer and bulk ports are; the answer is kept until the node cannot be reached, because it may come back
+elsewhere.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Way:
         self._client: Channel | None = None
         self._channels: dict[str, tuple[str, Channel]] = {}
         self._introduction: Introduction | None = None
-        self._introducing = asyncio.Lock()
+        self._attempt: asyncio.Future[Introduction] | None = None
 
     async def introduce(self, *, timeout_s: float = INTRODUCE_TIMEOUT_S) -> Introduction:
         """Ask who is there, at the client port."""
@@ -62,18 +63,39 @@ class Way:
         self._introduction = reply.message
         return reply.message
 
+    async def _introduced(self) -> Introduction:
+        """Return the introduction; who asks while one is on its way shares its end."""
+        if self._introduction is not None:
+            return self._introduction
+        if self._attempt is None:
+            self._attempt = asyncio.ensure_future(self.introduce())
+            self._attempt.add_done_callback(self._attempted)
+        attempt = self._attempt
+        await asyncio.wait([attempt])
+        if attempt.cancelled():
+            raise errors.Closed("the node stops")
+        error = attempt.exception()
+        if isinstance(error, errors.Error):
+            # A fresh one for each who waited: each has its own trace.
+            raise errors.from_code(error.code, error.message, error.details)
+        return attempt.result()
+
+    def _attempted(self, attempt: asyncio.Future[Introduction]) -> None:
+        self._attempt = None
+        if not attempt.cancelled():
+            attempt.exception()
+
     async def _channel(self, port: Port) -> Channel:
-        async with self._introducing:
-            told = self._introduction or await self.introduce()
-            address = on_host_of(self.address, told.peer_address if port == "peer" else told.bulk_address)
-            known = self._channels.get(port)
-            if known is not None and known[0] == address:
-                return known[1]
-            if known is not None:
-                await known[1].close()
-            channel = self._endpoint.channel(address, port=port, server_key=self._server_key)
-            self._channels[port] = (address, channel)
-            return channel
+        told = await self._introduced()
+        address = on_host_of(self.address, told.peer_address if port == "peer" else told.bulk_address)
+        known = self._channels.get(port)
+        if known is not None and known[0] == address:
+            return known[1]
+        channel = self._endpoint.channel(address, port=port, server_key=self._server_key)
+        self._channels[port] = (address, channel)
+        if known is not None:
+            await known[1].close()
+        return channel
 
     async def request(self, message: msgspec.Struct, attachments: Sequence[Buffer] = (), *, timeout_s: float) -> Reply:
         """Ask at the peer port; as `Channel.request`."""
@@ -84,11 +106,13 @@ class Way:
             self._introduction = None
             raise
 
-    async def stream(self, message: msgspec.Struct, *, timeout_s: float) -> AsyncGenerator[memoryview, None]:
+    async def stream(
+        self, message: msgspec.Struct, *, timeout_s: float, proved: bool = False
+    ) -> AsyncGenerator[memoryview, None]:
         """Read a stream from the bulk port; as `Channel.stream`."""
         channel = await self._channel("bulk")
         try:
-            async with aclosing(channel.stream(message, timeout_s=timeout_s)) as items:
+            async with aclosing(channel.stream(message, timeout_s=timeout_s, proved=proved)) as items:
                 async for item in items:
                     yield item
         except errors.Unreachable:
@@ -96,7 +120,7 @@ class Way:
             raise
 
     def wake(self) -> None:
-        """The node has just called us: try again at once."""
+        """Try again at once: the node has just called us."""
         if self._client is not None:
             self._client.wake()
         for _, channel in self._channels.values():

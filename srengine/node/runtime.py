@@ -2,15 +2,16 @@
 
 ::
 
-    lock the directory -> identity -> ports -> (bootstrap, or ask the first member) -> boot number -> journal -> tablets -> ready
+    lock the directory -> identity -> ports -> (bootstrap, or ask the first member) -> boot number -> journal -> tablets
+    -> ready
 
 * A node that belongs to no cluster answers introductions only.
 * The boot number is raised durably before anything of the new run is told to anybody.
-* *Ready*: the first member when the journal and all tablets are served; others when they are members and answer (a read there
-  waits, is passed on, or says NOT_READY until the replica is current).
+* *Ready*: the first member when the journal and all tablets are served; others when they are members and answer (a read
+  there waits, is passed on, or says NOT_READY until the replica is current).
 
-Stopping (`stop`): no new requests, what was begun finishes or ends with `Closed`, tasks end, the store closes. A fault that nobody expected
-takes the same way with the error as the reason; a node is never half alive.
+Stopping (`stop`): no new requests, what was begun finishes or ends with `Closed`, tasks end, the store closes. A fault
+that nobody expected takes the same way with the error as the reason; a node is never half alive.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import logging
 import secrets
 import shutil
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -32,45 +33,40 @@ from srengine import errors, limits
 from srengine.clock import Clock, SystemClock
 from srengine.cluster import catalog
 from srengine.ha.contact import Contact
+from srengine.ha.group import Surroundings
 from srengine.ha.journal import Command
 from srengine.ha.journal_store import JournalStore
 from srengine.ha.members import IDENTIFY, Identify, Member, MembersApplier, read_members
 from srengine.ha.messages import (
-    JOURNAL_GROUP,
-    Fetch,
     Introduce,
     Introduction,
-    Propose,
-    Proposed,
-    Pull,
 )
 from srengine.ha.metadata import MetadataMachine
-from srengine.ha.one_node import FollowingJournal, LeadingJournal, entries_after
-from srengine.ha.roster_machine import Process, Verdict
+from srengine.ha.one_node import FollowingJournal, LeadingJournal
+from srengine.ha.roster_machine import Process
 from srengine.metrics import Metrics
 from srengine.node import bootstrap, status
-from srengine.node.identity import Identity, load_identity, new_identity, raised, save_identity, started
+from srengine.node.identity import Identity, load_identity, new_identity, save_identity, started
 from srengine.node.identity import file_id as identity_file_id
 from srengine.node.options import NodeOptions
+from srengine.node.peers import PeerServices
 from srengine.node.reach import Ways
 from srengine.node.services import Services
 from srengine.node.supervisor import Supervisor
-from srengine.security import AllowList, ensure_node_keys, load_allow_list
+from srengine.node.trust import Trust
+from srengine.security import AllowList, ensure_node_keys, load_allow_list, prove_closed
 from srengine.storage import MetadataStore, Store
-from srengine.sync.messages import Copy, ReplicaStates, ReplicaStatesReply
+from srengine.sync.messages import ReplicaStates, ReplicaStatesReply
 from srengine.sync.service import SyncService
-from srengine.sync.slots import Standing
 from srengine.transport import Endpoint, Peer, Reply
 from srengine.transport import Identity as TransportIdentity
 from srengine.transport.addresses import stays_on_this_machine
 
 _logger = logging.getLogger(__name__)
 
-NODE_TABLE: Final = "node"
-"""Local, in no digest: ``boot`` -> the boot number that was last written here."""
-_BOOT: Final = b"boot"
 THREADS: Final = 32
 ALARMS_KEPT: Final = 50
+ALARM_AGAIN_S: Final = 60.0
 STATES_TIMEOUT_S: Final = 1.5
 DRAIN_S: Final = 5.0
 SAY_AGAIN_S: Final = 5.0
@@ -95,7 +91,7 @@ class Runtime:
         self._nonce = secrets.token_hex(8)
         self._stack = contextlib.AsyncExitStack()
         self._tables_changed = asyncio.Condition()
-        self._refused_since: float | None = None
+        self._said: dict[str, float] = {}
         self._busy = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -117,7 +113,10 @@ class Runtime:
         self.supervisor = Supervisor()
         options = self.options
         self.store = Store(
-            options.data, map_bytes=options.map_bytes, allow_remote_fs=options.allow_remote_fs, insecure=options.insecure
+            options.data,
+            map_bytes=options.map_bytes,
+            allow_remote_fs=options.allow_remote_fs,
+            insecure=options.insecure,
         )
         self._stack.callback(self.store.close)
         await self._load_identity()
@@ -131,13 +130,14 @@ class Runtime:
         settled = bootstrap.Settling(self)
         work = asyncio.ensure_future(settled.run())
         await self._or_failure(work)
-        self.bootstrapped = True
         await self._begin()
+        self.bootstrapped = True
         await self._or_failure(asyncio.ensure_future(self._wait_ready()))
 
     async def _or_failure(self, work: asyncio.Future[None]) -> None:
         """Wait for ``work``, or raise why the node must stop."""
-        await asyncio.wait({work, self.supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {work, self.supervisor.failed}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             work.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -176,11 +176,10 @@ class Runtime:
         keys = None
         allowed: AllowList | None = None
         if keyed or (routable and not options.insecure):
+            await prove_closed()
             keys = ensure_node_keys(options.data, insecure=options.insecure)
             allowed_file = options.data / "keys" / "allowed"
-            allowed = (
-                load_allow_list(allowed_file, insecure=options.insecure) if allowed_file.exists() else AllowList()
-            )
+            allowed = load_allow_list(allowed_file, insecure=options.insecure) if allowed_file.exists() else AllowList()
             allowed.allow(keys.public, ("client", "peer", "bulk"), self.name)
             for member in options.initial:
                 if member.name == self.name and member.public_key and member.public_key != keys.public.hex():
@@ -221,94 +220,69 @@ class Runtime:
     # --- wiring ------------------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
-        stored = self.metadata.get(NODE_TABLE, _BOOT)
-        meta_boot = 0 if stored is None else int.from_bytes(stored, "little")
-        identity = self.identity
-        if identity.boot_number == 0:
-            identity = replace(identity, boot_number=1)
-        elif meta_boot < identity.stamped:
-            self.alarm("metadata_restored", f"meta/ is of start {meta_boot}, the node of {identity.stamped}: an older state")
-            identity = replace(identity, stamped=identity.boot_number, distrusted=True)
-        self.adopt(identity)
-        with self.metadata.transaction() as transaction:
-            transaction.put(NODE_TABLE, _BOOT, identity.boot_number.to_bytes(8, "little"))
-        if identity.distrusted:
-            self.alarm(
-                "directory_distrusted",
-                f"{self.options.data} was copied or put back to an older state: nothing in it counts until it is proved",
-            )
-        self.standing = Standing(identity.boot_number, identity.stamped, identity.distrusted)
+        self.trust = Trust(self)
+        self.trust.open()
         self.contact = Contact(
             name=self.name,
             process=lambda: Process(self.identity.node_id, self.identity.boot_number, self._nonce),
             copied=lambda: self.copied,
             store=self.metadata,
             clock=self.clock,
-            on_refused=self._refused,
-            on_restored=self._restored,
+            on_refused=self.trust.refused,
+            on_restored=self.trust.restored,
+            on_foreign=self.supervisor.fail,
         )
-        self.journal_store = JournalStore(self.metadata, identity.cluster_id)
-        self._read_members()
-        self._make_journal()
-        self.sync = SyncService(
+        self.around = Surroundings(
             name=self.name,
-            data=self.options.data,
-            store=self.store,
-            rows=self.metadata,
-            standing=self.standing,
-            file_ids=identity_file_id,
             contact=self.contact,
-            peers=self.ways.reach,
-            bulk=self.ways.reach,
+            reach=self.ways.reach,
             clock=self.clock,
             spawn=self.supervisor.spawn,
             alarm=self.alarm,
+        )
+        self.journal_store = JournalStore(self.metadata, self.identity.cluster_id)
+        self._read_members()
+        self._make_journal()
+        self.sync = SyncService(
+            around=self.around,
+            store=self.store,
+            rows=self.metadata,
+            standing=self.trust.standing,
+            file_ids=identity_file_id,
             metrics=self.metrics,
-            directory_trusted=lambda: not self.standing.distrusted,
+            directory_trusted=self.trust.trusted,
         )
         self._stack.callback(self._close_groups)
         self._serve()
         self.journal.start()
         await self._read_tables()
-        if not self.standing.distrusted:
-            # Everything that was trusted carries this start's number now: older states show from here on.
-            self.adopt(replace(self.identity, stamped=self.identity.boot_number))
-            self.standing.stamped = self.identity.stamped
+        self.trust.opened()
         self.supervisor.spawn(self._follow_journal(), "catalog")
         self.supervisor.spawn(self._call_members(), "call members")
-        if self.standing.distrusted:
-            self.supervisor.spawn(self._regain_trust(), "regain trust")
         if self.leads:
             self.supervisor.spawn(self._identify_members(), "identify members")
 
     def _make_journal(self) -> None:
-        common: dict[str, Any] = {
-            "contact": self.contact,
-            "reach": self.ways.reach,
-            "clock": self.clock,
-            "spawn": self.supervisor.spawn,
-            "alarm": self.alarm,
-        }
-        trusted = not self.standing.distrusted
         self.journal: LeadingJournal | FollowingJournal
         if self.leads:
             others = [member.name for member in self.members if member.name != self.name]
             self.journal = LeadingJournal(
-                self.journal_store, self.machine, name=self.name, others=others, trusted=trusted, **common
+                self.journal_store, self.machine, others=others, trusted=self.trust.trusted(), around=self.around
             )
         else:
             self.journal = FollowingJournal(
-                self.journal_store, self.machine, leader=self.first, trusted=trusted, **common
+                self.journal_store, self.machine, leader=self.first, trusted=self.trust.trusted, around=self.around
             )
 
     def _serve(self) -> None:
-        serve = self.endpoint.serve
-        serve(Pull, self._pulled, ports=("peer",))
-        serve(Fetch, self._fetched, ports=("peer",))
-        serve(Propose, self._proposed, ports=("peer",))
-        serve(ReplicaStates, self._asked_states, ports=("peer",))
-        self.endpoint.serve_stream(Copy, self._copied)
+        PeerServices(self).register()
         Services(self).register()
+
+    def distrust_groups(self, reason: str) -> None:
+        """Tell the journal and every tablet that the directory is an older state."""
+        if isinstance(self.journal, LeadingJournal):
+            self.journal.distrust(reason)
+        self.sync.distrust(reason)
 
     def _close_groups(self) -> None:
         self.sync.close()
@@ -345,14 +319,14 @@ class Runtime:
         return self.ways[name].address if self.ways.knows(name) else ""
 
     def is_alive(self, name: str) -> bool:
-        """Return whether the member is this node or was heard lately; nodes other than the first hear the first only."""
+        """Return whether the member is this node or was heard lately; nodes other than the first hear the first
+        only.
+        """
         if name == self.name:
             return True
         if self.leads:
             return self.contact.alive(name)
-        if name == self.first and isinstance(self.journal, FollowingJournal):
-            return self.journal.driver.machine.synced(self.clock.boottime_s())
-        return True
+        return name != self.first or self.journal.current
 
     async def _read_tables(self) -> None:
         tables = await asyncio.to_thread(catalog.read_tables, self.metadata)
@@ -377,7 +351,7 @@ class Runtime:
 
     async def table_of_leader(self, name: str) -> catalog.Table | None:
         """Return a table that this node learns of within a moment, None when there is none then."""
-        if not self.journal.driver.machine.source:  # type: ignore[union-attr]
+        if not self.journal.current:
             raise errors.NotReady(f"{self.name} has no contact with {self.first} yet")
         with contextlib.suppress(errors.TimedOut):
             await self.wait_for_table(name, limits.PULL_HOLD_S)
@@ -389,7 +363,7 @@ class Runtime:
             await asyncio.sleep(1.0)
             for member in self.members:
                 node_id = self.identity.node_id if member.name == self.name else self.contact.node_id(member.name)
-                if node_id is None or node_id == member.node_id or not self.journal.driver.machine.serving:  # type: ignore[union-attr]
+                if node_id is None or node_id == member.node_id or not self.journal.current:
                     continue
                 command = Command(IDENTIFY, msgspec.msgpack.encode(Identify(member.name, node_id)))
                 try:
@@ -404,72 +378,21 @@ class Runtime:
                 with contextlib.suppress(errors.Error):
                     await self.ways[member.name].introduce()
 
-    # --- trust -------------------------------------------------------------------------------------------------------
+    # --- alarms ------------------------------------------------------------------------------------------------------
 
     def alarm(self, event: str, message: str) -> None:
-        """Say what a person must see: log, status, counter."""
-        _logger.error("%s: %s", event, message, extra={"event": event})
-        self.alarms.append(f"{event}: {message}")
+        """Say what a person must see: log, status, counter; the same thing once a minute."""
         self.metrics.add("srengine_node_alarms_total", event=event)
-
-    def _restored(self, seen: Process) -> None:
-        """A replica knows a later run of this node: the directory was put back."""
-        self._distrust(seen.boot_number, f"start {seen.boot_number} of this node was seen by others")
-
-    def _distrust(self, highest: int, reason: str) -> None:
-        self.alarm("directory_restored", f"{self.options.data} is an older state: {reason}")
-        self.adopt(raised(self.identity, highest))
-        self.copied = True
-        with self.metadata.transaction() as transaction:
-            transaction.put(NODE_TABLE, _BOOT, self.identity.boot_number.to_bytes(8, "little"))
-        before = self.standing.distrusted
-        self.standing.boot_number = self.identity.boot_number
-        self.standing.stamped = self.identity.stamped
-        self.standing.distrusted = True
-        if isinstance(self.journal, LeadingJournal):
-            self.journal.distrust(reason)
-        self.sync.distrust(reason)
-        if not before:
-            self.supervisor.spawn(self._regain_trust(), "regain trust")
-
-    def _refused(self, verdict: Verdict, highest: int) -> None:
-        """The leader would not have this process."""
-        if self.contact.accepted:
-            self.supervisor.fail(
-                errors.Conflict(f"another process runs as {self.name} ({self.identity.node_id}); this one stops")
-            )
+        now = self.clock.monotonic_s()
+        text = f"{event}: {message}"
+        if now - self._said.get(text, -ALARM_AGAIN_S) < ALARM_AGAIN_S:
             return
-        if verdict is Verdict.STALE_BOOT:
-            if highest >= self.identity.boot_number:
-                self._distrust(highest, f"start {highest} of this node was seen by {self.first}")
-            return
-        now = self.clock.boottime_s()
-        self._refused_since = self._refused_since or now
-        if now - self._refused_since > limits.DUPLICATE_PATIENCE_S:
-            self.supervisor.fail(
-                errors.Conflict(f"another process runs as {self.name}; this directory is a copy or a second start of it")
-            )
-
-    async def _regain_trust(self) -> None:
-        """Trust the directory again when the journal is current and every copy was proved."""
-        while True:
-            await asyncio.sleep(0.2)
-            machine = self.journal.driver.machine
-            current = machine.serving if self.leads else machine.synced(self.clock.boottime_s())  # type: ignore[union-attr]
-            if not current or self.journal.applied_index < self.journal_store.position.sequence:
-                continue
-            groups = [*self.sync.leaders.values(), *self.sync.followers.values()]
-            if any(not group.slot.trusted for group in groups):
-                continue
-            expected = {tablet.id for table in self.tables.values() for tablet in table.tablets if self.name in tablet.nodes}
-            if expected != {group.slot.spec.tablet_id for group in groups}:
-                continue
-            break
-        self.standing.distrusted = False
-        self.standing.stamped = self.identity.boot_number
-        self.copied = False
-        self.adopt(replace(self.identity, stamped=self.identity.boot_number, distrusted=False))
-        _logger.info("the directory is proved and trusted again", extra={"event": "directory_trusted"})
+        if len(self._said) >= ALARMS_KEPT:
+            self._said.clear()
+        self._said[text] = now
+        _logger.error("%s: %s", event, message, extra={"event": event})
+        if text not in self.alarms:
+            self.alarms.append(text)
 
     # --- ready -------------------------------------------------------------------------------------------------------
 
@@ -513,6 +436,8 @@ class Runtime:
         del peer, attachments
         if message.name and message.name != self.name:
             self.ways.wake(message.name)
+            if self.bootstrapped and message.name == self.first:
+                self.contact.leader_called()
         return Reply(
             Introduction(
                 name=self.name,
@@ -523,47 +448,9 @@ class Runtime:
                 peer_address=self.addresses.get("peer", ""),
                 bulk_address=self.addresses.get("bulk", ""),
                 boot_number=self.identity.boot_number,
+                members=tuple(member.name for member in self.members),
             )
         )
-
-    async def _pulled(self, peer: Peer, message: Pull, attachments: Sequence[memoryview]) -> Reply:
-        del peer, attachments
-        slot = None if message.group == JOURNAL_GROUP else self.sync.slot(message.group)
-        position = self.journal_store.position if slot is None else slot.position
-        refused = self.contact.judge(message, position)
-        if refused is not None:
-            return Reply(refused)
-        if message.group == JOURNAL_GROUP:
-            if not isinstance(self.journal, LeadingJournal):
-                raise errors.NotLeader(f"{self.name} does not lead the journal", leader=self.address_of(self.first))
-            reply, rows = await self.journal.answer(message)
-            return Reply(reply, rows)
-        answer = await self.sync.pulled(message)
-        return Reply(answer.reply, answer.attachments)
-
-    async def _fetched(self, peer: Peer, message: Fetch, attachments: Sequence[memoryview]) -> Reply:
-        del peer, attachments
-        if message.group == JOURNAL_GROUP:
-            reply, rows = await entries_after(self.journal_store, message.position, self.contact)
-            return Reply(reply, rows)
-        answer = await self.sync.fetched(message)
-        return Reply(answer.reply, answer.attachments)
-
-    async def _proposed(self, peer: Peer, message: Propose, attachments: Sequence[memoryview]) -> Reply:
-        del peer, attachments
-        if not self.leads:
-            raise errors.NotLeader(f"{self.name} does not lead the journal", leader=self.address_of(self.first))
-        index = await self.journal.propose(Command(message.kind, message.body), timeout_s=min(message.timeout_s, 600.0))
-        return Reply(Proposed(index))
-
-    async def _copied(self, peer: Peer, message: Copy) -> AsyncIterator[bytes]:
-        del peer
-        async for item in self.sync.copy_stream(message):
-            yield item
-
-    async def _asked_states(self, peer: Peer, message: ReplicaStates, attachments: Sequence[memoryview]) -> Reply:
-        del peer, attachments
-        return Reply(self.own_states(message.table))
 
     # --- status ------------------------------------------------------------------------------------------------------
 
@@ -610,7 +497,7 @@ class Runtime:
         return dict(zip(names, answers, strict=True))
 
     async def status(self, node: str = "") -> dict[str, Any]:
-        """Return the JSON of interface.md, section 2."""
+        """Return the JSON of docs/cli.md (State)."""
         return status.cluster_status(self, await self._states(), node)
 
     async def sync_status(self, table: str = "") -> list[dict[str, Any]]:

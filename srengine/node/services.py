@@ -1,8 +1,9 @@
 """What a node answers to clients: catalog, writes, reads, scans, sessions.
 
-Every request finds its table and tablet in this node's catalog. What needs the leader goes to it: here, when this node leads the tablet,
-else it is passed on over the peer port (a node that is asked there and does not lead says `NotLeader`, so nothing goes in circles). A
-`local` read is answered by this node's replica or not at all; `one` prefers it.
+Every request finds its table and tablet in this node's catalog. What needs the leader goes to it: here, when this node
+leads the tablet, else it is passed on over the peer port (a node that is asked there and does not lead says
+`NotLeader`, so nothing goes in circles). A `local` read is answered by this node's replica or not at all; `one` prefers
+it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Services:
         serve(messages.Scan, self._counted(self.scan))
 
     def _counted(self, handler: _Handler) -> _Handler:
-        """A stopping node finishes what it began and takes nothing new."""
+        """Count requests: a stopping node finishes what it began and takes nothing new."""
 
         async def counted(peer: Peer, message: Any, attachments: Sequence[memoryview]) -> Reply:
             with self._node.working():
@@ -94,12 +95,12 @@ class Services:
         )
 
     async def status(self, peer: Peer, message: messages.Status, attachments: Sequence[memoryview]) -> Reply:
-        """See interface.md, section 2."""
+        """See docs/cli.md (State)."""
         del peer, attachments
         return Reply(messages.StatusReply(msgspec.json.encode(await self._node.status(message.node))))
 
     async def sync_status(self, peer: Peer, message: messages.SyncStatus, attachments: Sequence[memoryview]) -> Reply:
-        """See interface.md, section 2."""
+        """See docs/cli.md (State)."""
         del peer, attachments
         if message.table:
             await self._table(message.table)
@@ -138,7 +139,7 @@ class Services:
             members=[member.name for member in self._node.members],
         )
         command = Command(catalog.CREATE_TABLE, msgspec.msgpack.encode(catalog.CreateTable(table)))
-        async with _within(timeout_s, f"table {message.name} is created, but not writable yet"):
+        async with _Within(timeout_s, f"table {message.name} is created, but not writable yet"):
             await self._node.journal.propose(command, timeout_s=timeout_s)
             await self._node.wait_for_table(message.name, timeout_s)
             for tablet in table.tablets:
@@ -177,14 +178,13 @@ class Services:
 
     async def open_session(self, peer: Peer, message: messages.OpenSession, attachments: Sequence[memoryview]) -> Reply:
         """Make a session known to every tablet of the table."""
+        timeout_s = _checked_timeout(message.timeout_s)
         table = await self._table(message.table)
         if not self._node.leads:
-            return await self._pass_on(peer, message, attachments, 10.0)
+            return await self._pass_on(peer, message, attachments, timeout_s)
         session = secrets.token_bytes(16)
         batch = Batch(b"", session, 0, KIND_OPEN_SESSION)
-        await asyncio.gather(
-            *(self._led(tablet).write(batch, lm.Need.QUORUM, 10.0) for tablet in table.tablets)
-        )
+        await asyncio.gather(*(self._led(tablet).write(batch, lm.Need.QUORUM, timeout_s) for tablet in table.tablets))
         return Reply(messages.SessionOpened(session))
 
     async def write(self, peer: Peer, message: messages.Write, attachments: Sequence[memoryview]) -> Reply:
@@ -243,7 +243,11 @@ class Services:
         elif place == "leader":
             need = lm.Need.ALL if message.consistency == "all" else lm.Need.QUORUM
             found, as_of = await self._led(tablet).read(
-                message.keys, bytes_max=bytes_max, need=need, timeout_s=timeout_s
+                message.keys,
+                bytes_max=bytes_max,
+                need=need,
+                timeout_s=timeout_s,
+                local=message.consistency in {"local", "one"},
             )
         else:
             return await self._pass_on(peer, _at_leader(message), attachments, timeout_s, tablet.leader)
@@ -278,6 +282,7 @@ class Services:
                 keys_only=message.keys_only,
                 need=lm.Need.ALL if message.consistency == "all" else lm.Need.QUORUM,
                 timeout_s=timeout_s,
+                local=message.consistency in {"local", "one"},
             )
         else:
             return await self._pass_on(peer, _at_leader(message), attachments, timeout_s, tablet.leader)
@@ -328,7 +333,9 @@ class Services:
         """Let the leader answer; `NotLeader` when it was a node that asked."""
         leader = leader or self._node.first
         if peer.port == "peer":
-            raise errors.NotLeader(f"{self._node.name} does not lead; {leader} does", leader=self._node.address_of(leader))
+            raise errors.NotLeader(
+                f"{self._node.name} does not lead; {leader} does", leader=self._node.address_of(leader)
+            )
         try:
             return await self._node.ways[leader].request(message, attachments, timeout_s=timeout_s + 1.0)
         except errors.Unreachable as error:
@@ -379,8 +386,8 @@ def _scan_reply(found: Range, as_of: float) -> Reply:
     return Reply(messages.ScanReply(len(found.pairs), found.done, as_of), (packing.pack_pairs(found.pairs),))
 
 
-class _within:
-    """``async with _within(seconds, sentence)``: `TimedOut` with the sentence instead of the bare time-out."""
+class _Within:
+    """``async with _Within(seconds, sentence)``: `TimedOut` with the sentence instead of the bare time-out."""
 
     def __init__(self, timeout_s: float, sentence: str) -> None:
         self._timeout = asyncio.timeout(timeout_s)

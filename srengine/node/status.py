@@ -1,4 +1,4 @@
-"""What status shows: the answers of all nodes put together into the JSON of interface.md, section 2."""
+"""What status shows: the answers of all nodes put together into the JSON of docs/cli.md (State)."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def replica_status(node: Runtime, states: States, table: str = "") -> list[dict[
         for tablet in node.tables[name].tablets:
             leader = found.get((tablet.id, tablet.leader))
             for member in tablet.nodes:
-                replica = found.get((tablet.id, member))
-                rows.append(_row(name, tablet.number, tablet.id, member, tablet.leader, replica, leader))
+                here = found.get((tablet.id, member))
+                rows.append(_row(name, tablet.number, tablet.id, member, tablet.leader, here, leader))
     return rows
 
 

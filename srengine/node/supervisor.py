@@ -1,7 +1,7 @@
 """Tasks of a node: all under one roof, so that a node is never half alive.
 
-A task that ends by an exception nobody expected ends the node: it is logged with its trace, and `Supervisor.failed` is set. This is
-the one place that catches everything.
+A task that ends by an exception nobody expected ends the node: it is logged with its trace, and `Supervisor.failed` is
+set. This is the one place that catches everything.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Supervisor:
         return task
 
     def fail(self, error: errors.Error) -> None:
-        """The node must stop because of ``error``."""
+        """Stop the node because of ``error``."""
         if not self.failed.done():
             self.failed.set_result(error)
 

@@ -7,8 +7,8 @@ the members of the cluster, clients from the file ``keys/allowed``, one key a li
     9d61…                           client                   reporting
     4ccd…                           client,peer,bulk         node-2
 
-Rotation: allow the new key, change the owner's file, revoke the old key. Refusals are logged, at most a few lines a minute,
-so that a port scan fills no disk.
+Rotation: allow the new key, change the owner's file, revoke the old key. Refusals are logged, at most a few lines a
+minute, so that a port scan fills no disk.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def _parse(lines: Iterable[str], path: Path) -> AllowList:
         if not words:
             continue
         if len(words) not in {2, 3}:
-            raise errors.InvalidValue(f"{path}, line {number}: a key, its ports, and perhaps a name", path=str(path), line=number)
+            raise errors.InvalidValue(
+                f"{path}, line {number}: a key, its ports, and perhaps a name", path=str(path), line=number
+            )
         try:
             found.allow(parse_public_key(words[0]), words[1].split(","), words[2] if len(words) == 3 else "")
         except errors.InvalidValue as error:

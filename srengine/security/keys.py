@@ -6,8 +6,8 @@ A key file is text, mode 0600, in a directory that only its owner can enter::
     public 9d61…   (64 hexadecimal digits)
     secret 4ccd…
 
-The node's is ``keys/node.key`` in its data directory. The public half is computed from the secret one when it is read: a
-file whose halves do not belong together is refused.
+The node's is ``keys/node.key`` in its data directory. The public half is computed from the secret one when it is read:
+a file whose halves do not belong together is refused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The start-up self-test: do strangers stay out?
+"""The start-up self-test: strangers stay out.
 
-ZeroMQ's authentication fails open in two ways that look like working set-ups (a domain without a handler, enforcing without
-a domain). So a node that serves with keys tries it before it listens, on loopback, with sockets made by the very function
-that makes the real ones:
+ZeroMQ's authentication fails open in two ways that look like working set-ups (a domain without a handler, enforcing
+without a domain). So a node that serves with keys tries it before it listens, on loopback, with sockets made by the
+very function that makes the real ones:
 
 * a stranger's key against a living handler with an empty allow-list: must be refused;
 * a stranger's key with no handler at all: must be refused (fail closed);
@@ -29,15 +29,16 @@ async def prove_closed() -> None:
     for what, keys, admit, expected in trials:
         came_in = await probe.try_handshake(keys, admit)
         if came_in != expected:
+            outcome = "came in" if came_in else "was refused"
             raise errors.NotAuthenticated(
-                f"the self-test of authentication failed: {what}: {'came in' if came_in else 'was refused'}; not listening",
+                f"the self-test of authentication failed: {what}: {outcome}; not listening",
                 trial=what,
             )
 
 
 def _quiet(allowed: AllowList) -> probe.Admit:
     # The trial's refusal is no event that somebody should read about.
-    def admit(port: str, address: str, public_key: bytes | None) -> bool:
+    def admit(_port: str, _address: str, public_key: bytes | None) -> bool:
         return public_key is not None and public_key in allowed
 
     return admit

@@ -58,6 +58,15 @@ class Summary(NamedTuple):
         return self.trailer.target.value()
 
 
+class _Raw(NamedTuple):
+    """An item as it stands in a file."""
+
+    head: bytes
+    stored: bytes
+    memory_bytes: int
+    """What it takes to open it: stored and decompressed."""
+
+
 def partial_path(path: str | os.PathLike[str]) -> Path:
     """Return the name that the file ``path`` has while it is written."""
     place = Path(path)
@@ -127,13 +136,15 @@ def _write(
         end = 0
     os.ftruncate(fd, end)
     os.lseek(fd, end, os.SEEK_SET)
-    made = source.sealed()
+    made = source.sealed(ahead=True)
     with contextlib.closing(made):
         for item in made:
             if item.head.kind == Kind.MANIFEST and source.resumed:
                 continue
             _write_all(fd, item)
             failpoints.hit(f"snapshot.{Kind(item.head.kind).name.lower()}.written")
+            # NB: held any longer, it would stand beside the next one; both may be of the largest size.
+            del item
     os.fsync(fd)
     failpoints.hit("snapshot.synced")
     partial_path(place).rename(place)
@@ -195,7 +206,7 @@ def _recover(fd: int) -> tuple[Mark | None, int]:
     mark: Mark | None = None
     end = 0
     try:
-        for head_data, stored in _read_items(fd):
+        for head_data, stored, _ in _read_items(fd):
             head = words.read_head(head_data)
             if not chunk.verify(head_data, stored):
                 break
@@ -273,12 +284,12 @@ def _proved_items(fd: int) -> Generator[Opened, None, None]:
     decompressor = Decompressor()
     return overlapped(
         _read_items(fd),
-        lambda parts: items.open_item(parts[0], parts[1], decompressor),
-        bytes_of=lambda parts: len(parts[1]),
+        lambda raw: items.open_item(raw.head, raw.stored, decompressor),
+        bytes_of=lambda raw: raw.memory_bytes,
     )
 
 
-def _read_items(fd: int) -> Generator[tuple[bytes, bytes], None, None]:
+def _read_items(fd: int) -> Generator[_Raw, None, None]:
     """Yield (head, stored) of each item; sizes are checked against limits and the file's before anything is read."""
     left = os.fstat(fd).st_size
     offset = 0
@@ -289,7 +300,7 @@ def _read_items(fd: int) -> Generator[tuple[bytes, bytes], None, None]:
                 f"snapshot refused: the file ends inside the head of an item (byte {offset})", offset=offset
             )
         try:
-            head_bytes, stored_bytes = chunk.measure(fixed)
+            head_bytes, stored_bytes, raw_bytes = chunk.measure(fixed)
         except errors.SnapshotDamaged as error:
             raise errors.SnapshotDamaged(
                 f"snapshot refused: {error.message} (byte {offset})", **(error.details | {"offset": offset})
@@ -301,7 +312,7 @@ def _read_items(fd: int) -> Generator[tuple[bytes, bytes], None, None]:
                 offset=offset,
             )
         head = fixed + _read_exactly(fd, head_bytes - HEAD_BYTES, offset + HEAD_BYTES)
-        box = [(head, _read_exactly(fd, stored_bytes, offset + head_bytes))]
+        box = [_Raw(head, _read_exactly(fd, stored_bytes, offset + head_bytes), stored_bytes + raw_bytes)]
         yield box.pop()
         offset += head_bytes + stored_bytes
         left -= head_bytes + stored_bytes

@@ -29,6 +29,10 @@ NO_SOURCE: Final = bytes(16)
 """The node id of a source that is no node."""
 
 
+BROKEN_MARK: Final = b"broken"
+"""In place of a mark: what was filled could not be proved, so nobody goes on with it."""
+
+
 class Kind(enum.IntEnum):
     """What an item is."""
 
@@ -145,7 +149,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     scan_base: Unsigned = 0
     """Full: the sequence where the scan began; what changed since follows by sequence. Delta: the base's sequence."""
     compression: Annotated[str, msgspec.Meta(pattern="^(none|zstd)$")] = "none"
-    chunk_bytes: Annotated[int, msgspec.Meta(ge=1, le=limits.CHUNK_BYTES_MAX)] = limits.CHUNK_BYTES_TARGET
+    chunk_bytes: Annotated[int, msgspec.Meta(ge=1, le=limits.CHUNK_BYTES_TARGET)] = limits.CHUNK_BYTES_TARGET
     """Rows of one chunk unless it is a single larger one."""
     features: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=64)] = ()
     """What a reader must know."""

@@ -89,7 +89,7 @@ def seal_chunk(
 def split(item: bytes | bytearray | memoryview) -> tuple[memoryview, memoryview]:
     """Return (head, stored) of one whole item; raises `SnapshotDamaged` when its length is not the declared one."""
     data = memoryview(item)
-    head_bytes, stored_bytes = chunk.measure(data[:HEAD_BYTES])
+    head_bytes, stored_bytes, _ = chunk.measure(data[:HEAD_BYTES])
     if len(data) != head_bytes + stored_bytes:
         raise errors.SnapshotDamaged(
             f"an item of a snapshot has {len(data)} bytes where its head declares {head_bytes + stored_bytes}",

@@ -7,8 +7,8 @@
 
 The native calls of every stage release the GIL, so on two processors the slowest stage decides; work that is cheap is
 done by the caller's thread (``worker=False``), because a hand-over costs some 20 microseconds. The budget counts an
-item from the moment it is read until the caller asks for the next one; a single item larger than the budget passes
-alone. So memory is bounded by the budget + the largest item in use + the next one that was read and waits.
+item from the moment it is read until the caller asks for the next one. An item larger than the budget passes alone, and
+nothing is read until it is gone. So memory is bounded by the budget, or one such item and what its work makes of it.
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ class _Budget:
                     return True
                 self.waiting = True
             self.wake.get()
+
+    def wait_until_empty(self) -> bool:
+        """Wait until nothing is in flight; return False when the caller went away."""
+        if not self.reserve(self.bytes_max):
+            return False
+        self.release(self.bytes_max)
+        return True
 
     def release(self, size: int) -> None:
         """Give bytes back. A waiting reader wakes when half is free: one wake-up for several items."""
@@ -144,6 +151,8 @@ def _read(
                     return
                 items.put((item, size))
                 del item
+                if size > budget.bytes_max and not budget.wait_until_empty():
+                    return
         items.put(_End())
     except BaseException as error:  # noqa: BLE001  (carried to the caller's thread and raised there)
         items.put(_End(error))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from srengine.types import Position
 
 FILL_BYTES: Final = 8 * limits.MIB
-"""Rows of one transaction. Held up to three times: gathered, being written, and as LMDB's dirty pages."""
+"""Rows of one transaction. Within 64 MiB they are held four times: gathered, being written, sorted, as dirty pages."""
 _FIRST_FILL_BYTES: Final = 2 * limits.MIB
 """Of the first transaction; each may be twice as large as the one before, so that the disk is soon at work."""
 FILL_ROWS_MAX: Final = 100_000
@@ -46,6 +46,9 @@ class Target(Protocol):
 
     def complete(self, tablet: Tablet) -> Tablet:
         """Make the proved copy the tablet; return it open."""
+
+    def abandon(self, tablet: Tablet) -> None:
+        """See to it that what was filled is not gone on with: its end was reached and could not be proved."""
 
 
 class InPlace:
@@ -102,6 +105,11 @@ class InPlace:
         """Nothing is left to do: the last transaction proved it."""
         return tablet
 
+    def abandon(self, tablet: Tablet) -> None:
+        """Leave a mark that nobody can go on from; a delta that was one transaction changed nothing."""
+        if tablet.fill_mark is not None:
+            tablet.fill(b"", words.BROKEN_MARK)
+
 
 class Staged:
     """A full copy beside the real tablet ``tablet_id`` of ``store``; deltas go to ``tablet`` in place, if it is given.
@@ -142,8 +150,18 @@ class Staged:
         return self._staged
 
     def complete(self, tablet: Tablet) -> Tablet:
-        """Switch a stage; a delta was applied in place."""
-        return self._store.switch_tablet(tablet) if tablet is self._staged else tablet
+        """Switch a stage; after a delta in place, an older unfinished stage is good for nothing."""
+        if tablet is self._staged:
+            return self._store.switch_tablet(tablet)
+        self._store.drop_stage(self._tablet_id)
+        return tablet
+
+    def abandon(self, tablet: Tablet) -> None:
+        """Drop a stage; mark a tablet in place as broken, so that the next copy is a full one."""
+        if tablet is self._staged:
+            self._store.drop_stage(self._tablet_id)
+        elif self._in_place is not None:
+            self._in_place.abandon(tablet)
 
 
 class Progress(NamedTuple):
@@ -179,8 +197,9 @@ class SnapshotSink:
         self._machine = ReceiveMachine(mark)
         self._decompressor = Decompressor()
         self._buffers = [bytearray(), bytearray()]
-        """One is gathered into, the other may be being written. Made at their full size once and used again: memory that
-        comes and goes with every transaction costs more than what it holds."""
+        """One is gathered into, the other may be being written. Made at their full size once and used again, because
+        memory that comes and goes with every transaction costs more than what it holds.
+        """
         self._batch = memoryview(b"")
         """The first of the buffers."""
         self._used = 0
@@ -193,6 +212,8 @@ class SnapshotSink:
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
         self._filling: concurrent.futures.Future[None] | None = None
         self._position: Position | None = None
+        self._failed = False
+        """An item was taken and not written."""
 
     def __enter__(self) -> Self:
         return self
@@ -229,7 +250,12 @@ class SnapshotSink:
 
     def take(self, opened: items.Opened) -> None:
         """Take the next item, already proved in itself."""
+        if self._failed:
+            raise errors.Closed("this sink failed; a new one on the same target goes on")
         self._machine.step(opened.message)
+        # NB: from here on the machine counts the item as taken. If it is not, nothing that follows may be written, or a
+        # mark would speak of rows that are not there.
+        self._failed = True
         effects = self._machine.drain()
         for effect in effects.apply:
             match effect:
@@ -240,6 +266,7 @@ class SnapshotSink:
                     self._gather(head, opened.rows, effects.persist)
                 case Finish(trailer):
                     self._finish(trailer)
+        self._failed = False
 
     def finish(self) -> Position:
         """Return the position reached; raises `SnapshotDamaged` when items are missing."""
@@ -252,7 +279,7 @@ class SnapshotSink:
         what was not written is sent again.
         """
         try:
-            if self._position is None and self._used:
+            if self._position is None and self._used and not self._failed:
                 self._flush()
             self._wait()
         except errors.Error:
@@ -314,21 +341,29 @@ class SnapshotSink:
         self._wait()
         tablet = self._tablet
         assert tablet is not None, "a trailer comes after the manifest"
-        target = trailer.target.value()
         failpoints.hit("snapshot.finish.before")
         try:
-            promised = tablet.promised(trailer.meta, trailer.state)
-            if promised != target:
-                raise errors.SnapshotDamaged(
-                    f"snapshot refused: the trailer's target is {target.lineage}:{target.sequence}, its state row says "
-                    f"{promised.lineage}:{promised.sequence}, or roots or counts differ"
-                )
-            position = tablet.finish_fill(trailer.meta, trailer.state, rows=self._batch[: self._used])
+            position = self._prove(tablet, trailer)
+        except errors.SnapshotDamaged:
+            self._target.abandon(tablet)
+            raise
         except errors.FrameError as error:
+            self._target.abandon(tablet)
             raise errors.SnapshotDamaged(f"snapshot refused: the trailer's rows: {error.message}") from error
-        assert position == target, (position, target)
         failpoints.hit("snapshot.finish.after")
         self._used = 0
         self._tablet = self._target.complete(tablet)
         failpoints.hit("snapshot.finish.complete")
         self._position = position
+
+    def _prove(self, tablet: Tablet, trailer: Trailer) -> Position:
+        target = trailer.target.value()
+        promised = tablet.promised(trailer.meta, trailer.state)
+        if promised != target:
+            raise errors.SnapshotDamaged(
+                f"snapshot refused: the trailer's target is {target.lineage}:{target.sequence}, its state row says "
+                f"{promised.lineage}:{promised.sequence}, or roots or counts differ"
+            )
+        position = tablet.finish_fill(trailer.meta, trailer.state, rows=self._batch[: self._used])
+        assert position == target, (position, target)
+        return position

@@ -96,8 +96,8 @@ class SnapshotSource:
     ) -> None:
         if compression not in {"none", "zstd"}:
             raise errors.InvalidValue(f"compression {compression!r} is not none or zstd")
-        if not 1 <= chunk_bytes <= limits.CHUNK_BYTES_MAX:
-            raise errors.InvalidValue(f"a chunk of {chunk_bytes} bytes is not within 1 to {limits.CHUNK_BYTES_MAX}")
+        if not 1 <= chunk_bytes <= limits.CHUNK_BYTES_TARGET:
+            raise errors.InvalidValue(f"a chunk of {chunk_bytes} bytes is not within 1 to {limits.CHUNK_BYTES_TARGET}")
         self._tablet = tablet
         self._node = node
         self.resumed = False
@@ -127,15 +127,19 @@ class SnapshotSource:
         finally:
             made.close()
 
-    def sealed(self) -> Generator[Sealed, None, None]:
-        """Yield the items with head and stored bytes apart, for a file; each is good until the next is asked for."""
+    def sealed(self, *, ahead: bool = False) -> Generator[Sealed, None, None]:
+        """Yield the items with head and stored bytes apart, for a file; each is good until the next is asked for.
+
+        What is compressed is made ahead, in threads of its own, while the caller uses an item. What is not compressed
+        costs less to make than to hand on between threads, so it is made in turn, unless ``ahead`` is asked for by a
+        caller who waits for something himself.
+        """
         yield self._first
-        stages = overlapped(
-            self._read(),
-            self._seal,
-            bytes_of=lambda read: len(read.rows),
-            worker=self.manifest.compression != "none",
-        )
+        compressed = self.manifest.compression != "none"
+        if compressed or ahead:
+            stages = overlapped(self._read(), self._seal, bytes_of=lambda read: len(read.rows), worker=compressed)
+        else:
+            stages = self._in_turn()
         try:
             for sealed, closing, buffer in stages:
                 if sealed is not None:
@@ -150,6 +154,16 @@ class SnapshotSource:
                     self.position = closing.position
         finally:
             stages.close()
+
+    def _in_turn(self) -> Generator[_Made, None, None]:
+        read = self._read()
+        try:
+            for each in read:
+                box = [each]
+                del each
+                yield self._seal(box.pop())
+        finally:
+            read.close()
 
     # --- beginning -------------------------------------------------------------------------------------------------
 

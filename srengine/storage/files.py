@@ -204,11 +204,16 @@ class Directory:
             os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise from_os_error(error, f"cannot look at {self.path / name}") from error
         return True
 
     def names(self) -> list[str]:
         """Return the names of all entries, sorted."""
-        return sorted(os.listdir(self._fd))
+        try:
+            return sorted(os.listdir(self._fd))
+        except OSError as error:
+            raise from_os_error(error, f"cannot list {self.path}") from error
 
     def is_directory(self, name: str) -> bool:
         """Return whether ``name`` is a directory and not a symbolic link to one."""
@@ -217,6 +222,8 @@ class Directory:
             status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise from_os_error(error, f"cannot look at {self.path / name}") from error
         return stat.S_ISDIR(status.st_mode)
 
     def read(self, name: str, *, bytes_max: int, insecure: bool = False) -> bytes:
@@ -288,7 +295,7 @@ class Directory:
             return False
         except OSError as error:
             raise from_os_error(error, f"cannot remove {self.path / name}") from error
-        os.fsync(self._fd)
+        self.sync()
         return True
 
     def remove_tree(self, name: str) -> bool:
@@ -303,7 +310,7 @@ class Directory:
             return False
         except OSError as error:
             raise from_os_error(error, f"cannot remove {self.path / name}") from error
-        os.fsync(self._fd)
+        self.sync()
         return True
 
     def sync(self) -> None:
@@ -380,7 +387,10 @@ class DirectoryLock:
         self._directory_fd = -1
         self._file_fd = -1
         with Directory(path) as directory:
-            self._directory_fd = os.dup(directory.fileno())
+            try:
+                self._directory_fd = os.dup(directory.fileno())
+            except OSError as error:
+                raise from_os_error(error, f"cannot lock {path}") from error
             try:
                 self._acquire(directory, named=named)
             except BaseException:

@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import secrets
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import lmdb
 import xxhash
@@ -52,6 +53,8 @@ TRANSACTION_ROWS_MAX: Final = 1_000_000
 _CHECK_BYTES: Final = 8
 _FULL_BYTES: Final = 256 * limits.KIB
 """Less free space than this after a write that was cut short: the disk is full, not broken."""
+_ENGINE: Final[dict[str, Any]] = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
+"""py-lmdb 3 brings two engines, and an environment variable may choose: ours is the 0.9 line, as for tablets."""
 _OWN_TABLE: Final = "srengine"
 _FORMAT_KEY: Final = b"format"
 
@@ -240,7 +243,8 @@ class MetadataStore:
         """Change tables: all of the with-block durably at its end, or nothing if it raises.
 
         Blocks while another thread's transaction runs. Raises `DiskFull`, `QuotaExceeded` (the map's bound),
-        `TabletFenced` (input/output error; nothing was changed), `InvalidValue` for a nested one.
+        `TabletFenced` (input/output error; nothing was changed), `InvalidValue` for a nested one, and MemoryError
+        when there is no address space for a larger map.
         """
         with self._write_lock:
             self._check_usable()
@@ -267,6 +271,7 @@ class MetadataStore:
         if self._map_bytes >= MAP_BYTES_MAX:
             raise errors.QuotaExceeded(f"the metadata store {self.path} has reached {MAP_BYTES_MAX} bytes")
         size = min(_map_bytes_for(wanted, self._environment.stat()["psize"]), MAP_BYTES_MAX)
+        _check_address_space(size)
         with self._all_readers_gone(), self._translated("cannot grow"):
             self._environment.set_mapsize(size)
             self._map_bytes = size
@@ -464,6 +469,30 @@ class Transaction:
                 self._abort()
 
 
+def recover_metadata(path: str | os.PathLike[str]) -> None:
+    """Lift the fence of a closed metadata store if the file, read past the page cache, proves whole.
+
+    Raises as `fences.prove`, and `CorruptionError` naming a damaged value; the fence then stays. Without a fence
+    nothing happens.
+    """
+    directory = Path(path)
+    if fences.read_fence(directory) is not None:
+        fences.prove(directory, lambda: _check_values(directory / pages.DATA_NAME))
+
+
+def _check_values(path: Path) -> None:
+    with pages.PageFile(path) as file:
+        for table in sorted(file.tables()):
+            for key, stored in file.items(table):
+                if not is_sealed(table, key, stored):
+                    raise errors.CorruptionError(
+                        f"the value of {key[:64]!r} in table {table} of {path} is damaged",
+                        file=str(path),
+                        table=table,
+                        key=key,
+                    )
+
+
 def _checked_key(key: bytes) -> bytes:
     if not limits.KEY_BYTES_MIN <= len(key) <= limits.KEY_BYTES_MAX:
         raise errors.InvalidValue(
@@ -489,6 +518,14 @@ def _map_bytes_for(wanted: int, page_bytes: int) -> int:
     return -(-max(wanted, unit) // unit) * unit
 
 
+def _check_address_space(size: int) -> None:
+    """Raise MemoryError if there is no room for a map. LMDB gives the old map up before it asks for the new one."""
+    try:
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0).close()
+    except OSError as error:
+        raise MemoryError(f"no address space for a map of {size} bytes") from error
+
+
 def _open_environment(path: Path, map_bytes: int) -> lmdb.Environment:
     try:
         # sync and metasync on, writemap and map_async off, meminit and lock on: fixed, see docs/architecture.md.
@@ -504,6 +541,7 @@ def _open_environment(path: Path, map_bytes: int) -> lmdb.Environment:
             writemap=False,
             meminit=True,
             lock=True,
+            **_ENGINE,
         )
     except lmdb.LockError as error:
         raise errors.AlreadyOpen(f"{path} is open in another place: {error}", path=str(path)) from error

@@ -3,7 +3,7 @@
 `verify_directory` is what ``srengine verify DIR`` runs. It takes the directory's lock (so nobody writes meanwhile), and
 looks at
 
-* ``store.json`` against its checksum and against the tablets that are there; ``identity.json``, if it is readable;
+* ``store.json`` against its checksum and against the tablets that are there; ``identity.json`` against its own;
 * each tablet: its fence; its file page by page (pages.py); and, if the pages are sound, through the kernel every
   record's checks, root and counts against the records, records against the change log;
 * each environment of the metadata store (``meta/`` and others like it): pages, and every value's checksum.
@@ -14,6 +14,7 @@ in the making (``tmp/``) are not looked at: they are thrown away when they are d
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -86,12 +87,21 @@ def _verify_identity(directory: files.Directory, report: VerifyReport) -> None:
     except errors.Error as error:
         report.add(Damage("file", IDENTITY_NAME, error.message))
         return
+    if not _is_identity(content):
+        report.add(Damage("file", IDENTITY_NAME, f"{IDENTITY_NAME} does not match its check"))
+
+
+def _is_identity(content: bytes) -> bool:
+    """Return whether the bytes carry the right check (docs/formats-directory.md); the rest is the node's business."""
     try:
-        sound = isinstance(json.loads(content), dict)
+        found = json.loads(content)
+        if not isinstance(found, dict):
+            return False
+        check = found.pop("check", None)
+        text = json.dumps(found, sort_keys=True, separators=(",", ":")).encode()
     except (ValueError, RecursionError):
-        sound = False
-    if not sound:
-        report.add(Damage("file", IDENTITY_NAME, "identity.json is no JSON object"))
+        return False
+    return bool(check == hashlib.blake2b(text, digest_size=16, person=b"srengine-ident").hexdigest())
 
 
 def _verify_tablet(root: Path, path: Path, name: str, report: VerifyReport) -> None:

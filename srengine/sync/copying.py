@@ -1,26 +1,26 @@
 """Deltas and copies between two nodes: what a source answers, and what a receiver does with it.
 
-A delta that fits into an answer travels as three attachments (rows, meta, state) and is applied in one transaction. A larger one,
-and a full copy, travels over the bulk port as the items of `srengine.snapshot`: a delta into the tablet itself (marked half applied
-first), a full copy into a stage beside it that takes its place only when its root is proved, and only when it is not older than what
-it replaces.
+A delta that fits into an answer travels as three attachments (rows, meta, state) and is applied in one transaction. A
+larger one, and a full copy, travels over the bulk port as the items of `srengine.snapshot`: a delta into the tablet
+itself (marked half applied first), a full copy into a stage beside it that takes its place only when its root is
+proved, and only when it is not older than what it replaces.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from typing import Final, NamedTuple, Protocol
-
-import msgspec
+from typing import Final, NamedTuple
 
 from srengine import errors, limits
 from srengine.ha import follower_machine as fm
+from srengine.ha.contact import Channel, Reach
 from srengine.ha.messages import Fetch, ProcessId, PullReply
 from srengine.snapshot import SnapshotSink, SnapshotSource, Staged
-from srengine.snapshot.format import Manifest
+from srengine.snapshot.compression import Compressor, Decompressor
+from srengine.snapshot.format import Encoding, Manifest
 from srengine.storage import Delta, Tablet
 from srengine.sync.messages import Copy
 from srengine.sync.slots import Slot
@@ -29,28 +29,6 @@ from srengine.types import Position
 Buffer = bytes | bytearray | memoryview
 COPY_PROGRESS_S: Final = 30.0
 """A copy that brings nothing for so long is given up (and resumed by the next)."""
-
-
-class BulkChannel(Protocol):
-    """What this room needs of a channel to a bulk port."""
-
-    def stream(self, message: msgspec.Struct, *, timeout_s: float) -> AsyncGenerator[memoryview, None]:
-        """Yield the items."""
-        ...
-
-
-class PeerChannel(Protocol):
-    """What this room needs of a channel to a peer port."""
-
-    async def request(
-        self, message: msgspec.Struct, attachments: Sequence[bytes] = (), *, timeout_s: float
-    ) -> tuple[msgspec.Struct, Sequence[Buffer]]:
-        """Ask."""
-        ...
-
-
-ReachPeer = Callable[[str], Awaitable[PeerChannel]]
-ReachBulk = Callable[[str], Awaitable[BulkChannel]]
 
 
 class Rows(NamedTuple):
@@ -89,6 +67,8 @@ def rows_after(tablet: Tablet, position: Position, process: ProcessId, *, commit
         return plain(fm.SourceState.COPY, f"below the purge mark or log floor: {error.message}")
     if delta is None:
         return plain(fm.SourceState.TOO_LARGE)
+    # Request rows differ in their numbers only; without this they would outweigh small records.
+    encoding, meta = Compressor(active=True).encode(delta.meta)
     reply = PullReply(
         fm.SourceState.DELTA.value,
         own if own.sequence >= delta.position.sequence else delta.position,
@@ -97,8 +77,9 @@ def rows_after(tablet: Tablet, position: Position, process: ProcessId, *, commit
         target=delta.position,
         base_sequence=delta.base_sequence,
         base_root=delta.base_root,
+        meta_raw_bytes=len(delta.meta) if encoding is Encoding.ZSTD else 0,
     )
-    return Rows(reply, (delta.rows, delta.meta, delta.state))
+    return Rows(reply, (delta.rows, bytes(meta), delta.state))
 
 
 async def stream_copy(tablet: Tablet, request: Copy) -> AsyncGenerator[bytes, None]:
@@ -110,14 +91,14 @@ async def stream_copy(tablet: Tablet, request: Copy) -> AsyncGenerator[bytes, No
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="srengine-copy") as thread:
         loop = asyncio.get_running_loop()
 
-        def begin() -> tuple[SnapshotSource, object]:
+        def begin() -> tuple[SnapshotSource, Iterator[object]]:
             source = SnapshotSource(tablet, since=request.since, resume=request.resume)
             return source, iter(source)
 
         _, iterator = await loop.run_in_executor(thread, begin)
         try:
             while True:
-                item = await loop.run_in_executor(thread, next, iterator, done)
+                item = await loop.run_in_executor(thread, lambda: next(iterator, done))
                 if item is done:
                     return
                 assert isinstance(item, bytes)
@@ -136,6 +117,12 @@ def delta_of(reply: PullReply, attachments: Sequence[Buffer]) -> Delta:
     if reply.target is None or len(attachments) != 3:
         raise errors.FrameError(f"a delta has three attachments and a target, not {len(attachments)}")
     rows, meta, state = (bytes(attachment) for attachment in attachments)
+    if reply.meta_raw_bytes:
+        if not 0 < reply.meta_raw_bytes <= limits.TRAILER_BYTES_MAX:
+            raise errors.FrameError(
+                f"a delta with {reply.meta_raw_bytes} bytes of meta rows", bytes=reply.meta_raw_bytes
+            )
+        meta = bytes(Decompressor().decode(Encoding.ZSTD, meta, reply.meta_raw_bytes))
     return Delta(reply.base_sequence, reply.base_root, rows, meta, state, reply.target)
 
 
@@ -147,15 +134,16 @@ class _Guarded(Staged):
         self._slot = slot
         self._own = slot.position
 
-    def begin(self, manifest: Manifest, *, resumed: bool) -> object:
+    def begin(self, manifest: Manifest, *, resumed: bool) -> Tablet:
         lineage = self._slot.spec.lineage
         if manifest.lineage != lineage:
             raise errors.ForeignData(
-                f"the source sends lineage {manifest.lineage}, this tablet is of {lineage}", tablet=self._slot.spec.tablet_id
+                f"the source sends lineage {manifest.lineage}, this tablet is of {lineage}",
+                tablet=self._slot.spec.tablet_id,
             )
         return super().begin(manifest, resumed=resumed)
 
-    def complete(self, tablet: Tablet) -> object:
+    def complete(self, tablet: Tablet) -> Tablet:
         reached = tablet.position
         if reached.sequence < self._own.sequence or (reached.sequence == 0 and self._own.sequence):
             raise errors.Diverged(
@@ -174,7 +162,7 @@ class Copier:
         self._slot = slot
         self._replica = replica
 
-    async def run(self, channel: BulkChannel, path: fm.Path) -> Position:
+    async def run(self, channel: Channel, path: fm.Path) -> Position:
         """Copy, prove, switch; return the position reached. Raises `errors.Error`; what was begun is resumed later."""
         slot = self._slot
         loop = asyncio.get_running_loop()
@@ -182,10 +170,10 @@ class Copier:
             with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="srengine-fill") as thread:
                 sink = await loop.run_in_executor(thread, lambda: SnapshotSink(_Guarded(slot)))
                 try:
-                    whole = slot.tablet is not None and not slot.filling
-                    since = slot.position if path is fm.Path.DELTA and whole and sink.mark is None else None
+                    to_build_on = path is fm.Path.DELTA and not slot.filling and sink.mark is None
+                    since = slot.position if to_build_on else None
                     request = Copy(slot.spec.tablet_id, self._replica, since=since, resume=sink.mark)
-                    async with aclosing(channel.stream(request, timeout_s=COPY_PROGRESS_S)) as items:
+                    async with aclosing(channel.stream(request, timeout_s=COPY_PROGRESS_S, proved=True)) as items:
                         async for item in items:
                             self.bytes_received += len(item)
                             await loop.run_in_executor(thread, sink.accept, item)
@@ -207,23 +195,23 @@ class Copier:
                 slot.fault = f"{error.code}: {error.message}"
 
 
-async def bring_up_to(slot: Slot, target: Position, source: str, replica: str, peers: ReachPeer, bulk: ReachBulk) -> Position:
+async def bring_up_to(slot: Slot, target: Position, source: str, replica: str, reach: Reach) -> Position:
     """Bring the own copy at least to ``target`` from one node, by deltas or a copy; for a leader that recovers."""
-    while slot.position.sequence < target.sequence:
+    while slot.filling or slot.position.sequence < target.sequence:
         fetch = Fetch(slot.spec.tablet_id, replica, slot.position, filling=slot.filling)
-        channel = await peers(source)
+        channel = await reach(source)
         reply, attachments = await channel.request(fetch, timeout_s=COPY_PROGRESS_S)
         if not isinstance(reply, PullReply):
             raise errors.FrameError(f"{source} answered a fetch with {type(reply).__name__}")
         match reply.state:
-            case fm.SourceState.DELTA.value if slot.tablet is not None and not slot.filling:
+            case fm.SourceState.DELTA.value if not slot.filling:
                 delta = delta_of(reply, attachments)
                 async with slot.writing:
-                    await asyncio.to_thread(slot.tablet.apply_delta, delta)
+                    await asyncio.to_thread(slot.opened().apply_delta, delta)
             case fm.SourceState.TOO_LARGE.value | fm.SourceState.COPY.value | fm.SourceState.DELTA.value:
                 worth = reply.state == fm.SourceState.TOO_LARGE.value and slot.position.count > 0
                 path = fm.Path.DELTA if worth else fm.Path.FULL
-                await Copier(slot, replica).run(await bulk(source), path)
+                await Copier(slot, replica).run(channel, path)
             case fm.SourceState.DIVERGED.value | fm.SourceState.FOREIGN.value:
                 raise errors.Diverged(f"{source}: {reply.reason}")
             case _:

@@ -12,8 +12,8 @@
 
 The cells are sums over leaves; over records when more than a sixteenth of the leaves would differ, or when the caller
 has a slow link (one walk of all records a side, a third of the bytes). A table that was too small after all is
-answered by `Tables`: the responder's own cells of it and of a second one, which are peeled together at the
-initiator. That costs no round for locating, but the records come one round later; sizes are such that it happens in a few runs of a hundred.
+answered by `Tables`: the responder's own cells of it and of a second one, which are peeled together at the initiator.
+That costs no round for locating, but the records come one round later; it happens in a few runs of a hundred.
 
 Escalation, each step for a stated reason: sketch → sketch over records, other seed, half as large again → dump of leaf
 digests → full copy. A full copy at once when more than a quarter differs.

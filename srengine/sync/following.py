@@ -1,7 +1,8 @@
 """A replica of a tablet on this node: pulls from the leader, applies, answers `local` reads while it is current.
 
-One task a tablet runs the follower's driver; the machine decides, this module does: asks over the peer port, applies deltas in a
-thread, copies over the bulk port. A copy that does not open counts as empty and is replaced by a proved full copy.
+One task a tablet runs the follower's driver; the machine decides, this module does: asks over the peer port, applies
+deltas in a thread, copies over the bulk port. A copy that does not open counts as empty and is replaced by a proved
+full copy.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from srengine import errors, limits
-from srengine.clock import Clock
 from srengine.ha import follower_machine as fm
-from srengine.ha.contact import Contact, answered
-from srengine.ha.group import AlarmSink, FollowerDriver, Spawn
+from srengine.ha.contact import answered
+from srengine.ha.group import FollowerDriver, Surroundings
 from srengine.storage import Delta
-from srengine.sync.copying import COPY_PROGRESS_S, Copier, ReachBulk, ReachPeer, delta_of
+from srengine.sync.copying import COPY_PROGRESS_S, Copier, delta_of
 from srengine.sync.reading import Found, Range, read_keys, read_range
 from srengine.sync.slots import Slot
 from srengine.types import Position
@@ -31,22 +31,15 @@ class TabletFollower:
         self,
         slot: Slot,
         *,
-        name: str,
-        contact: Contact,
-        peers: ReachPeer,
-        bulk: ReachBulk,
-        clock: Clock,
-        spawn: Spawn,
-        alarm: AlarmSink,
+        around: Surroundings,
         trusted: Callable[[], bool],
     ) -> None:
         self.slot = slot
-        self._name = name
-        self._contact = contact
-        self._peers = peers
-        self._bulk = bulk
-        self._clock = clock
-        self._spawn = spawn
+        self._name = around.name
+        self._contact = around.contact
+        self._reach = around.reach
+        self._clock = around.clock
+        self._spawn = around.spawn
         self._trusted = trusted
         self._delta: Delta | None = None
         self._copier: Copier | None = None
@@ -54,11 +47,10 @@ class TabletFollower:
         """Unix seconds of the last answer that proved the own root, 0: never."""
         self.driver = FollowerDriver(
             fm.FollowerMachine(
-                own=slot.position, filling=slot.filling, created=slot.created, now=clock.boottime_s()
+                own=slot.position, filling=slot.filling, created=slot.created, now=around.clock.boottime_s()
             ),
             self,
-            clock=clock,
-            alarm=alarm,
+            around=around,
         )
 
     def start(self) -> None:
@@ -76,7 +68,7 @@ class TabletFollower:
         return self.driver.machine.synced(self._clock.boottime_s())
 
     def distrust(self, reason: str) -> None:
-        """The disk turned out to be an older state: the copy is proved again before it is trusted."""
+        """Take note that the disk turned out to be an older state: the copy is proved again first."""
         del reason
         if self.slot.trusted:
             self.slot.trusted = False
@@ -93,7 +85,7 @@ class TabletFollower:
     async def ask(self, ask: fm.Ask) -> fm.Answered:
         """See `srengine.ha.group.FollowerActions`."""
         leader = self.slot.spec.leader
-        channel = await self._peers(leader)
+        channel = await self._reach(leader)
         reply, attachments = await self._contact.ask(
             channel,
             leader,
@@ -119,7 +111,9 @@ class TabletFollower:
     async def copy(self, copy: fm.Copy) -> tuple[Position, int]:
         """See `srengine.ha.group.FollowerActions`."""
         self._copier = Copier(self.slot, self._name)
-        position = await self._copier.run(await self._bulk(self.slot.spec.leader), copy.path)
+        position = await self._copier.run(await self._reach(self.slot.spec.leader), copy.path)
+        # A full copy is another file than the one that was noted.
+        self._spawn(self._stamp_when_synced(), f"stamp {self.slot.spec.tablet_id}")
         return position, self._copier.bytes_received
 
     def own(self) -> tuple[Position, bool]:

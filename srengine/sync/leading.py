@@ -7,8 +7,9 @@
     write --+                                                                                               |
       ^------------------------------- answer, once committed >= the end of its entry ----------------------+
 
-A read looks the record up and waits until its version is committed, so nobody sees what could still be lost. A scan waits for the
-sequence of its view. While a majority is out of contact both are refused with `NoQuorum`, writes before anything is applied.
+A read looks the record up and waits until its version is committed, so nobody sees what could still be lost. A scan
+waits for the sequence of its view. While a majority is out of contact both are refused with `NoQuorum`, writes before
+anything is applied.
 """
 
 from __future__ import annotations
@@ -19,14 +20,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from srengine import errors, limits
-from srengine.clock import Clock
 from srengine.ha import leader_machine as lm
 from srengine.ha import quorum
-from srengine.ha.contact import Contact
-from srengine.ha.group import AlarmSink, LeaderDriver, Spawn
+from srengine.ha.group import LeaderDriver, Surroundings
 from srengine.ha.messages import Pull, PullReply
 from srengine.storage import Batch, Outcome
-from srengine.sync.copying import ReachBulk, ReachPeer, Rows, bring_up_to, rows_after
+from srengine.sync.copying import Rows, bring_up_to, rows_after
 from srengine.sync.reading import Found, Range, read_keys, read_range
 from srengine.sync.slots import Slot
 from srengine.types import Position
@@ -48,23 +47,16 @@ class TabletLeader:
         self,
         slot: Slot,
         *,
-        name: str,
-        contact: Contact,
-        peers: ReachPeer,
-        bulk: ReachBulk,
-        clock: Clock,
-        spawn: Spawn,
-        alarm: AlarmSink,
+        around: Surroundings,
         trusted: Callable[[], bool],
     ) -> None:
         self.slot = slot
-        self._name = name
-        self._contact = contact
-        self._peers = peers
-        self._bulk = bulk
-        self._clock = clock
-        self._spawn = spawn
-        self._alarm = alarm
+        self._name = around.name
+        self._contact = around.contact
+        self._reach = around.reach
+        self._clock = around.clock
+        self._spawn = around.spawn
+        self._alarm = around.alarm
         self._queue: deque[_Pending] = deque()
         self._queued_bytes = 0
         self._room = asyncio.Condition()
@@ -73,20 +65,19 @@ class TabletLeader:
         self.recovered_from = ""
         """The replica that the own copy was brought up from at this start; empty: it was whole."""
         self.recovered_bytes = 0
-        others = [node for node in slot.spec.nodes if node != name]
+        others = [node for node in slot.spec.nodes if node != around.name]
         self.driver = LeaderDriver(
             lm.LeaderMachine(
-                name=name,
+                name=around.name,
                 others=others,
                 own=slot.position,
                 own_trusted=slot.trusted and trusted(),
+                own_whole=not slot.filling,
                 root_at=slot.root_at,
-                now=clock.boottime_s(),
+                now=around.clock.boottime_s(),
             ),
-            clock=clock,
-            spawn=spawn,
+            around=around,
             recover=self._recover,
-            alarm=alarm,
         )
 
     def start(self) -> None:
@@ -201,11 +192,17 @@ class TabletLeader:
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    async def read(self, keys: Sequence[bytes], *, bytes_max: int, need: lm.Need, timeout_s: float) -> tuple[Found, float]:
-        """Look keys up; return what was found and the moment (Unix seconds) that it is current for."""
+    async def read(
+        self, keys: Sequence[bytes], *, bytes_max: int, need: lm.Need, timeout_s: float, local: bool = False
+    ) -> tuple[Found, float]:
+        """Look keys up; return what was found and the moment (Unix seconds) that it is current for.
+
+        ``local``: also while a majority is out of contact; what is shown is acknowledged all the same.
+        """
         deadline = self._clock.monotonic_s() + timeout_s
         await self.driver.wait_serving(timeout_s)
-        self._check_reachable(need)
+        if not local:
+            self._check_reachable(need)
         as_of = self._clock.wall_ms() / 1000
         tablet = self.slot.opened()
         if len(keys) <= KEYS_INLINE_MAX:
@@ -226,11 +223,13 @@ class TabletLeader:
         keys_only: bool,
         need: lm.Need,
         timeout_s: float,
+        local: bool = False,
     ) -> tuple[Range, float]:
         """Read a range; as `read`."""
         deadline = self._clock.monotonic_s() + timeout_s
         await self.driver.wait_serving(timeout_s)
-        self._check_reachable(need)
+        if not local:
+            self._check_reachable(need)
         as_of = self._clock.wall_ms() / 1000
         tablet = self.slot.opened()
         found = await asyncio.to_thread(
@@ -262,7 +261,7 @@ class TabletLeader:
         if not self.slot.filling and self.driver.machine.serving:
             self.driver.step(lm.Applied(self.slot.position))
         claim = lm.Claim(pull.position, pull.trusted, pull.filling, pull.committed_known)
-        answer = await self.driver.pulled(pull.replica, claim, (pull.process.boot_number, pull.number))
+        answer = await self.driver.pulled(pull.replica, claim, pull.process, pull.number)
         process = self._contact.process_id
         if answer.kind is not lm.AnswerKind.ROWS:
             return Rows(PullReply(answer.kind.value, answer.leader, process, answer.committed, reason=answer.reason))
@@ -272,13 +271,17 @@ class TabletLeader:
     # --- the start ---------------------------------------------------------------------------------------------------
 
     def distrust(self, reason: str) -> None:
-        """The disk turned out to be an older state."""
+        """Take note that the disk turned out to be an older state."""
+        serving = self.driver.machine.serving
         self.slot.trusted = False
         self.driver.step(lm.Distrusted(reason))
+        if serving:
+            # Too late to wait for the others: what is served is what counts from here on. The alarm has been raised.
+            self._spawn(self._stamp_when_serving(), f"stamp {self.slot.spec.tablet_id}")
 
     async def _recover(self, effect: lm.Recover) -> Position:
         self.recovered_from = effect.replica
-        return await bring_up_to(self.slot, effect.target, effect.replica, self._name, self._peers, self._bulk)
+        return await bring_up_to(self.slot, effect.target, effect.replica, self._name, self._reach)
 
     async def _stamp_when_serving(self) -> None:
         while True:

@@ -27,7 +27,9 @@ class ReplicaStates(msgspec.Struct, frozen=True):
 
 
 class ReplicaState(msgspec.Struct, frozen=True):
-    """One replica, as interface.md §2 shows it. ``verified_at``: Unix seconds when its root was last proved, 0: never."""
+    """One replica, as docs/cli.md (State) shows it. ``verified_at``: Unix seconds when its root was last proved, 0:
+    never.
+    """
 
     table: str
     tablet: str

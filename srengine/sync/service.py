@@ -1,26 +1,23 @@
 """All tablets of one node: opened as the catalog says, led or followed, found by id.
 
-The node tells the service which tables exist (`open_tables`, after every change of the catalog) and hands it what arrives on the
-ports: `pulled`, `fetched`, `copy_stream`. Clients' requests are routed by the node and land at `leader` and `follower`.
+The node tells the service which tables exist (`open_tables`, after every change of the catalog) and hands it what
+arrives on the ports: `pulled`, `fetched`, `copy_stream`. Clients' requests are routed by the node and land at `leader`
+and `follower`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from pathlib import Path
 
 from srengine import errors
-from srengine.clock import Clock
 from srengine.cluster.catalog import Table
-from srengine.ha.contact import Contact
-from srengine.ha.group import AlarmSink, Spawn
+from srengine.ha.group import Surroundings
 from srengine.ha.messages import Fetch, Pull, PullReply
 from srengine.ha.metadata import Store as Rows
 from srengine.metrics import Metrics
 from srengine.storage import Store
 from srengine.sync import copying
-from srengine.sync.copying import ReachBulk, ReachPeer
 from srengine.sync.following import TabletFollower
 from srengine.sync.leading import TabletLeader
 from srengine.sync.messages import Copy, ReplicaState
@@ -33,35 +30,25 @@ class SyncService:
     def __init__(
         self,
         *,
-        name: str,
-        data: Path,
+        around: Surroundings,
         store: Store,
         rows: Rows,
         standing: Standing,
         file_ids: FileIds,
-        contact: Contact,
-        peers: ReachPeer,
-        bulk: ReachBulk,
-        clock: Clock,
-        spawn: Spawn,
-        alarm: AlarmSink,
         metrics: Metrics,
         directory_trusted: Callable[[], bool],
     ) -> None:
-        self.name = name
+        self.name = around.name
         self.leaders: dict[str, TabletLeader] = {}
         self.followers: dict[str, TabletFollower] = {}
-        self._data = data
+        self._around = around
         self._store = store
         self._rows = rows
         self._standing = standing
         self._file_ids = file_ids
-        self._contact = contact
-        self._peers = peers
-        self._bulk = bulk
-        self._clock = clock
-        self._spawn = spawn
-        self._alarm = alarm
+        self._contact = around.contact
+        self._clock = around.clock
+        self._alarm = around.alarm
         self._metrics = metrics
         self._directory_trusted = directory_trusted
 
@@ -82,43 +69,26 @@ class SyncService:
                 rows=self._rows,
                 standing=self._standing,
                 file_ids=self._file_ids,
-                data=self._data,
+                data=self._store.path,
             )
             for spec in wanted
         ]
         await asyncio.gather(*(asyncio.to_thread(slot.open) for slot in slots))
-        # Copies that are what they were say so at once: until then a crash would make them look older than the identity.
-        await asyncio.gather(*(asyncio.to_thread(slot.stamp) for slot in slots if slot.trusted and slot.tablet is not None))
+        # Copies that are what they were say so at once: until then a crash would make them look older than the
+        # identity.
+        await asyncio.gather(
+            *(asyncio.to_thread(slot.stamp) for slot in slots if slot.trusted and slot.tablet is not None)
+        )
         for slot in slots:
             self._begin(slot)
 
     def _begin(self, slot: Slot) -> None:
         group: TabletLeader | TabletFollower
         if slot.spec.leader == self.name:
-            group = TabletLeader(
-                slot,
-                name=self.name,
-                contact=self._contact,
-                peers=self._peers,
-                bulk=self._bulk,
-                clock=self._clock,
-                spawn=self._spawn,
-                alarm=self._alarm,
-                trusted=self._directory_trusted,
-            )
+            group = TabletLeader(slot, around=self._around, trusted=self._directory_trusted)
             self.leaders[slot.spec.tablet_id] = group
         else:
-            group = TabletFollower(
-                slot,
-                name=self.name,
-                contact=self._contact,
-                peers=self._peers,
-                bulk=self._bulk,
-                clock=self._clock,
-                spawn=self._spawn,
-                alarm=self._alarm,
-                trusted=self._directory_trusted,
-            )
+            group = TabletFollower(slot, around=self._around, trusted=self._directory_trusted)
             self.followers[slot.spec.tablet_id] = group
         if slot.fault:
             self._alarm("tablet_failed", f"tablet {slot.spec.tablet_id} of {slot.spec.table}: {slot.fault}")
@@ -131,7 +101,7 @@ class SyncService:
         group.start()
 
     def distrust(self, reason: str) -> None:
-        """The directory turned out to be an older state."""
+        """Take note that the directory turned out to be an older state."""
         for leader in self.leaders.values():
             leader.distrust(reason)
         for follower in self.followers.values():
@@ -200,9 +170,7 @@ class SyncService:
         groups: list[TabletLeader | TabletFollower] = [*self.leaders.values(), *self.followers.values()]
         chosen = [group for group in groups if not table or group.slot.spec.table == table]
         chosen.sort(key=lambda group: (group.slot.spec.table, group.slot.spec.number))
-        return [
-            self._led(group) if isinstance(group, TabletLeader) else self._followed(group) for group in chosen
-        ]
+        return [self._led(group) if isinstance(group, TabletLeader) else self._followed(group) for group in chosen]
 
     def _led(self, leader: TabletLeader) -> ReplicaState:
         slot, machine = leader.slot, leader.driver.machine

@@ -2,13 +2,14 @@
 
 *Trust.* A copy is trusted when it is what this node last wrote. Three things must agree, each compared at the open:
 
-* the boot number in the tablet is at least the one that the identity file calls stamped (an older state put back has a lower one);
+* the boot number in the tablet is at least the one that the identity file calls stamped (an older state put back has a
+  lower one);
 * the data file is the very file that was noted when it was made (inode and birth time; a copied one has others);
 * a tablet that was noted is there.
 
-An untrusted copy is not thrown away: its history may be right and only end early. It counts for nothing when a leader starts,
-and becomes trusted again when its root is proved against a leader that serves (a follower) or when it was brought to the highest
-position (a leader); then it is stamped and noted anew.
+An untrusted copy is not thrown away: its history may be right and only end early. It counts for nothing when a leader
+starts, and becomes trusted again when its root is proved against a leader that serves (a follower) or when it was
+brought to the highest position (a leader); then it is stamped and noted anew.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ class FileId(msgspec.Struct, frozen=True):
 
 
 class FileIds(Protocol):
-    """Returns the id of a file, None when it is not there."""
+    """Tells which file a file is, None when it is not there."""
 
-    def __call__(self, path: Path) -> FileId | None: ...
+    def __call__(self, path: Path) -> FileId | None:
+        """Look at the file."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Spec:
 
     @property
     def leader(self) -> str:
+        """Name of the node that leads."""
         return self.nodes[0]
 
 
@@ -66,8 +70,8 @@ class Spec:
 class Standing:
     """What this run of the node is: changed by the node when peers know better.
 
-    ``boot_number``: of this run. ``stamped``: tablets with a lower number are an older state. ``distrusted``: the directory
-    as a whole was put back or copied, so a tablet that is not there proves nothing either.
+    ``boot_number``: of this run. ``stamped``: tablets with a lower number are an older state. ``distrusted``: the
+    directory as a whole was put back or copied, so a tablet that is not there proves nothing either.
     """
 
     boot_number: int
@@ -97,6 +101,7 @@ class Slot:
 
     @property
     def store(self) -> Store:
+        """The store that holds it."""
         return self._store
 
     def open(self) -> None:
@@ -110,7 +115,7 @@ class Slot:
         except (errors.CorruptionError, errors.TabletFenced, errors.ForeignData) as error:
             self.fault = f"{error.code}: {error.message}"
             self.created = True
-            _logger.error("tablet %s does not open: %s", self.spec.tablet_id, self.fault)
+            _logger.warning("tablet %s does not open: %s", self.spec.tablet_id, self.fault)
             return
         tablet = self.tablet
         if note is None and tablet.boot_number == 0 and tablet.position.sequence == 0:
@@ -154,8 +159,8 @@ class Slot:
 
     @property
     def filling(self) -> bool:
-        """Whether a copy is half applied to the tablet itself."""
-        return self.tablet is not None and self.tablet.fill_mark is not None
+        """Whether the copy is none to build on: half applied, or it does not open at all."""
+        return self.tablet is None or self.tablet.fill_mark is not None
 
     def root_at(self, sequence: int) -> bytes | None:
         """Return the own root after ``sequence``, None when it is not known any more."""

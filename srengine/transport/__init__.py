@@ -8,10 +8,10 @@
     Callee     answers over one connection     callee.py       both are Connections (connection.py) over a Wire
     memory     the same without a network, with faults on demand, for tests    memory.py
 
-A connection begins with hello in both directions (messages.py): protocol versions, cluster, node, features. Requests have
-one answer or one typed error. Attachments are raw bytes beside a message; large ones and streams move under credit
-(transfers.py), so that memory is bounded at both ends and small messages pass between. Frames carry checksums; a frame that
-cannot be trusted ends its connection and has no other effect. docs/formats-wire.md has every byte.
+A connection begins with hello in both directions (messages.py): protocol versions, cluster, node, features. Requests
+have one answer or one typed error. Attachments are raw bytes beside a message; large ones and streams move under credit
+(transfers.py), so that memory is bounded at both ends and small messages pass between. Frames carry checksums; a frame
+that cannot be trusted ends its connection and has no other effect. docs/formats-wire.md has every byte.
 """
 
 from __future__ import annotations

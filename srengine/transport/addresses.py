@@ -9,7 +9,9 @@ from typing import Final
 
 from srengine import errors
 
-_TCP: Final = re.compile(r"^tcp://(?P<host>\[[0-9A-Fa-f:.%]{2,64}\]|[A-Za-z0-9._*-]{1,253}):(?P<port>\d{1,5}|\*)$", re.ASCII)
+_TCP: Final = re.compile(
+    r"^tcp://(?P<host>\[[0-9A-Fa-f:.%]{2,64}\]|[A-Za-z0-9._*-]{1,253}):(?P<port>\d{1,5}|\*)$", re.ASCII
+)
 _IPC: Final = re.compile(r"^ipc://[^\x00-\x1f]{1,100}$")
 
 

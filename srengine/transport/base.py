@@ -1,14 +1,15 @@
-"""What every endpoint does, whatever carries its frames: services, channels, the state of a connection that is made on demand.
+"""What every endpoint does, whatever carries its frames: services, channels, the state of a connection that is made on
+demand.
 
-`srengine.transport.endpoint.Endpoint` does it over ZeroMQ, `srengine.transport.memory.MemoryEndpoint` in memory for tests;
-both have the same errors, the same hello, the same credit, because only the `Wire` differs.
+`srengine.transport.endpoint.Endpoint` does it over ZeroMQ, `srengine.transport.memory.MemoryEndpoint` in memory for
+tests; both have the same errors, the same hello, the same credit, because only the `Wire` differs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -59,9 +60,9 @@ class Channel:
     async def request(self, message: msgspec.Struct, attachments: Sequence[Buffer] = (), *, timeout_s: float) -> Reply:
         """Ask, and return the answer.
 
-        Attachments travel as raw bytes beside the message, in parts when they are large; they must not change before the
-        answer is there. Raises `Unreachable` (nobody there, or the connection was lost: ``sent`` says whether the request
-        had left, then its effect is unknown), `TimedOut` (likewise), `NotAuthenticated`, `ForeignData` and
+        Attachments travel as raw bytes beside the message, in parts when they are large; they must not change before
+        the answer is there. Raises `Unreachable` (nobody there, or the connection was lost: ``sent`` says whether the
+        request had left, then its effect is unknown), `TimedOut` (likewise), `NotAuthenticated`, `ForeignData` and
         `UnsupportedFeature` when hello fails, `InvalidValue` for what is too large, `Closed`, and whatever typed error
         the handler raised.
         """
@@ -71,17 +72,22 @@ class Channel:
             caller = await self._connect(deadline)
         return await caller.request(message, attachments, deadline)
 
-    async def stream(self, message: msgspec.Struct, *, timeout_s: float) -> AsyncGenerator[memoryview, None]:
+    async def stream(
+        self, message: msgspec.Struct, *, timeout_s: float, proved: bool = False
+    ) -> AsyncGenerator[memoryview, None]:
         """Yield the items of a stream, whole and in order.
 
-        ``timeout_s`` is how long it may bring nothing at all. Raises what `request` raises. Whoever stops early closes the
-        generator (``aclose``), which tells the peer to stop.
+        ``proved``: the items carry a digest that the caller verifies, so frames do not check them a second time; only
+        then is damage on the way the caller's to find.
+
+        ``timeout_s`` is how long it may bring nothing at all. Raises what `request` raises. Whoever stops early closes
+        the generator (``aclose``), which tells the peer to stop.
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
         caller = self._caller
         if caller is None or caller.closed is not None:
             caller = await self._connect(deadline)
-        items = caller.stream(message, timeout_s)
+        items = caller.stream(message, timeout_s, proved=proved)
         try:
             async for item in items:
                 yield item
@@ -184,7 +190,7 @@ class BaseEndpoint:
     # --- services ----------------------------------------------------------------------------------------------------
 
     def serve(
-        self, message_type: type[msgspec.Struct], handler: Any, *, ports: Collection[Port] = ("client", "peer")
+        self, message_type: type[msgspec.Struct], handler: Any, *, ports: tuple[Port, ...] = ("client", "peer")
     ) -> None:
         """Answer messages of a registered type at these ports with ``handler(peer, message, attachments) -> Reply``."""
         registry.kind_of(message_type)
@@ -194,7 +200,7 @@ class BaseEndpoint:
             self._handlers[port, message_type] = handler
 
     def serve_stream(
-        self, message_type: type[msgspec.Struct], handler: Any, *, ports: Collection[Port] = ("bulk",)
+        self, message_type: type[msgspec.Struct], handler: Any, *, ports: tuple[Port, ...] = ("bulk",)
     ) -> None:
         """Answer such a message with a stream: ``handler(peer, message)`` is an async generator of bytes."""
         registry.kind_of(message_type)
@@ -204,19 +210,24 @@ class BaseEndpoint:
             self._stream_handlers[port, message_type] = handler
 
     def handler(self, port: str, message_type: type[msgspec.Struct]) -> Handler | None:
+        """Return who answers such a message at this port."""
         return self._handlers.get((port, message_type))
 
     def stream_handler(self, port: str, message_type: type[msgspec.Struct]) -> StreamHandler | None:
+        """Return who serves such a stream at this port."""
         return self._stream_handlers.get((port, message_type))
 
     def welcome(self, peer: Peer) -> None:
+        """Let ``admit`` look at a peer that has just said hello."""
         if self.admit is not None:
             self.admit(peer)
 
     # --- channels ----------------------------------------------------------------------------------------------------
 
     def channel(self, address: str, *, port: Port = "client", server_key: bytes | None = None) -> Channel:
-        """Return a way to ``address``; nothing is connected yet. ``server_key``: the peer's public CURVE key (32 bytes)."""
+        """Return a way to ``address``; nothing is connected yet. ``server_key``: the peer's public CURVE key (32
+        bytes).
+        """
         if self.closed:
             raise errors.Closed("the endpoint was closed")
         assert port in _PORTS, port
@@ -253,7 +264,9 @@ class BaseEndpoint:
                 raise errors.FrameError("hello was not answered by hello")
             caller.peer = meet(self.identity, reply.message, channel.address, channel.port, channel.server_key)
         except errors.TimedOut as error:
-            unreachable = errors.Unreachable(f"{channel.address} does not answer hello", address=channel.address, sent=False)
+            unreachable = errors.Unreachable(
+                f"{channel.address} does not answer hello", address=channel.address, sent=False
+            )
             caller.fail(unreachable)
             raise unreachable from error
         except errors.Error as error:

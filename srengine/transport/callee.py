@@ -2,9 +2,10 @@
 
 * Before the peer's hello nothing else is read; anything else ends the connection.
 * A request id is answered once: ids seen before are counted and dropped (`_Window`), so a repeated frame has no effect.
-* A handler that raises an `errors.Error` answers with it. Anything else is a mistake of ours: logged, and answered INTERNAL.
-* Memory: `limits.REQUESTS_IN_FLIGHT_MAX` unanswered requests, `limits.CONNECTION_BYTES_MAX` of large attachments, held until
-  the handler is done. A peer that goes beyond is cut off.
+* A handler that raises an `errors.Error` answers with it. Anything else is a mistake of ours: logged, and answered
+  INTERNAL.
+* Memory: `limits.REQUESTS_IN_FLIGHT_MAX` unanswered requests, `limits.CONNECTION_BYTES_MAX` of large attachments, held
+  until the handler is done. A peer that goes beyond is cut off.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -23,7 +24,7 @@ from srengine.metrics import Metrics
 from srengine.transport.connection import Connection, Wire, encode_message, slices
 from srengine.transport.failures import INTERNAL, failure_of
 from srengine.transport.messages import Hello
-from srengine.transport.peers import Buffer, Handler, Identity, Peer, Reply, StreamHandler, meet
+from srengine.transport.peers import Buffer, Handler, Identity, Peer, StreamHandler, meet
 from srengine.transport.transfers import Assembly, Budget, Outgoing, Reservation, check_sizes, cut
 
 _logger = logging.getLogger(__name__)
@@ -67,6 +68,16 @@ class _Window:
         return True
 
 
+class _Ready(NamedTuple):
+    """An answer, encoded and within bounds."""
+
+    kind: str
+    body: msgspec.Raw
+    sizes: tuple[int, ...]
+    total: int
+    attachments: Sequence[Buffer]
+
+
 class _Serving:
     """One request that is not fully answered."""
 
@@ -76,17 +87,19 @@ class _Serving:
         self.assembly: Assembly | None = None
         self.reservation: Reservation | None = None
         """Room of the question's attachments; held until the handler is done."""
-        self.task: asyncio.Task[Reply] | None = None
+        self.task: asyncio.Task[_Ready] | None = None
         self.outgoing: Outgoing | None = None
 
 
 class _Feed:
     """One stream that is being sent."""
 
-    __slots__ = ("credit", "task", "waiter")
+    __slots__ = ("credit", "proved", "task", "waiter")
 
-    def __init__(self, credit: int) -> None:
+    def __init__(self, credit: int, *, proved: bool) -> None:
         self.credit = credit
+        self.proved = proved
+        """The reader proves the items: no checksum of a frame covers a piece that travels alone."""
         self.task: asyncio.Task[None] | None = None
         self.waiter: asyncio.Future[None] | None = None
 
@@ -115,6 +128,7 @@ class Callee(Connection):
         self._feeds: dict[int, _Feed] = {}
 
     def handle(self, envelope: Envelope, data: memoryview) -> None:
+        """Act on one envelope of the caller."""
         if self.peer is None:
             self._greet(envelope)
             return
@@ -123,7 +137,9 @@ class Callee(Connection):
                 self._asked(self.peer, envelope, data)
             case Open():
                 self._opened(self.peer, envelope)
-            case Data(request=number):
+            case Data(request=number, proved=proved):
+                if proved:
+                    raise errors.FrameError("a piece without a checksum that nobody promised to prove")
                 self.progress_at = self.loop.time()
                 serving = self._serving.get(number)
                 if serving is not None and serving.assembly is not None:
@@ -196,39 +212,36 @@ class Callee(Connection):
     def _run(
         self, number: int, handler: Handler, peer: Peer, message: msgspec.Struct, attachments: Sequence[memoryview]
     ) -> None:
-        async def call() -> Reply:
-            return await handler(peer, message, attachments)
+        async def call() -> _Ready:
+            reply = await handler(peer, message, attachments)
+            # Here, not in the callback: an answer that cannot be sent is the handler's failure.
+            kind, body = encode_message(reply.message)
+            sizes = tuple(len(attachment) for attachment in reply.attachments)
+            return _Ready(kind, body, sizes, check_sizes(sizes), reply.attachments)
 
         task = self._serving[number].task = self.loop.create_task(call())
         task.add_done_callback(lambda done: self._answer(number, done))
 
-    def _answer(self, number: int, task: asyncio.Task[Reply]) -> None:
-        serving = self._serving.get(number)
+    def _answer(self, number: int, task: asyncio.Task[_Ready]) -> None:
         if task.cancelled():
             self._fail_request(number, errors.Closed("the node stops"))
             return
         error = task.exception()
-        if error is None:
-            try:
-                reply = task.result()
-                kind, body = encode_message(reply.message)
-                sizes = tuple(len(attachment) for attachment in reply.attachments)
-                total = check_sizes(sizes)
-            except errors.InvalidValue as too_large:
-                error = too_large
         if error is not None:
             self._fail_request(number, error)
             return
-        if serving is None:
+        serving = self._serving.get(number)
+        if serving is None:  # the connection has ended meanwhile: nobody waits for the answer
             return
+        ready = task.result()
         if serving.reservation is not None:
             serving.reservation.release()
-        inline = total <= limits.PART_BYTES_MAX
-        self.post(Answer(number, kind, body, sizes), reply.attachments if inline else ())
-        if inline:
+        inline = ready.total <= limits.PART_BYTES_MAX
+        self.post(Answer(number, ready.kind, ready.body, ready.sizes), ready.attachments if inline else ())
+        if inline or self.closed is not None:
             del self._serving[number]
         else:
-            serving.outgoing = Outgoing(number, reply.attachments)
+            serving.outgoing = Outgoing(number, ready.attachments)
 
     def _fail_request(self, number: int, error: BaseException) -> None:
         serving = self._serving.pop(number, None)
@@ -274,7 +287,7 @@ class Callee(Connection):
             error = errors.UnsupportedFeature(f"{opening.kind} is no stream of the {self.port} port", kind=opening.kind)
             self.post(failure_of(number, error))
             return
-        feed = self._feeds[number] = _Feed(min(opening.credit, limits.CREDIT_FRAMES))
+        feed = self._feeds[number] = _Feed(min(opening.credit, limits.CREDIT_FRAMES), proved=opening.proved)
         feed.task = self.loop.create_task(self._send_items(number, feed, handler(peer, message)))
         feed.task.add_done_callback(lambda done: self._stream_ended(number, done))
 
@@ -288,9 +301,10 @@ class Callee(Connection):
                         feed.waiter = self.loop.create_future()
                         await feed.waiter
                     feed.credit -= 1
-                    self.post(Data(number, sent, piece.nbytes, last), (piece,))
+                    alone = piece.nbytes > limits.PART_BYTES_MAX
+                    self.post(Data(number, sent, piece.nbytes, last, feed.proved and alone), (piece,))
                     sent += 1
-                    if piece.nbytes > limits.PART_BYTES_MAX:
+                    if alone:
                         self.flush()  # nothing can join it: the wire works while the next piece is made
         finally:
             # An async generator is closed here and now, not when somebody collects it: it may hold a view.
@@ -308,7 +322,8 @@ class Callee(Connection):
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    def ended(self, error: errors.Error) -> None:
+    def ended(self, _error: errors.Error) -> None:
+        """Stop streams; handlers finish what they began."""
         for number, serving in list(self._serving.items()):
             # Handlers go on (a write that was begun ends), only their answers are dropped; what they hold is given back
             # when they are done.
@@ -321,17 +336,20 @@ class Callee(Connection):
                 feed.task.cancel()
         self._forget(self)
 
-    def tasks(self) -> list[asyncio.Task[Reply] | asyncio.Task[None]]:
+    def tasks(self) -> list[asyncio.Task[Any]]:
         """Return what is still running for this connection."""
-        running: list[asyncio.Task[Reply] | asyncio.Task[None]] = []
+        running: list[asyncio.Task[Any]] = []
         running.extend(serving.task for serving in self._serving.values() if serving.task is not None)
         running.extend(feed.task for feed in self._feeds.values() if feed.task is not None)
         return running
 
     def transfers_pending(self) -> bool:
+        """Return whether the caller owes bytes or credit."""
         return any(
             serving.outgoing is not None
-            or (serving.assembly is not None and serving.reservation is not None and serving.reservation.state == "held")
+            or (
+                serving.assembly is not None and serving.reservation is not None and serving.reservation.state == "held"
+            )
             for serving in self._serving.values()
         ) or any(feed.waiter is not None and not feed.waiter.done() for feed in self._feeds.values())
 

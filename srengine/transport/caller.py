@@ -1,7 +1,7 @@
 """The asking side of a connection: requests, and streams that it reads.
 
-At most `limits.REQUESTS_IN_FLIGHT_MAX` requests are unanswered at a time; further ones wait here. A request whose caller has
-given up still counts until the peer answers it, because the peer still works on it.
+At most `limits.REQUESTS_IN_FLIGHT_MAX` requests are unanswered at a time; further ones wait here. A request whose
+caller has given up still counts until the peer answers it, because the peer still works on it.
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ class _Pending:
 
 
 class _Incoming:
-    """One stream that is being read. Credit returns when an item is taken, or a piece of an unfinished item has come."""
+    """One stream that is being read. Credit returns when an item is taken, or a piece of an unfinished item has
+    come.
+    """
 
-    __slots__ = ("ended", "items", "number", "parts", "since_grant", "waiter")
+    __slots__ = ("ended", "items", "number", "parts", "proved", "since_grant", "waiter")
 
-    def __init__(self) -> None:
+    def __init__(self, *, proved: bool) -> None:
+        self.proved = proved
+        """Whoever reads it proves the items."""
         self.items: deque[tuple[memoryview, int]] = deque()
         """(item, pieces to grant when it is taken)"""
         self.parts: bytearray | None = None
@@ -131,15 +135,17 @@ class Caller(Connection):
 
     # --- streams -----------------------------------------------------------------------------------------------------
 
-    async def stream(self, message: msgspec.Struct, timeout_s: float) -> AsyncGenerator[memoryview, None]:
+    async def stream(
+        self, message: msgspec.Struct, timeout_s: float, *, proved: bool = False
+    ) -> AsyncGenerator[memoryview, None]:
         """Yield the items of a stream; see `Channel.stream`."""
         kind, body = encode_message(message)
         if self.closed is not None:
             raise self._unsent()
         number = self._next_request
         self._next_request += 1
-        incoming = self._streams[number] = _Incoming()
-        self.post(Open(number, kind, body, limits.CREDIT_FRAMES))
+        incoming = self._streams[number] = _Incoming(proved=proved)
+        self.post(Open(number, kind, body, limits.CREDIT_FRAMES, proved))
         try:
             while True:
                 while incoming.items:
@@ -201,29 +207,16 @@ class Caller(Connection):
     # --- arriving ----------------------------------------------------------------------------------------------------
 
     def handle(self, envelope: Envelope, data: memoryview) -> None:
+        """Act on one envelope of the callee."""
         match envelope:
             case Answer(request=number):
                 self._answered(envelope, data)
             case Failure(request=number):
                 self._failed(number, error_of(envelope))
-            case Data(request=number):
-                self.progress_at = self.loop.time()
-                incoming = self._streams.get(number)
-                pending = self._pending.get(number)
-                if incoming is not None:
-                    self._take_piece(number, incoming, envelope, data)
-                elif pending is not None and pending.assembly is not None:
-                    credit = pending.assembly.add(envelope, data)
-                    if credit:
-                        self.post(Credit(number, credit))
+            case Data():
+                self._piece(envelope, data)
             case Credit(request=number, pieces=pieces):
-                self.progress_at = self.loop.time()
-                pending = self._pending.get(number)
-                if pending is not None and pending.outgoing is not None:
-                    for step, piece in pending.outgoing.grant(pieces):
-                        self.post(step, (piece,))
-                    if pending.outgoing.finished:
-                        pending.outgoing = None
+                self._credited(number, pieces)
             case End(request=number):
                 incoming = self._streams.get(number)
                 if incoming is not None and not incoming.ended:
@@ -233,6 +226,31 @@ class Caller(Connection):
                     incoming.wake()
             case Ask() | Open() | Cancel():
                 raise errors.FrameError("a question where only answers are expected")
+
+    def _piece(self, data: Data, piece: memoryview) -> None:
+        self.progress_at = self.loop.time()
+        incoming = self._streams.get(data.request)
+        if data.proved and (incoming is None or not incoming.proved):
+            if incoming is None and data.request < self._next_request:
+                return  # of a stream that was given up
+            raise errors.FrameError("a piece without a checksum that nobody promised to prove")
+        if incoming is not None:
+            self._take_piece(data.request, incoming, data, piece)
+            return
+        pending = self._pending.get(data.request)
+        if pending is not None and pending.assembly is not None:
+            credit = pending.assembly.add(data, piece)
+            if credit:
+                self.post(Credit(data.request, credit))
+
+    def _credited(self, number: int, pieces: int) -> None:
+        self.progress_at = self.loop.time()
+        pending = self._pending.get(number)
+        if pending is not None and pending.outgoing is not None:
+            for step, piece in pending.outgoing.grant(pieces):
+                self.post(step, (piece,))
+            if pending.outgoing.finished:
+                pending.outgoing = None
 
     def _answered(self, answer: Answer, data: memoryview) -> None:
         pending = self._pending.get(answer.request)
@@ -287,6 +305,7 @@ class Caller(Connection):
         return errors.Unreachable(f"the connection has ended: {self.closed}", sent=False)
 
     def ended(self, error: errors.Error) -> None:
+        """Fail every request and stream that waits."""
         for number, pending in list(self._pending.items()):
             if not pending.future.done():
                 pending.future.set_exception(
@@ -299,9 +318,13 @@ class Caller(Connection):
                 incoming.wake()
 
     def transfers_pending(self) -> bool:
+        """Return whether the callee owes bytes or credit."""
         return any(
             pending.outgoing is not None
-            or (pending.assembly is not None and pending.assembly.reservation is not None
-                and pending.assembly.reservation.state == "held")
+            or (
+                pending.assembly is not None
+                and pending.assembly.reservation is not None
+                and pending.assembly.reservation.state == "held"
+            )
             for pending in self._pending.values()
         )

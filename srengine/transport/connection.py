@@ -1,8 +1,8 @@
 """One connection between two processes, whatever carries its frames.
 
-`Connection` has what both sides share: the queue of envelopes that leaves as coalesced frames, the reading of frames, the
-end. `srengine.transport.caller.Caller` asks, `srengine.transport.callee.Callee` answers. A `Wire` carries frames: a ZeroMQ
-socket, or memory in tests. Everything runs on one event loop.
+`Connection` has what both sides share: the queue of envelopes that leaves as coalesced frames, the reading of frames,
+the end. `srengine.transport.caller.Caller` asks, `srengine.transport.callee.Callee` answers. A `Wire` carries frames: a
+ZeroMQ socket, or memory in tests. Everything runs on one event loop.
 
 Coalescing: whatever is posted in one turn of the loop leaves together, in as few frames as the bounds allow.
 
@@ -161,7 +161,8 @@ def encode_message(message: msgspec.Struct) -> tuple[str, msgspec.Raw]:
     kind, body = registry.encode(message)
     if len(body) > limits.BODY_BYTES_MAX:
         raise errors.InvalidValue(
-            f"a {kind} of {len(body)} bytes; at most {limits.BODY_BYTES_MAX} (bulk belongs into attachments)", bytes=len(body)
+            f"a {kind} of {len(body)} bytes; at most {limits.BODY_BYTES_MAX} (bulk belongs into attachments)",
+            bytes=len(body),
         )
     return kind, msgspec.Raw(body)
 

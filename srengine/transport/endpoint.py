@@ -6,13 +6,13 @@
                              |                          |
                           monitor                    monitor, ZAP handler
 
-* A connection is one DEALER socket: it is made with a hello, and ends for good at the first doubt. The channel makes a new
-  one, with back-off.
+* A connection is one DEALER socket: it is made with a hello, and ends for good at the first doubt. The channel makes a
+  new one, with back-off.
 * A ROUTER's connections are told apart by the routing id that ZeroMQ mints for each; who the peer is, its hello and its
   CURVE key say. The monitor tells when a connection ends, so nothing waits for a peer that is gone.
 * ZeroMQ cannot refuse, count or close single connections of a ROUTER. We can: events and frames carry the connection's
-  descriptor, and shutting it down looks to ZeroMQ like a lost connection. So there is a cap on connections, a deadline for
-  hello, and an end for peers that break the protocol.
+  descriptor, and shutting it down looks to ZeroMQ like a lost connection. So there is a cap on connections, a deadline
+  for hello, and an end for peers that break the protocol.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from srengine.transport.zap import ZapHandler
 
 _logger = logging.getLogger(__name__)
 
-_TICK_S: Final = 1.0
+_TICK_S: Final = 0.25
 _CALLER_EVENTS: Final = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -75,7 +75,9 @@ class _DealerWire:
             socket.connect(channel.address)
         except zmq.ZMQError as error:
             self.close(0)
-            raise errors.Unreachable(f"cannot connect to {channel.address}: {error}", address=channel.address) from error
+            raise errors.Unreachable(
+                f"cannot connect to {channel.address}: {error}", address=channel.address
+            ) from error
 
     def send(self, parts: Sequence[Buffer]) -> bool:
         return self._pump.closed or self._pump.send(parts)
@@ -93,7 +95,7 @@ class _DealerWire:
         if self.caller is not None:
             self.caller.receive([frame.buffer for frame in frames])
 
-    def _event(self, event: int, value: int) -> None:
+    def _event(self, event: int, _value: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             if not self.ready.done():
                 self.ready.set_result(None)
@@ -135,6 +137,8 @@ class _RouterWire:
         self.descriptor = descriptor
         self.inode = sockets.inode_of(descriptor)
         self.callee: Callee | None = None
+        self.bytes_delivered = 0
+        """Bytes of frames that have come to us."""
         self._listener = listener
 
     def send(self, parts: Sequence[Buffer]) -> bool:
@@ -162,9 +166,7 @@ class _Listener:
         self._loop = asyncio.get_running_loop()
         self.callees: dict[bytes, Callee] = {}
         self.accepted: dict[int, _Accepted] = {}
-        socket = sockets.bind(
-            endpoint.context, port, address, keys=endpoint.identity.keys, insecure=endpoint.insecure
-        )
+        socket = sockets.bind(endpoint.context, port, address, keys=endpoint.identity.keys, insecure=endpoint.insecure)
         last = socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(last, bytes), last
         self.address = last.rstrip(b"\0").decode()
@@ -178,6 +180,9 @@ class _Listener:
             callee = self._meet(routing_id, frames[-1])
             if callee is None:
                 return
+        wire = callee.wire
+        assert isinstance(wire, _RouterWire), wire
+        wire.bytes_delivered += sum(map(len, frames))
         callee.receive([frame.buffer for frame in frames[1:]])
         if callee.peer is None and callee.closed is None:
             return
@@ -205,7 +210,7 @@ class _Listener:
             self._endpoint,
             str(address or ""),
             public_key,
-            lambda ended: self._forget(routing_id, ended),
+            self._ended,
         )
         wire.callee = callee
         self.callees[routing_id] = callee
@@ -214,9 +219,17 @@ class _Listener:
             accepted = self.accepted[descriptor] = _Accepted(wire.inode, self._loop.time())
         return callee
 
-    def _forget(self, routing_id: bytes, callee: Callee) -> None:
-        self.callees.pop(routing_id, None)
+    def _ended(self, callee: Callee) -> None:
+        # It stays in `callees`, deaf, until ZeroMQ reports the end: frames that were read before the cut still come.
         self._endpoint.keep_tasks(callee)
+
+    def _forget(self, descriptor: int) -> None:
+        """Drop what belongs to a connection that is over."""
+        self.accepted.pop(descriptor, None)
+        for routing_id, callee in list(self.callees.items()):
+            if _descriptor_of(callee) == descriptor:
+                callee.fail(errors.Unreachable("the peer went away"))
+                del self.callees[routing_id]
 
     def _event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
@@ -226,10 +239,7 @@ class _Listener:
                 self._metrics.add("srengine_transport_connections_shed_total", port=self.port)
                 sockets.cut_connection(value, inode)
         elif event == zmq.EVENT_DISCONNECTED:
-            accepted = self.accepted.pop(value, None)
-            if accepted is not None:
-                for callee in [found for found in self.callees.values() if _descriptor_of(found) == value]:
-                    callee.fail(errors.Unreachable("the peer went away"))
+            self._forget(value)
         elif event == zmq.EVENT_ACCEPT_FAILED:
             self._metrics.add("srengine_transport_accepts_failed_total", port=self.port)
         else:
@@ -239,12 +249,25 @@ class _Listener:
         """Close connections that never said hello, and those that owe bytes and stand still."""
         for descriptor, accepted in list(self.accepted.items()):
             if accepted.inode is None or sockets.inode_of(descriptor) != accepted.inode:
-                del self.accepted[descriptor]
+                self._forget(descriptor)
             elif accepted.callee is None and now - accepted.since > limits.HELLO_S_MAX:
                 self._metrics.add("srengine_transport_hellos_missed_total", port=self.port)
                 sockets.cut_connection(descriptor, accepted.inode)
+            else:
+                self._check_unread(descriptor, accepted)
         for callee in list(self.callees.values()):
             callee.check_progress(now)
+
+    def _check_unread(self, descriptor: int, accepted: _Accepted) -> None:
+        """Close a connection whose bytes never become a frame."""
+        delivered = 0
+        if accepted.callee is not None:
+            assert isinstance(accepted.callee.wire, _RouterWire), accepted.callee.wire
+            delivered = accepted.callee.wire.bytes_delivered
+        received = sockets.received_bytes(descriptor)
+        if received is not None and received - delivered > limits.UNREAD_BYTES_MAX:
+            self._metrics.add("srengine_transport_frames_refused_total", port=self.port)
+            sockets.cut_connection(descriptor, accepted.inode)
 
     def close(self) -> None:
         """End every connection and stop listening."""
@@ -294,6 +317,7 @@ class Endpoint(BaseEndpoint):
         return listener.address
 
     def check_address(self, address: str) -> None:
+        """See `BaseEndpoint.check_address`."""
         addresses.check(address)
 
     def connections(self, port: Port) -> list[Peer]:
@@ -303,7 +327,7 @@ class Endpoint(BaseEndpoint):
             for listener in self._listeners
             if listener.port == port
             for callee in listener.callees.values()
-            if callee.peer is not None
+            if callee.peer is not None and callee.closed is None
         ]
 
     def drop(self, public_key: bytes) -> int:
@@ -312,13 +336,14 @@ class Endpoint(BaseEndpoint):
             callee
             for listener in self._listeners
             for callee in listener.callees.values()
-            if callee.peer is not None and callee.peer.public_key == public_key
+            if callee.peer is not None and callee.closed is None and callee.peer.public_key == public_key
         ]
         for callee in found:
             callee.fail(errors.NotAuthenticated("the key was revoked"))
         return len(found)
 
     async def open_caller(self, channel: Channel) -> Caller:
+        """See `BaseEndpoint.open_caller`."""
         wire = _DealerWire(self, channel)
         try:
             async with asyncio.timeout((limits.CONNECT_MS_MAX + limits.HANDSHAKE_MS) / 1000):

@@ -27,7 +27,9 @@ def failure_of(request: int, error: errors.Error) -> Failure:
 def error_of(failure: Failure) -> errors.Error:
     """Return the error that the peer named. Facts whose names would shadow something are left out."""
     details = {
-        name: value for name, value in failure.details.items() if name.isidentifier() and name not in _RESERVED and name[0] != "_"
+        name: value
+        for name, value in failure.details.items()
+        if name.isidentifier() and name not in _RESERVED and name[0] != "_"
     }
     return errors.from_code(failure.code, failure.message, details)
 

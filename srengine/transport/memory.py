@@ -3,16 +3,20 @@
 ::
 
     network = Network()
-    node = network.endpoint(Identity(...));  address = await node.listen("peer", "tcp://127.0.0.1:0")
-    client = network.endpoint(Identity());   channel = client.channel(address, port="peer")
-    network.cut(client, node)                # nothing passes from client to node; the way back stays open
+    node = network.endpoint(Identity(...))
+    address = await node.listen("peer", "tcp://127.0.0.1:0")
+    client = network.endpoint(Identity())
+    channel = client.channel(address, port="peer")
+    network.cut(client, node)  # nothing passes from client to node; the way back stays open
     network.heal()
 
-Only the wire differs from `srengine.transport.endpoint`: frames are packed and checked as on a network, then handed over in
-a later turn of the loop. A link has a delay, a rate of lost frames, and may be cut, for each direction by itself. A lost
-frame stays lost, as if it had been eaten behind TCP: callers run into their time-outs. All randomness is the network's.
+Only the wire differs from `srengine.transport.endpoint`: frames are packed and checked as on a network, then handed
+over in a later turn of the loop. A link has a delay, a rate of lost frames, and may be cut, for each direction by
+itself. A lost frame stays lost, as if it had been eaten behind TCP: callers run into their time-outs. All randomness is
+the network's.
 
-Not simulated: CURVE and ZAP (a `server_key` is compared with the listener's public key), ports in use by other processes.
+Not simulated: CURVE and ZAP (a `server_key` is compared with the listener's public key), ports in use by other
+processes.
 """
 
 from __future__ import annotations
@@ -169,7 +173,7 @@ class _MemoryWire:
         for wire in (self, self.other):
             if wire is None:
                 continue
-            wire._close()  # noqa: SLF001
+            wire._close()
             if wire.connection is not None:
                 wire.connection.fail(errors.Unreachable("the connection was lost"))
 
@@ -193,9 +197,11 @@ class MemoryEndpoint(BaseEndpoint):
         self._tasks: set[asyncio.Task[object]] = set()
 
     def check_address(self, address: str) -> None:
+        """See `BaseEndpoint.check_address`."""
         addresses.check(address)
 
     async def listen(self, port: Port, address: str) -> str:
+        """See `BaseEndpoint.listen`; a free port is one that was never used on this network."""
         if self.closed:
             raise errors.Closed("the endpoint was closed")
         addresses.check(address)
@@ -210,6 +216,7 @@ class MemoryEndpoint(BaseEndpoint):
         return address
 
     async def open_caller(self, channel: Channel) -> Caller:
+        """See `BaseEndpoint.open_caller`."""
         found = self.network.listeners.get(channel.address)
         if found is None:
             raise errors.Unreachable(f"nobody answers at {channel.address}", address=channel.address, sent=False)

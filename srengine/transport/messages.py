@@ -10,9 +10,9 @@ from srengine.codec import frames, registry
 class Hello(msgspec.Struct, frozen=True):
     """Who is speaking. The caller sends it as its first request; the callee answers with its own.
 
-    ``protocol`` and ``protocol_min``: newest and oldest protocol version that the sender speaks. ``boot_nonce``: random at
-    each start of the process, so that two lives of one node can be told apart. ``required``: features without which the
-    sender cannot talk; the receiver refuses when it lacks one.
+    ``protocol`` and ``protocol_min``: newest and oldest protocol version that the sender speaks. ``boot_nonce``: random
+    at each start of the process, so that two lives of one node can be told apart. ``required``: features without which
+    the sender cannot talk; the receiver refuses when it lacks one.
     """
 
     protocol: int = frames.PROTOCOL_VERSION

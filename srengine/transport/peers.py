@@ -34,7 +34,8 @@ class KeyPair:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What this process says of itself. Clients leave ids and name None; without ``keys`` connections are not encrypted.
+    """What this process says of itself. Clients leave ids and name None; without ``keys`` connections are not
+    encrypted.
 
     ``features`` are offered; ``required`` must be offered by every peer.
     """
@@ -89,13 +90,15 @@ StreamHandler = Callable[[Peer, "msgspec.Struct"], AsyncIterator[Buffer]]
 
 
 class Authenticator(Protocol):
-    """Decides who may connect, before the first byte of a frame is read. Named here, implemented in `srengine.security`."""
+    """Decides who may connect, before the first byte of a frame is read. Named here, implemented in
+    `srengine.security`.
+    """
 
     def admit(self, port: str, address: str, public_key: bytes | None) -> bool:
         """Return whether a connection may be made.
 
-        ``address`` is the peer's IP address ("" on ipc); ``public_key`` has 32 bytes, or None without CURVE. Called on the
-        event loop for each handshake: it must not block.
+        ``address`` is the peer's IP address ("" on ipc); ``public_key`` has 32 bytes, or None without CURVE. Called on
+        the event loop for each handshake: it must not block.
         """
         ...
 
@@ -109,7 +112,8 @@ def meet(mine: Identity, theirs: Hello, address: str, port: str, public_key: byt
     ours = mine.hello()
     if theirs.protocol < ours.protocol_min or theirs.protocol_min > ours.protocol:
         raise errors.UnsupportedFeature(
-            f"the peer speaks protocol {theirs.protocol_min} to {theirs.protocol} (version {theirs.version or 'unknown'}), "
+            f"the peer speaks protocol {theirs.protocol_min} to {theirs.protocol} "
+            f"(version {theirs.version or 'unknown'}), "
             f"this side {ours.protocol_min} to {ours.protocol} (version {ours.version or 'unknown'})",
             theirs=[theirs.protocol_min, theirs.protocol],
             ours=[ours.protocol_min, ours.protocol],
@@ -140,7 +144,8 @@ def _check_required(who: str, asking: Hello, whom: str, offering: Hello) -> None
     missing = sorted(set(asking.required) - set(offering.features))
     if missing:
         raise errors.UnsupportedFeature(
-            f"{who} (protocol {asking.protocol}, version {asking.version or 'unknown'}) requires {', '.join(missing[:8])}, "
+            f"{who} (protocol {asking.protocol}, version {asking.version or 'unknown'}) "
+            f"requires {', '.join(missing[:8])}, "
             f"which {whom} (protocol {offering.protocol}, version {offering.version or 'unknown'}) does not have",
             missing=missing[:8],
             theirs=[offering.protocol, offering.version],

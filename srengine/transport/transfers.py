@@ -1,8 +1,8 @@
 """Bytes too large for one frame: cut into pieces, moved under credit, put together within bounds.
 
-The receiver decides. It learns the sizes first, reserves room for the whole (`Budget`), and only then grants credit, a few
-pieces at a time; the sender sends a piece for each credit and nothing more. So memory is bounded at the receiver by what it
-reserved, at the sender by what the caller handed over, and small messages pass between the pieces.
+The receiver decides. It learns the sizes first, reserves room for the whole (`Budget`), and only then grants credit, a
+few pieces at a time; the sender sends a piece for each credit and nothing more. So memory is bounded at the receiver by
+what it reserved, at the sender by what the caller handed over, and small messages pass between the pieces.
 
 A transfer that has its room never waits for another one, so transfers cannot block each other for ever.
 """
@@ -34,7 +34,8 @@ class Reservation:
         self._advance(0)
 
     def _advance(self, index: int) -> None:
-        # Narrow budget first (a connection's), then the wide one: who waits for the wide one keeps the narrow one's room.
+        # Narrow budget first (a connection's), then the wide one: who waits for the wide one keeps the narrow one's
+        # room.
         if index == len(self._budgets):
             self.state = "held"
             self._granted()

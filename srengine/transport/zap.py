@@ -1,8 +1,8 @@
 """The door: every handshake at a bound socket is decided here, and refused while nobody decides.
 
-ZeroMQ asks over an in-process socket (ZAP, RFC 27). The domain names the port. A peer with CURVE has proved that it owns
-its key; who may come in is the `Authenticator`'s decision. Without CURVE a peer has no name and comes in only where the
-socket itself was made without keys, which `sockets.bind` allows on loopback, ipc, or by explicit choice.
+ZeroMQ asks over an in-process socket (ZAP, RFC 27). The domain names the port. A peer with CURVE has proved that it
+owns its key; who may come in is the `Authenticator`'s decision. Without CURVE a peer has no name and comes in only
+where the socket itself was made without keys, which `sockets.bind` allows on loopback, ipc, or by explicit choice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ class ZapHandler:
     """Answers ZeroMQ's questions about handshakes on one context."""
 
     def __init__(
-        self, context: sockets.Context, authenticator: Callable[[], Authenticator | None], keys: Callable[[], bool], metrics: Metrics
+        self,
+        context: sockets.Context,
+        authenticator: Callable[[], Authenticator | None],
+        keys: Callable[[], bool],
+        metrics: Metrics,
     ) -> None:
         """``keys`` says whether this endpoint has keys: then a peer without CURVE is refused."""
         self._authenticator = authenticator

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-if importlib.util.find_spec("benchmarks._reference") is None:
-    pytest.skip("the reference loops are not built (python benchmarks/build.py)", allow_module_level=True)
 
 lmdb = pytest.importorskip("lmdb")
 

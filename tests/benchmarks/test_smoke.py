@@ -16,6 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120
 
 TARGETED = (
+    "exchange: equality check / XXH3 of 64 bytes",
+    "exchange: leaves built / C cursor loop over headers",
+    "exchange: warm leaves adjusted / the durable put_many beside it",
+    "exchange: bytes at d = 10 / the table's",
     "durable put_many, inserts / C loop",
     "durable put_many, inserts / py-lmdb",
     "durable put_many, overwrites / C loop",
@@ -23,10 +27,21 @@ TARGETED = (
     "get, warm / py-lmdb begin + get",
     "scan verifying every checksum / C cursor loop",
     "rejoin after 1 % changed: bytes / (records + 24 B each)",
+    "rejoin of a node killed under load: bytes / (records + 24 B each)",
     "16 threads of single durable puts / one thread",
+    "snapshot written, uncompressed / C loop into 1 MiB blocks",
+    "snapshot written, zstd 1 / bare zstd on the same blocks",
+    "snapshot applied to an empty tablet / C MDB_APPEND loop",
+    "shipping between two processes, plain / raw pyzmq",
+    "shipping between two processes, CURVE / raw pyzmq",
+    "write, ship, apply together, none: wall / slowest stage",
+    "write, ship, apply together, zstd: wall / slowest stage",
+    "write, ship, apply together, none: memory / 64 MiB",
+    "write, ship, apply together, zstd: memory / 64 MiB",
 )
 
 
+@pytest.mark.processes
 def test_every_benchmark_yields_a_ratio(tmp_path: Path) -> None:
     """Every row that has a target yields a ratio and both values, with sizes that take seconds."""
     result = tmp_path / "table.json"

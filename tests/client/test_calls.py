@@ -153,6 +153,23 @@ def test_unknown_outcome_is_said(cluster: FakeCluster) -> None:
         assert refused.value.outcome == "not executed"
 
 
+def test_a_write_that_was_never_sent_says_so(cluster: FakeCluster) -> None:
+    """When not even a session can be opened, or nobody is there, a write was not executed."""
+    with Client(N1, source=cluster.source, timeout_s=0.2) as client:
+        table = client.table("a.b")
+        table.get(b"k")
+        cluster.down = {N2, N3}
+        cluster.faults[N1] = [errors.TimedOut("silent")] * 1000
+        for attempt in (lambda: table.put(b"k", b"v"), lambda: table.put_many({b"k": b"v"})):
+            with pytest.raises(errors.TimedOut) as caught:
+                attempt()
+            assert caught.value.outcome == "not executed"
+    cluster.down = set(ADDRESSES)
+    with Client(N1, source=cluster.source, timeout_s=0.2) as client, pytest.raises(errors.Unreachable) as nobody:
+        client.table("a.b").delete(b"k")
+    assert nobody.value.outcome == "not executed"
+
+
 def test_conflict_carries_the_current_version(cluster: FakeCluster, client: Client) -> None:
     """A lost condition is a Conflict with the version that stands; None when there is no record."""
     table = client.table("a.b")
@@ -167,6 +184,17 @@ def test_conflict_carries_the_current_version(cluster: FakeCluster, client: Clie
     assert table.put(b"k", b"2", if_version=version) > version
     with pytest.raises(errors.InvalidValue):
         table.put(b"k", b"2", if_absent=True, if_version=1)
+
+
+def test_conflict_without_the_current_version(cluster: FakeCluster) -> None:
+    """A lost condition stays a Conflict when what stands cannot be read any more."""
+    with Client(N1, source=cluster.source, timeout_s=0.2) as client:
+        table = client.table("a.b")
+        table.put(b"k", b"1")
+        cluster.faults[N1] = [None, *[errors.NotReady("starting")] * 1000]
+        with pytest.raises(errors.Conflict) as caught:
+            table.put(b"k", b"2", if_absent=True)
+        assert caught.value.current_version == 0
 
 
 def test_forgotten_session_is_reopened(cluster: FakeCluster, client: Client) -> None:
@@ -381,3 +409,9 @@ def test_same_names() -> None:
     for twin, blocking in ((AsyncClient, Client), (AsyncTable, Table)):
         names = {name for name in vars(twin) if not name.startswith("_")} - {"pages", "count", "contains"}
         assert names - set(dir(blocking)) == set(), names - set(dir(blocking))
+
+
+def test_a_token_is_refused_until_there_are_users():
+    """A client that names a user is told that nobody checks it; it is not served as nobody."""
+    with pytest.raises(errors.UnsupportedFeature, match="no users yet"):
+        AsyncClient("tcp://127.0.0.1:1", token="secret")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import threading
 from collections.abc import Iterator, MutableMapping
 
 import pytest
@@ -218,6 +220,34 @@ def test_any_history_equals_a_dict(steps: list[tuple[str, bytes, bytes]], tablet
                     assert list(table.scan(start=low, stop=high)) == expected
                     assert list(table.scan(start=low, stop=high, reverse=True)) == expected[::-1]
         assert list(table.items()) == sorted(model.items())
+
+
+def test_close_ends_calls_under_way(cluster: FakeCluster) -> None:
+    """A call that another thread's close interrupts ends with Closed."""
+    client = Client("tcp://n1:1", source=cluster.source, timeout_s=60)
+    waiting = threading.Event()
+
+    def keep_waiting(_: object) -> None:
+        waiting.set()
+        raise errors.NotReady("starting")
+
+    cluster.faults["tcp://n1:1"] = [keep_waiting] * 100_000
+    cluster.down = {"tcp://n2:1", "tcp://n3:1"}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        call = pool.submit(client.list_databases)
+        assert waiting.wait(30)
+        client.close()
+        with pytest.raises(errors.Closed):
+            call.result(30)
+
+
+def test_a_fork_needs_its_own_client(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a fork the child is told to make another client instead of waiting for a thread that is not there."""
+    assert client.list_databases() == ["shop"]
+    with monkeypatch.context() as child:
+        child.setattr("os.getpid", lambda: -1)
+        with pytest.raises(errors.ForkedEnvironment):
+            client.list_databases()
 
 
 def test_closed_and_repr(cluster: FakeCluster) -> None:

@@ -18,7 +18,7 @@ PROMISED = {
 
 
 def test_promised_names():
-    """Everything that interface.md names is public, and every error class."""
+    """Everything that was promised is public, and every error class."""
     assert set(srengine.__all__) >= PROMISED
     kinds = [errors.Error]
     for kind in kinds:

@@ -72,7 +72,7 @@ def plain_environment(**settings: object) -> dict[str, str]:
 
 def recording_environment(library: Path, **settings: object) -> dict[str, str]:
     """Return the environment that preloads the recorder; ``settings`` become SRENGINE_<NAME>."""
-    environment = plain_environment(track="data.mdb", **settings)
+    environment = plain_environment(**{"track": "data.mdb", **settings})
     preloaded = environment.get("LD_PRELOAD")
     environment["LD_PRELOAD"] = f"{library}:{preloaded}" if preloaded else str(library)
     return environment

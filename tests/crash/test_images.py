@@ -21,6 +21,17 @@ def recording(tmp_path_factory):
     return images.record_workload(tmp_path_factory.mktemp("recorded"), BATCHES)
 
 
+@pytest.mark.parametrize("kind", ["follow", "copy"])
+def test_images_of_a_replica(tmp_path, kind):
+    """T03, F04, P3: a replica that applies deltas holds every delta that it acknowledged, whole; one that is being
+    filled as a copy is marked as half applied and goes on from its mark to the root of the source, or is whole.
+    """
+    recording = images.record_workload(tmp_path, BATCHES, kind)
+    chosen = images.choose(recording, max(IMAGES // 3, 20), SEED)
+    findings = images.check_images(recording, chosen, tmp_path, SEED)
+    assert not findings, f"seed {SEED}: {len(findings)} of {len(chosen)} images are wrong, first {findings[0]}"
+
+
 def test_images_at_every_prefix_of_the_writes(recording, tmp_path):
     """T03, F04: with unsynced writes dropped, kept, torn at 512 bytes or a random part of them there, each prefix of
     the recorded writes and syncs opens and holds every acknowledged batch whole, and no half one.

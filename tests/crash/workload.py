@@ -1,7 +1,8 @@
-"""The process whose power is cut: batches that change a small world, each acknowledged when `Tablet.apply` returned.
+"""The process whose power is cut: batches that change a small world, each acknowledged when the call returned.
 
-Run as ``python -m tests.crash.workload DIRECTORY BATCHES ACK_FD``. What must be in the tablet after ``n`` batches is
-`world(n)`, so that a checker needs nothing but the number of batches that it finds.
+Run as ``python -m tests.crash.workload KIND DIRECTORY BATCHES ACK_FD``; the kinds are a tablet that applies batches,
+one that follows another by deltas, and one that is filled as a copy of another. What must be in the tablet after ``n``
+batches is `world(n)`, so that a checker needs nothing but the number of batches that it finds.
 
 A batch puts new records, overwrites a common set in full (half a batch would show as two generations), deletes some
 of an earlier batch, and counts itself in the record ``batch``. Sizes go from nothing to several pages.
@@ -12,9 +13,15 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-TABLET = "crash"
+if TYPE_CHECKING:
+    from srengine.storage import Tablet
+
+TABLET = "c" * 32
+CHUNKS = "chunks"
 COUNTER = b"batch"
 SHARED = 12
 NEW = 25
@@ -45,19 +52,102 @@ def world(batches: int) -> dict[bytes, bytes]:
     return records
 
 
-def main() -> None:
+def encode(batch: int) -> bytes:
+    """Return a batch as `Tablet.apply` takes it."""
     from srengine import storage
 
-    directory, batches, acknowledge_fd = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    with storage.Store(directory, map_bytes=1 << 20) as store:
-        tablet = store.tablet(TABLET)
-        os.write(acknowledge_fd, b"open\n")
-        for batch in range(1, batches + 1):
-            encoded = storage.encode_operations(
-                [(1, key, b"", 0, 0) if value is None else (0, key, value, 0, 0) for key, value in operations(batch)]
-            )
-            tablet.apply([storage.Batch(encoded)])
-            os.write(acknowledge_fd, b"%d\n" % batch)
+    return storage.encode_operations(
+        [(1, key, None, 0, 0) if value is None else (0, key, value, 0, 0) for key, value in operations(batch)]
+    )
+
+
+def write_batches(directory: Path, count: int, acknowledge: Callable[[], None]) -> None:
+    """Apply batches to one tablet: a leader, or embedded use."""
+    from srengine import storage
+
+    with storage.Store(directory, map_bytes=1 << 18) as store:
+        tablet = store.create_tablet(TABLET)
+        acknowledge()
+        for batch in range(1, count + 1):
+            tablet.apply([storage.Batch(encode(batch))])
+            acknowledge()
+
+
+def follow(directory: Path, count: int, acknowledge: Callable[[], None]) -> None:
+    """Apply the same batches as deltas of another tablet: a replica."""
+    from srengine import storage
+
+    with storage.Store(directory.parent / "source") as sources, storage.Store(directory, map_bytes=1 << 18) as store:
+        source = sources.tablet("source")
+        tablet = store.create_tablet(TABLET, lineage=source.lineage, seed=source.seed)
+        acknowledge()
+        for batch in range(1, count + 1):
+            base = source.sequence
+            source.apply([storage.Batch(encode(batch))])
+            delta = source.delta_since(base, bytes_max=1 << 30)
+            assert delta is not None
+            tablet.apply_delta(delta)
+            acknowledge()
+
+
+def copy(directory: Path, count: int, acknowledge: Callable[[], None]) -> None:
+    """Fill a tablet chunk by chunk from another one, each marked, and finish: a new replica.
+
+    The chunks are kept beside, so that the checker can go on with what a crash left (`goes_on`).
+    """
+    from srengine import storage
+
+    with storage.Store(directory.parent / "source") as sources, storage.Store(directory, map_bytes=1 << 18) as store:
+        source = sources.tablet("source")
+        for batch in range(1, count + 1):
+            source.apply([storage.Batch(encode(batch))])
+        tablet = store.create_tablet(TABLET, lineage=source.lineage, seed=source.seed)
+        chunks = directory / CHUNKS
+        chunks.mkdir()
+        with source.view() as view:
+            after = None
+            while True:
+                rows = view.rows_by_key(after, bytes_max=20_000)
+                (chunks / f"rows-{len(list(chunks.iterdir())):04d}").write_bytes(rows.rows)
+                after = rows.last
+                if rows.done:
+                    break
+            (chunks / "meta").write_bytes(view.meta_rows(0))
+            (chunks / "state").write_bytes(view.state)
+        acknowledge()
+        for number, path in enumerate(sorted(chunks.glob("rows-*")), 1):
+            tablet.fill(path.read_bytes(), b"%d" % number)
+            acknowledge()
+        tablet.finish_fill((chunks / "meta").read_bytes(), (chunks / "state").read_bytes())
+        acknowledge()
+
+
+def goes_on(tablet: Tablet, chunks: Path, acknowledged: int) -> str | None:
+    """Finish a copy that was cut off; return what is wrong with what was there, or None."""
+    paths = sorted(chunks.glob("rows-*"))
+    mark = tablet.fill_mark
+    if mark is None and tablet.sequence == 0:
+        done = 0
+    elif mark is None:
+        done = len(paths) + 1
+    else:
+        done = int(mark)
+    if not acknowledged <= done <= acknowledged + 1:
+        return f"{done} chunks are there, {acknowledged} were acknowledged"
+    if done <= len(paths):
+        for number in range(done, len(paths)):
+            tablet.fill(paths[number].read_bytes(), b"%d" % (number + 1))
+        # Raises unless root and count are the source's.
+        tablet.finish_fill((chunks / "meta").read_bytes(), (chunks / "state").read_bytes())
+    return None
+
+
+KINDS = {"batches": write_batches, "follow": follow, "copy": copy}
+
+
+def main() -> None:
+    kind, directory, count, fd = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    KINDS[kind](directory, count, lambda: os.write(fd, b"acknowledged\n") and None)
 
 
 if __name__ == "__main__":

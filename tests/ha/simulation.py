@@ -1,11 +1,14 @@
-"""A group of nodes in one thread: real machines, plain-Python tablets, a lossy network, disks that are wiped and put back.
+"""A group of nodes in one thread: real machines, plain-Python tablets, a lossy network, disks that are wiped and put
+back.
 
-Everything random comes from one seed; time is a number. A crash loses what runs (questions, answers, a transaction that has not
-committed, a stage), never what was durable. Faults that make a node lose durable data (wipe, restore to an older copy) are
-injected only while all the others are intact and in step, which is what the promise speaks of; crashes at any moment.
+Everything random comes from one seed; time is a number. A crash loses what runs (questions, answers, a transaction that
+has not committed, a stage), never what was durable. Faults that make a node lose durable data (wipe, restore to an
+older copy) are injected only while all the others are intact and in step, which is what the promise speaks of; crashes
+at any moment.
 
-Checked all the time: nothing is served before a start is complete; ``committed`` never goes back in a run, and a majority really
-holds it; a read sees acknowledged data only. Checked at the end: every acknowledged write is there, all replicas are equal.
+Checked all the time: nothing is served before a start is complete; ``committed`` never goes back in a run, and a
+majority really holds it; a read sees acknowledged data only. Checked at the end: every acknowledged write is there, all
+replicas are equal.
 """
 
 from __future__ import annotations
@@ -93,7 +96,7 @@ class Simulation:
                 others=self.names[1:],
                 own=node.disk.position,
                 own_trusted=node.trusted,
-                root_at=lambda sequence: node.disk.root_at(sequence),
+                root_at=node.disk.root_at,
                 now=self.now,
             )
             self._leader_turn()
@@ -154,7 +157,10 @@ class Simulation:
         if node.leader is None or not node.leader.serving:
             return
         pairs = [
-            (b"k%d" % self.random.randrange(30), None if self.random.random() < 0.2 else b"v%d" % self.random.randrange(10**9))
+            (
+                b"k%d" % self.random.randrange(30),
+                None if self.random.random() < 0.2 else b"v%d" % self.random.randrange(10**9),
+            )
             for _ in range(self.random.randint(1, 3))
         ]
 
@@ -229,7 +235,9 @@ class Simulation:
             if not source.up or source.disk.filling or self.random.random() < self.loss:
                 node.leader.step(lm.RecoveryFailed("the source went away"))
             else:
-                delta = None if node.disk.sequence == 0 else source.disk.delta_since(node.disk.sequence, rows_max=ROWS_MAX)
+                delta = (
+                    None if node.disk.sequence == 0 else source.disk.delta_since(node.disk.sequence, rows_max=ROWS_MAX)
+                )
                 if delta is None:
                     position = node.disk.replace_by(source.disk)
                 else:
@@ -312,7 +320,10 @@ class Simulation:
         assert leader.own == self.first.disk.position or self.first.disk.sequence >= leader.own.sequence
         if leader.committed > self.committed_ever:
             holders = [node for node in self.nodes.values() if node.disk.sequence >= leader.committed]
-            assert len(holders) >= majority(len(self.names)), (leader.committed, [node.disk.position for node in holders])
+            assert len(holders) >= majority(len(self.names)), (
+                leader.committed,
+                [node.disk.position for node in holders],
+            )
             self.committed_ever = leader.committed
 
     def read(self) -> None:
@@ -340,7 +351,9 @@ class Simulation:
             if leader is not None and leader.serving and all(self._in_step(node) for node in self.nodes.values()):
                 break
         else:
-            raise AssertionError(f"not settled: {[(n.name, n.disk.position, n.follower and n.follower.halted) for n in self.nodes.values()]}")
+            raise AssertionError(
+                f"not settled: {[(each.name, each.disk.position, each.follower) for each in self.nodes.values()]}"
+            )
         positions = {node.disk.position for node in self.nodes.values()}
         assert len(positions) == 1, positions
         records = self.first.disk.records

@@ -9,7 +9,9 @@ from tests.ha.simulation import Simulation
 
 @pytest.mark.parametrize("seed", range(40))
 def test_group_of_three_keeps_its_promises(seed: int) -> None:
-    """F13, F14: no acknowledged write is lost and replicas end equal under crashes, wipes and restores, one at a time."""
+    """F13, F14: no acknowledged write is lost and replicas end equal under crashes, wipes and restores, one at a
+    time.
+    """
     simulation = Simulation(seed)
     simulation.story()
     simulation.settle()

@@ -44,7 +44,7 @@ def make_sdist(path: Path, files: dict[str, bytes], *, links: dict[str, str] | N
 
 
 def small_source(sha256: str) -> vendor.Source:
-    return dataclasses.replace(vendor.LMDB, sha256=sha256, members={"lib/mdb.c": "mdb.c"})
+    return dataclasses.replace(vendor.LMDB, sha256=sha256, members={"lib/mdb.c": "mdb.c"}, edits=())
 
 
 GOOD = {"lib/mdb.c": SOURCE_TEXT, "setup.py": SETUP_TEXT, "lib/py-lmdb/second-line.patch": PATCH_TEXT}
@@ -57,6 +57,18 @@ def test_listed_patches_are_applied(tmp_path):
     assert (made / "mdb.c").read_bytes() == b"one\nTWO\nthree\n"
     assert sorted(path.name for path in made.iterdir()) == ["VENDORED", "mdb.c"]
     assert "second-line" in (made / "VENDORED").read_text()
+
+
+def test_our_own_edits_are_made(tmp_path):
+    """An edit is made as often as was said; one that fits more or less often stops the build."""
+    source = small_source(make_sdist(tmp_path / "lmdb-3.0.0.tar.gz", GOOD))
+    good = dataclasses.replace(source, edits=(("mdb.c", r"t(hree)", r"T\1", 1),))
+    assert (vendor.vendor(good, tmp_path / "build", str(tmp_path)) / "mdb.c").read_bytes() == b"one\nTWO\nThree\n"
+    assert good.key != source.key
+    bad = dataclasses.replace(source, edits=(("mdb.c", "absent", "", 1),))
+    with pytest.raises(vendor.VendorError, match="fits 0 times"):
+        vendor.vendor(bad, tmp_path / "build", str(tmp_path))
+    assert not (tmp_path / "build" / f"lmdb-3.0.0-{bad.key}").exists()
 
 
 def test_vendored_directory_is_reused(tmp_path):

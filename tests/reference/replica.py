@@ -1,8 +1,8 @@
 """A tablet in plain Python with the replica face of the real one: positions, deltas, roots, half-applied copies.
 
-Everything that a method did is durable when it returns, like the real tablet; `ReferenceTablet.copy` is what a backup of the
-directory would hold. Used by the simulations of groups; the arithmetic is that of docs/formats.md only in spirit (a sum of
-digests), which is all that replication relies on.
+Everything that a method did is durable when it returns, like the real tablet; `ReferenceTablet.copy` is what a backup
+of the directory would hold. Used by the simulations of groups; the arithmetic is that of docs/formats.md only in spirit
+(a sum of digests), which is all that replication relies on.
 """
 
 from __future__ import annotations

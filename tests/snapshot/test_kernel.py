@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import struct
+import sys
+import threading
+import time
 
 import pytest
 import zstandard
@@ -29,6 +32,7 @@ ROWS = st.lists(
 )
 
 
+@pytest.mark.fuzz
 @given(
     flags=st.integers(0, 3),
     ordinal=st.integers(0, 2**64 - 1),
@@ -43,7 +47,7 @@ def test_a_head_is_sealed_as_by_the_oracle(flags, ordinal, after, last, numbers,
     head = chunk.seal(*fields, stored)
     assert head == oracle.seal(*fields, stored)
     assert chunk.verify(head, stored)
-    assert chunk.measure(head) == (len(head), len(stored))
+    assert chunk.measure(head) == (len(head), len(stored), len(stored))
     read = words.read_head(head)
     assert (read.flags, read.ordinal, read.after_key, read.last_key) == (flags, ordinal, after, last)
     assert (read.view_sequence, read.after_sequence, read.last_sequence) == numbers
@@ -59,13 +63,14 @@ def test_every_flipped_bit_of_an_item_breaks_its_digest_or_its_fields():
         damaged = bytearray(item)
         damaged[bit // 8] ^= 1 << bit % 8
         try:
-            head_bytes, stored_bytes = chunk.measure(damaged[: chunk.HEAD_BYTES])
+            head_bytes, stored_bytes, _ = chunk.measure(damaged[: chunk.HEAD_BYTES])
         except errors.Error:
             continue
         if head_bytes + stored_bytes == len(item):
             assert not chunk.verify(damaged[:head_bytes], damaged[head_bytes:]), bit
 
 
+@pytest.mark.fuzz
 @given(ROWS, st.booleans(), st.binary(max_size=3), st.integers(0, 20), st.integers(0, 1000))
 def test_rows_are_judged_as_by_the_oracle(rows, by_key, after_key, after_sequence, sequence_max):
     if by_key and len(rows) % 2:
@@ -73,6 +78,7 @@ def test_rows_are_judged_as_by_the_oracle(rows, by_key, after_key, after_sequenc
     _compare(oracle.encode_rows(rows), by_key, after_key, after_sequence, sequence_max)
 
 
+@pytest.mark.fuzz
 @given(ROWS, st.booleans(), st.data())
 def test_damaged_rows_are_judged_as_by_the_oracle(rows, by_key, data):
     encoded = bytearray(oracle.encode_rows(rows))
@@ -83,6 +89,7 @@ def test_damaged_rows_are_judged_as_by_the_oracle(rows, by_key, data):
     _compare(bytes(encoded), by_key, b"", 0, 2**63)
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=200), st.booleans())
 def test_any_bytes_as_rows_are_judged_as_by_the_oracle(data, by_key):
     _compare(data, by_key, b"", 0, 2**63)
@@ -104,6 +111,7 @@ def _compare(encoded, by_key, after_key, after_sequence, sequence_max):
         assert chunk.check_rows(encoded, **asked) == expected
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=300))
 def test_any_bytes_as_a_head_are_a_head_or_a_typed_error(data):
     for read in (chunk.measure, chunk.read_head):
@@ -114,6 +122,7 @@ def test_any_bytes_as_a_head_are_a_head_or_a_typed_error(data):
     assert chunk.verify(data, b"") in {True, False}
 
 
+@pytest.mark.fuzz
 @given(st.integers(0, chunk.HEAD_BYTES - 1), st.integers(0, 255))
 def test_a_head_with_any_byte_changed_is_a_head_or_a_typed_error(at, byte):
     head = bytearray(chunk.seal(2, 0, 1, 3, 30, 1, b"a", b"b", 9, 0, 0, bytes(16), bytes(16), bytes(30)))
@@ -153,6 +162,7 @@ def test_a_head_that_no_reader_would_take_is_not_sealed(fields):
         chunk.seal(*fields, b"")
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=3000), st.integers(1, 5), st.booleans(), st.booleans(), st.binary(max_size=10))
 def test_the_end_of_a_zstd_frame_is_found(data, level, checksum, size, behind):
     packed = zstandard.ZstdCompressor(level=level, write_checksum=checksum, write_content_size=size).compress(data)
@@ -166,6 +176,7 @@ def test_the_end_of_a_zstd_frame_is_found(data, level, checksum, size, behind):
             chunk.zstd_frame(packed[:cut])
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=60).map(lambda rest: b"\x28\xb5\x2f\xfd" + rest))
 def test_any_bytes_as_a_zstd_frame_are_a_frame_or_a_typed_error(data):
     try:
@@ -182,3 +193,50 @@ def test_the_largest_row_is_read_and_a_larger_one_refused():
     assert chunk.check_rows(rows, **asked) == (1, b"k", 1)
     with pytest.raises(errors.SnapshotDamaged, match="too large"):
         chunk.check_rows(struct.pack("<BBHIQQ", 0, 0, 1, limits.VALUE_BYTES_MAX + 1, 1, 0) + b"k", **asked)
+
+
+@pytest.fixture
+def only_given_up():
+    """Let a thread get the interpreter only when another gives it up; yield its count of turns."""
+    turns = [0]
+    done = threading.Event()
+
+    def take_turns() -> None:
+        while not done.is_set():
+            turns[0] += 1
+            time.sleep(0)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    thread = threading.Thread(target=take_turns)
+    thread.start()
+    try:
+        yield turns
+    finally:
+        done.set()
+        sys.setswitchinterval(before)
+        thread.join()
+
+
+@pytest.mark.parametrize("what", ["check rows", "seal", "verify", "join"])
+def test_the_byte_work_leaves_the_interpreter_to_others(only_given_up, what):
+    """T18: Python code of another thread runs while a chunk is checked, hashed or copied."""
+    rows = oracle.encode_rows([oracle.Row(b"%08d" % n, b"", n + 1) for n in range(30_000)])
+    body = bytes(48 * limits.MIB)
+    fields = (2, 0, 0, 1, len(body), 0, b"", b"", 1, 0, 1, bytes(16), bytes(16))
+    head = chunk.seal(*fields, body)
+    calls = {
+        "check rows": lambda: chunk.check_rows(rows, by_key=True, after_key=b"", after_sequence=0, sequence_max=2**60),
+        "seal": lambda: chunk.seal(*fields, body),
+        "verify": lambda: chunk.verify(head, body),
+        "join": lambda: chunk.join(head, body),
+    }
+    call = calls[what]
+    seen = 0
+    for _ in range(200):
+        before = only_given_up[0]
+        call()
+        seen += only_given_up[0] > before
+        if seen:
+            break
+    assert seen

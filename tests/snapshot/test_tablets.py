@@ -20,8 +20,7 @@ from srengine.snapshot import (
     write_snapshot,
 )
 from srengine.snapshot import format as words
-from srengine.storage import Store
-from srengine.storage import Batch, encode_puts
+from srengine.storage import Batch, Store, encode_puts
 from tests.reference import chunk as oracle
 from tests.snapshot.test_file import run_killed
 
@@ -138,6 +137,25 @@ def test_a_source_that_is_written_to_meanwhile_ends_at_one_position(stores):
     position, sink = ship(SnapshotSource(source, since=since), Staged(other, source.id, tablet=sink.tablet))
     assert position == source.position
     assert content(sink.tablet) == content(source)
+
+
+def test_an_unfinished_copy_goes_when_a_delta_made_it_needless(stores):
+    """T10: a stage that nobody goes on with neither stays on the disk nor turns the next catch-up into a full copy."""
+    one, other = stores
+    source = fill(one.tablet("users"))
+    _, sink = ship(SnapshotSource(source), Staged(other, source.id))
+    copy = sink.tablet
+    since = copy.position
+    ship(SnapshotSource(source, chunk_bytes=20_000), Staged(other, source.id), 4)
+    fill(source, 50, 3)
+    target = Staged(other, source.id, tablet=copy)
+    assert target.mark() is not None
+    with SnapshotSink(target) as sink:
+        for item in SnapshotSource(source, since=since):
+            sink.accept(item)
+        assert sink.finish() == source.position
+    assert other.find_stage(source.id) is None
+    assert target.mark() is None
 
 
 def test_requests_and_sessions_travel(stores):
@@ -260,15 +278,26 @@ def test_a_killed_node_goes_on_with_its_stage(tmp_path):
             assert content(sink.tablet) == content(source)
 
 
-def test_an_error_of_the_disk_while_filling_is_named_and_the_copy_goes_on(stores):
-    """F02: what was not durable is sent again."""
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_an_error_of_the_disk_while_filling_is_named_and_the_copy_goes_on(stores, monkeypatch, failing):
+    """F02: what was not durable is sent again; no later mark covers it, and the sink that failed takes nothing more."""
+    monkeypatch.setattr("srengine.snapshot.sink.FILL_BYTES", 40_000)
     one, other = stores
     source = fill(one.tablet("users"))
-    with failpoints.armed("snapshot.fill.before=error"), pytest.raises(OSError, match="failpoint"):
-        ship(SnapshotSource(source, chunk_bytes=20_000), Staged(other, source.id), 9)
+    items = list(SnapshotSource(source, chunk_bytes=20_000))
+    sink = SnapshotSink(Staged(other, source.id))
+    with failpoints.armed(f"snapshot.fill.before=error@{failing}"), pytest.raises(OSError, match="failpoint"):
+        for item in items:
+            sink.accept(item)
+    with pytest.raises(errors.Closed):
+        sink.accept(items[-1])
+    sink.close()
     target = Staged(other, source.id)
-    position, _ = ship(SnapshotSource(source, resume=target.mark()), target)
+    again = SnapshotSource(source, resume=target.mark())
+    assert again.resumed == (failing > 1)
+    position, sink = ship(again, target)
     assert position == source.position
+    assert content(sink.tablet) == content(source)
 
 
 def damaged_files(whole: bytes):
@@ -353,6 +382,86 @@ def test_a_consistent_snapshot_with_a_forged_value_is_refused_by_the_root(stores
                 sink.accept(forged)
     assert other.open_tablet(source.id) is old
     assert old.get(b"old") == b"value"
+    # What could not be proved is not gone on with: the next copy begins again.
+    target = Staged(other, source.id, tablet=old)
+    assert target.mark() is None
+    assert ship(SnapshotSource(source), target)[0] == source.position
+
+
+def test_a_delta_that_cannot_be_proved_is_followed_by_a_full_copy(stores, monkeypatch):
+    """T10, C1: half a delta whose end is wrong is never gone on with, and its tablet serves nothing."""
+    monkeypatch.setattr("srengine.snapshot.sink.FILL_BYTES", 10_000)
+    one, other = stores
+    source = fill(one.tablet("users"))
+    _, sink = ship(SnapshotSource(source), Staged(other, source.id))
+    copy = sink.tablet
+    since = copy.position
+    fill(source, 1000, 4)
+    items = list(SnapshotSource(source, since=since, chunk_bytes=5000))
+    trailer = words.decode_trailer(items[-1][words.HEAD_BYTES :])
+    # The state row of another moment, promised honestly.
+    source.put(b"one more", b"record")
+    with source.view() as view:
+        position, state = view.position, view.state
+    source_sequence = trailer.target.sequence
+    assert position.sequence > source_sequence
+    forged = msgspec.structs.replace(trailer, state=state, target=words.StoredPosition.of(position))
+    head = words.read_head(items[-1])
+    with SnapshotSink(Staged(other, source.id, tablet=copy)) as sink, pytest.raises(errors.SnapshotDamaged):
+        for item in items[:-1]:
+            sink.accept(item)
+        body = words.encode_trailer(forged)
+        gap = oracle.seal(
+            2,
+            0,
+            0,
+            head.ordinal,
+            0,
+            0,
+            b"",
+            b"",
+            position.sequence,
+            source_sequence,
+            position.sequence,
+            head.snapshot,
+            bytes(16),
+            b"",
+        )
+        sink.accept(gap)
+        mark = sink._machine.mark
+        forged = msgspec.structs.replace(forged, chunks=mark.chunks, digest=mark.digest)
+        body = words.encode_trailer(forged)
+        sink.accept(
+            oracle.seal(
+                3,
+                0,
+                0,
+                head.ordinal + 1,
+                len(body),
+                0,
+                b"",
+                b"",
+                position.sequence,
+                0,
+                0,
+                head.snapshot,
+                bytes(16),
+                body,
+            )
+            + body
+        )
+    assert copy.fill_mark == words.BROKEN_MARK
+    with pytest.raises(errors.NotReady):
+        copy.get(b"one more")
+    target = Staged(other, source.id, tablet=copy)
+    with SnapshotSink(target) as sink:
+        assert sink.mark is None
+        again = SnapshotSource(source, resume=sink.mark)
+        assert again.manifest.kind == "full"
+        for item in again:
+            sink.accept(item)
+        assert sink.finish() == source.position
+        assert content(sink.tablet) == content(source)
 
 
 def test_a_snapshot_of_a_half_filled_tablet_is_refused(stores, tmp_path):

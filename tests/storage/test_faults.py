@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -314,3 +316,152 @@ def test_faults_of_one_tablet_do_not_stop_another(library, tmp_path):
         library=library,
     )
     assert ended.lines == ["FENCED", [8, "FENCED"]], ended.errors
+
+
+MEMORY = """
+import resource
+def with_memory(bytes_more, action):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + bytes_more, resource.RLIM_INFINITY))
+    try:
+        action()
+    except MemoryError:
+        return "MemoryError"
+    except errors.Error as error:
+        return error.code
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return None
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_no_memory_is_no_fault_of_the_disk(tmp_path):
+    """F15: without memory for a transaction or for a larger map a write raises MemoryError and nothing happened; the
+    tablet goes on when there is memory, and is not fenced.
+    """
+    ended = children.run(
+        (
+            OPEN,
+            MEMORY,
+            """
+            small = storage.Store(sys.argv[1] + "-small", map_bytes=1 << 18).tablet("t")
+            pairs = [(b"%06d" % i, b"x" * 3000) for i in range(6000)]
+            told = [with_memory(4_000_000 * n, lambda: small.put_many(pairs)) for n in range(1, 4)]
+            count = small.count
+            small.put_many(pairs)
+            tell([told, count, small.count, small.verify().as_dict()["clean"]])
+            """,
+        ),
+        tmp_path / "data",
+    )
+    assert ended.code == 0, ended.errors
+    assert ended.told == [["MemoryError"] * 3, 0, 6000, True]
+    with storage.Store(tmp_path / "data-small") as store:
+        assert store.tablet("t").count == 6000
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_no_memory_for_the_metadata_store(tmp_path):
+    """F15: the metadata store without address space for a larger map raises MemoryError, keeps what it had, goes on."""
+    ended = children.run(
+        (
+            MEMORY,
+            """
+            store = storage.MetadataStore(sys.argv[1], map_bytes=1 << 20)
+            def fill():
+                with store.transaction() as t:
+                    for i in range(400):
+                        t.put("t", b"%d" % i, bytes(10_000))
+            first = with_memory(1_000_000, fill)
+            empty = list(store.scan("t"))
+            fill()
+            tell([first, len(empty), sum(1 for _ in store.scan("t"))])
+            """,
+        ),
+        tmp_path / "meta",
+    )
+    assert ended.code == 0, ended.errors
+    assert ended.told == ["MemoryError", 0, 400]
+
+
+def test_no_descriptors_left(tmp_path):
+    """F15: without file descriptors a store and a tablet are typed errors; with some again everything goes on."""
+    ended = children.run(
+        """
+        import resource
+        store = storage.Store(sys.argv[1])
+        tablet = store.tablet("open")
+        tablet.put(b"k", b"v")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used = len(os.listdir("/proc/self/fd"))
+        codes = []
+        for limit in range(used, used + 4):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            codes.append(code_of(lambda: store.tablet("another")))
+            codes.append(code_of(lambda: storage.Store(sys.argv[1] + "-2")))
+            tablet.put(b"k", b"%d" % limit)
+            assert tablet.get(b"k") == b"%d" % limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        store.tablet("another").put(b"k", b"v")
+        storage.Store(sys.argv[1] + "-2").close()
+        tell([codes[0], codes[1], store.names()])
+        """,
+        tmp_path / "data",
+    )
+    assert ended.code == 0, ended.errors
+    assert ended.told == ["ERROR", "ERROR", ["another", "open"]]
+    assert storage.verify_directory(tmp_path / "data").clean
+
+
+def test_a_fenced_tablet_is_proved_without_a_restart(library, tmp_path):
+    """F05, T15: the running process closes a fenced tablet, proves it, and goes on with it; what was acknowledged is
+    there, the write that failed is not.
+    """
+    ended = children.run(
+        (
+            OPEN,
+            """
+            break_from_now(SYNC, 5)
+            first = code_of(put(1))
+            again = store.recover_tablet(tablet.id)
+            again.put(b"key-2", b"value-2")
+            tell([first, tablet.closed, store.tablet("t") is again, sorted(key.decode() for key, _ in again.scan())])
+            """,
+        ),
+        tmp_path / "data",
+        library=library,
+    )
+    assert ended.code == 0, ended.errors
+    assert ended.told == ["FENCED", True, True, ["key-0", "key-2"]]
+
+
+@pytest.mark.parametrize("fault", ["fenced", "truncated", "foreign", "missing"])
+def test_a_broken_tablet_is_replaced_by_a_copy(tmp_path, fault):
+    """F05, F11: a tablet that does not open any more is seeded again: a proved copy takes its place."""
+    seed, tablet_id = b"8 bytes!", "b" * 32
+    with storage.Store(tmp_path / "data") as store:
+        source = store.create_tablet("a" * 32, seed=seed)
+        source.put_many([(b"%d" % i, b"v") for i in range(100)])
+        broken = store.create_tablet(tablet_id, lineage=source.lineage, seed=seed)
+        broken.put(b"old", b"v")
+        data = broken.path / "data.mdb"
+    match fault:
+        case "fenced":
+            fences.set_fence(data.parent, "io-error", "by the test")
+        case "truncated":
+            os.truncate(data, 8192)
+        case "foreign":
+            data.write_bytes(bytes(100_000))
+        case "missing":
+            data.unlink()
+    with storage.Store(tmp_path / "data") as store:
+        source = store.open_tablet("a" * 32)
+        with pytest.raises(errors.Error):
+            store.open_tablet(tablet_id)
+        stage = store.stage_tablet(tablet_id, seed=seed)
+        with source.view() as view:
+            stage.fill(view.rows_by_key(None, bytes_max=1 << 20).rows, b"mark")
+            stage.finish_fill(view.meta_rows(0), view.state)
+        assert store.switch_tablet(stage).position == source.position
+    assert storage.verify_directory(tmp_path / "data").clean

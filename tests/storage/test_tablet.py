@@ -430,7 +430,7 @@ def test_native_work_releases_the_gil(tmp_path):
     """T18: a Python thread makes progress while the kernel applies, scans and writes rows."""
     with Store(tmp_path / "data") as store:
         tablet = store.tablet("t")
-        encoded = encode_puts([(secrets.token_bytes(16), b"v" * 200) for _ in range(50_000)])
+        encoded = encode_puts([(secrets.token_bytes(16), b"v" * 1200) for _ in range(50_000)])
         ticks = 0
         stop = threading.Event()
 
@@ -723,3 +723,71 @@ def test_closing_under_work(tmp_path):
             for thread in threads:
                 thread.join()
             assert failures == []
+
+
+# --- diff -------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.dictionaries(st.binary(min_size=1, max_size=3), st.binary(max_size=3), max_size=30),
+    st.dictionaries(st.binary(min_size=1, max_size=3), st.binary(max_size=3), max_size=30),
+    st.booleans(),
+)
+def test_diff_is_the_set_difference(tmp_path_factory, here, there, same_seed):
+    """T08: the keys that differ are those of the set difference, whether the seeds are equal or not."""
+    with Store(tmp_path_factory.mktemp("diff") / "data", map_bytes=1 << 20) as store:
+        one = store.tablet("one")
+        seed = one.seed if same_seed else None
+        other = store.create_tablet(secrets.token_hex(16), seed=seed)
+        one.put_many(here.items())
+        other.put_many(there.items())
+        expected = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+        assert one.diff(other) == expected
+        assert other.diff(one) == expected
+
+
+def test_equal_tablets_cost_one_comparison(store, tablet):
+    """T08: two copies of one history answer from their roots; no record is read (damage in one would be noticed)."""
+    copy = twin(store, tablet)
+    tablet.put_many([(b"%d" % i, b"v") for i in range(100)])
+    copy.apply_delta(tablet.delta_since(0, bytes_max=1 << 20))
+    stored = reference.header(b"7", 0, 8, tablet.hybrid_clock, b"v")
+    path, tablet_id = copy.path, copy.id
+    copy.close()
+    content = (path / "data.mdb").read_bytes()
+    assert stored in content
+    (path / "data.mdb").write_bytes(content.replace(stored, stored[:-1] + bytes([stored[-1] ^ 1])))
+    damaged = store.open_tablet(tablet_id)
+    with pytest.raises(errors.CorruptionError):
+        list(damaged.scan())
+    assert tablet.diff(damaged) == []
+
+
+def test_closing_one_view_from_many_threads(tablet):
+    """T09: threads that use a view while others close it get a result or a typed error."""
+    tablet.put_many([(b"%d" % i, b"v") for i in range(100)])
+    for _ in range(50):
+        view = tablet.view()
+        barrier = threading.Barrier(4)
+        failures = []
+
+        def work(number, view=view, barrier=barrier, failures=failures):
+            barrier.wait()
+            try:
+                for _ in range(20):
+                    assert len(list(view.scan(limit=50))) == 50
+                    if number > 1:
+                        view.close()
+            except errors.Closed:
+                pass
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+    assert tablet.counters["pinned"] == 0

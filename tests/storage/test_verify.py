@@ -237,6 +237,23 @@ def test_damaged_small_files_are_named(path):
     assert {damage.file for damage in report.damages} == {"store.json", "identity.json"}
 
 
+@pytest.mark.parametrize("at", range(0, 300, 7))
+def test_a_flipped_bit_in_the_identity_is_named(path, at):
+    """T16: a flipped bit in a node's identity.json is named by file, or is white space."""
+    from srengine.node import identity
+
+    identity.save_identity(path, identity.new_identity("node-1", "cluster"))
+    assert storage.verify_directory(path).clean
+    file = path / "identity.json"
+    raw = file.read_bytes()
+    flip(file, at % len(raw), 1)
+    report = storage.verify_directory(path)
+    if not report.clean:
+        assert [damage.file for damage in report.damages] == ["identity.json"]
+    else:
+        assert json.loads(file.read_bytes()) == json.loads(raw)
+
+
 def test_damage_to_the_metadata_store_is_named(path):
     """T16: a flipped bit in a value of the metadata store is named with table and key, one in a page with the page."""
     data = path / "meta" / "data.mdb"
