@@ -87,6 +87,18 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_random_cases(make, shape):
     """T08, K11: what differs is found and nothing else reported, or a full copy is asked for; never a silent miss."""
+    random_cases(make, shape, range(150))
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("shape", SHAPES)
+def test_many_random_cases(make, shape):
+    """T08, K11: the same for 200 000 cases of each shape."""
+    random_cases(make, shape, range(200_000))
+
+
+def random_cases(make, shape, cases):
+    """Disturb both sides and exchange, for each case."""
     widths = SHAPES[shape]
     universe = [b"%05d" % i for i in range(1500)]
     one, other = make([(key, b"") for key in universe[::2]])
@@ -94,7 +106,7 @@ def test_random_cases(make, shape):
     boundaries = [leaf[0] for leaf in one.leaves.tree.leaves() if leaf[0]] or universe[:40]
     one.leaves.drop()
     copies = over = located = 0
-    for case in range(150):
+    for case in cases:
         rng = random.Random(case)
         disturb(rng, one, other, universe, boundaries)
         truth = differing(one, other)
@@ -112,7 +124,7 @@ def test_random_cases(make, shape):
             rows = [(key, value) for key, value in other.scan()]
             one.put_many(rows or [(b"x", b"")])
     assert over <= max(1, 0.01 * located)
-    assert copies <= (150 if widths.get("id_bits") else 10), copies
+    assert widths.get("id_bits") or copies <= max(10, len(cases) // 20), copies
     for tablet in (one, other):
         assert not tablet.verify().damages
 
