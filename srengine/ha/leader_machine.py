@@ -264,7 +264,7 @@ class LeaderMachine:
         """False: the own copy does not open or is half applied; nothing is served before it was replaced."""
         self.committed = 0
         self.served_from = 0
-        """The own sequence when serving began: what stands up to it may be acknowledged, whatever ``committed`` says."""
+        """The own sequence when serving began: what stands up to it may be acknowledged, whatever `committed` says."""
         self.state: Starting | Recovering | Serving = Starting()
         self.progress: dict[str, Progress] = {other: Progress() for other in self.others}
         self._root_at = root_at
