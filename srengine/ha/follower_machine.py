@@ -302,6 +302,8 @@ class FollowerMachine:
             case Kick():
                 self._failures = 0
                 if isinstance(self.state, Asking | Idle):
+                    # A question that nobody has fetched yet is withdrawn with the state that asked it.
+                    self._effects_ask = None
                     self.state = Idle(self._now)
             case _:
                 assert_never(message)

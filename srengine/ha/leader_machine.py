@@ -263,6 +263,8 @@ class LeaderMachine:
         self.own_whole = own_whole
         """False: the own copy does not open or is half applied; nothing is served before it was replaced."""
         self.committed = 0
+        self.served_from = 0
+        """The own sequence when serving began: what stands up to it may be acknowledged, whatever `committed` says."""
         self.state: Starting | Recovering | Serving = Starting()
         self.progress: dict[str, Progress] = {other: Progress() for other in self.others}
         self._root_at = root_at
@@ -580,6 +582,7 @@ class LeaderMachine:
 
     def _serve(self) -> None:
         self.own_trusted = True
+        self.served_from = self.own.sequence
         self.state = Serving()
         # All claims before the first answer: a held question must not be answered on a claim that was not looked at.
         for other in self.others:

@@ -149,8 +149,9 @@ class LeadingJournal:
 
     @property
     def current(self) -> bool:
-        """Whether what this node has applied is what the journal holds: it leads and serves."""
-        return self.driver.machine.serving
+        """Whether this node has applied all that may have been acknowledged before it began to serve."""
+        machine = self.driver.machine
+        return machine.serving and self.applied_index >= machine.served_from
 
     @property
     def quorum_in_contact(self) -> bool:

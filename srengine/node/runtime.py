@@ -83,6 +83,8 @@ class Runtime:
         self.identity = new_identity(self.name, self.options.cluster)
         self.members: list[Member] = []
         self.tables: dict[str, catalog.Table] = {}
+        self.catalog_index = 0
+        """``tables`` and ``members`` show the journal up to here; never ahead of what is applied."""
         self.alarms: deque[str] = deque(maxlen=ALARMS_KEPT)
         self.addresses: dict[str, str] = {}
         """Real addresses of the own ports, by port."""
@@ -254,6 +256,8 @@ class Runtime:
         )
         self._stack.callback(self._close_groups)
         self._serve()
+        # NB: before anything more is applied: what is read below holds at least this, and the rest is followed.
+        self.catalog_index = self.journal.applied_index
         self.journal.start()
         await self._read_tables()
         self.trust.opened()
@@ -336,10 +340,33 @@ class Runtime:
             self._tables_changed.notify_all()
 
     async def _follow_journal(self) -> None:
-        async for _, command in self.journal.subscribe(self.journal.applied_index + 1):
+        async for index, command in self.journal.subscribe(self.catalog_index + 1):
             self._read_members()
             if command.kind == catalog.CREATE_TABLE:
                 await self._read_tables()
+            async with self._tables_changed:
+                self.catalog_index = index
+                self._tables_changed.notify_all()
+
+    async def wait_catalog(self, timeout_s: float) -> None:
+        """Return when the catalog here answers for all that was acknowledged; `NotReady`.
+
+        On the first member that is what stood in the journal when it began to serve; others ask it when they miss
+        something.
+        """
+        if not isinstance(self.journal, LeadingJournal):
+            return
+        await self.journal.driver.wait_serving(timeout_s)
+        floor = self.journal.driver.machine.served_from
+        if self.catalog_index >= floor:
+            return
+        try:
+            async with asyncio.timeout(timeout_s), self._tables_changed:
+                await self._tables_changed.wait_for(lambda: self.catalog_index >= floor)
+        except TimeoutError:
+            raise errors.NotReady(
+                f"the catalog stands at {self.catalog_index}, {floor} may be acknowledged", index=self.catalog_index
+            ) from None
 
     async def wait_for_table(self, name: str, timeout_s: float) -> None:
         """Return when the table is in this node's catalog and its tablets are open here; `TimedOut`."""
@@ -355,7 +382,11 @@ class Runtime:
             raise errors.NotReady(f"{self.name} has no contact with {self.first} yet")
         with contextlib.suppress(errors.TimedOut):
             await self.wait_for_table(name, limits.PULL_HOLD_S)
-        return self.tables.get(name)
+        table = self.tables.get(name)
+        if table is None and self.catalog_index < self.journal_store.position.sequence:
+            # An entry is here that the leader did not call committed yet; it may be the one.
+            raise errors.NotReady(f"{self.name} does not know yet whether there is a table {name}", name=name)
+        return table
 
     async def _identify_members(self) -> None:
         """Record the ids under which members show themselves, when they are not the known ones."""
@@ -401,8 +432,7 @@ class Runtime:
             assert isinstance(self.journal, LeadingJournal)
             while True:
                 try:
-                    await self.journal.driver.wait_serving(SAY_AGAIN_S)
-                    await self.journal.wait_applied(self.journal.driver.machine.committed, SAY_AGAIN_S)
+                    await self.wait_catalog(SAY_AGAIN_S)
                     for leader in list(self.sync.leaders.values()):
                         await leader.driver.wait_serving(SAY_AGAIN_S)
                     break

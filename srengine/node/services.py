@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 CHECK_INLINE_BYTES_MAX = 64 * limits.KIB
 TIMEOUT_S_MAX = 600.0
+CATALOG_WAIT_S_MAX = 5.0
+"""How long a question to the catalog waits for the first member to know all that was acknowledged."""
 _Handler = Callable[[Peer, Any, Sequence[memoryview]], Awaitable[Reply]]
 _WRITE_NEEDS = {"quorum": lm.Need.QUORUM, "all": lm.Need.ALL}
 
@@ -74,6 +76,7 @@ class Services:
         """Answer from this node's catalog."""
         del peer, message, attachments
         node = self._node
+        await node.wait_catalog(CATALOG_WAIT_S_MAX)
         return Reply(
             messages.ClusterInfoReply(
                 cluster_id=node.identity.cluster_id,
@@ -122,6 +125,7 @@ class Services:
     ) -> Reply:
         """Answer from this node's catalog."""
         del peer, message, attachments
+        await self._node.wait_catalog(CATALOG_WAIT_S_MAX)
         databases = await asyncio.to_thread(catalog.read_databases, self._node.metadata)
         return Reply(messages.DatabaseList(tuple(database.name for database in databases)))
 
@@ -149,6 +153,7 @@ class Services:
     async def list_tables(self, peer: Peer, message: messages.ListTables, attachments: Sequence[memoryview]) -> Reply:
         """Answer from this node's catalog."""
         del peer, attachments
+        await self._node.wait_catalog(CATALOG_WAIT_S_MAX)
         tables = [table for table in self._node.tables.values() if message.database in {"", table.database}]
         return Reply(messages.TableList(tuple(self._info(table) for table in tables)))
 
@@ -156,7 +161,9 @@ class Services:
         self, peer: Peer, message: messages.DescribeTable, attachments: Sequence[memoryview]
     ) -> Reply:
         """Answer from this node's catalog, or the leader's when it knows more."""
-        table = self._node.tables.get(catalog.check_table_name(message.name))
+        catalog.check_table_name(message.name)
+        await self._node.wait_catalog(CATALOG_WAIT_S_MAX)
+        table = self._node.tables.get(message.name)
         if table is None and not self._node.leads:
             return await self._pass_on(peer, message, attachments, 10.0)
         if table is None:
@@ -310,6 +317,9 @@ class Services:
         """Return a table of this node's catalog, waiting a moment when the leader may know more."""
         catalog.check_table_name(name)
         table = self._node.tables.get(name)
+        if table is None:
+            await self._node.wait_catalog(CATALOG_WAIT_S_MAX)
+            table = self._node.tables.get(name)
         if table is None and not self._node.leads:
             table = await self._node.table_of_leader(name)
         if table is None:

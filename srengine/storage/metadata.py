@@ -317,6 +317,10 @@ class MetadataStore:
                 raise errors.ForeignData(text, **facts) from error
             case lmdb.ReadonlyError():
                 raise errors.Denied(text, **facts) from error
+            case lmdb.MemoryError():
+                raise MemoryError(text) from error
+            case _ if os.strerror(errno.ENOMEM) in str(error):
+                raise MemoryError(text) from error
             case lmdb.PanicError():
                 self._fence(text)
                 raise errors.TabletFenced(text, reason="io-error", **facts) from error
