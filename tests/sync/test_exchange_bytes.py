@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import struct
 
 import pytest
 
@@ -14,18 +15,35 @@ RECORDS = 100_000
 SEEDS = {1: 101, 10: 301, 100: 201, 1000: 21}
 
 
+
+def put(tablet, pairs):
+    """Write pairs as rows with made-up clocks: what the wall clock says must not decide what an exchange costs."""
+    first = tablet.sequence + 1
+    rows = b"".join(
+        struct.pack("<BBHIQQ", 0, 0, len(key), len(value), first + i, (first + i) << 16) + key + value
+        for i, (key, value) in enumerate(pairs)
+    )
+    tablet._environment.apply_rows(rows, [], True, None, None)
+
+
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """Two equal tablets, and their keys."""
+def made(tmp_path_factory):
+    """A closed tablet, the same in every run, to be copied."""
     place = tmp_path_factory.mktemp("exchange")
-    (place / "a").mkdir()
-    made = Tablet.create(place / "a", "00" * 16, lineage="ab" * 16, seed=b"12345678")
+    tablet = Tablet.create(place, "00" * 16, lineage="ab" * 16, seed=b"12345678")
     rng = random.Random(5)
     for _ in range(0, RECORDS, 20_000):
-        made.put_many([(b"%016x" % rng.getrandbits(64), b"v" * 8) for _ in range(20_000)])
-    made.close()
-    shutil.copytree(place / "a", place / "b")
-    one, other = Tablet.open(place / "a", "00" * 16), Tablet.open(place / "b", "00" * 16)
+        put(tablet, [(b"%016x" % rng.getrandbits(64), b"v" * 8) for _ in range(20_000)])
+    tablet.close()
+    return place
+
+
+@pytest.fixture
+def pair(made, tmp_path):
+    """Two equal tablets, and their keys; each test has its own, so that their order does not matter."""
+    shutil.copytree(made, tmp_path / "a")
+    shutil.copytree(made, tmp_path / "b")
+    one, other = Tablet.open(tmp_path / "a", "00" * 16), Tablet.open(tmp_path / "b", "00" * 16)
     keys = [key for key, _ in one.scan()]
     yield one, other, keys
     one.close()
@@ -44,9 +62,9 @@ def differ(pair, count, run):
     there = [b"%016x" % rng.getrandbits(64) for _ in range(only_there)]
     changed = rng.sample(keys, updated)
     if here:
-        one.put_many([(key, b"x") for key in here])
+        put(one, [(key, b"x") for key in here])
     if there or changed:
-        other.put_many([(key, b"%d" % run) for key in there + changed])
+        put(other, [(key, b"%d" % run) for key in there + changed])
     return sorted({*here, *there, *changed})
 
 
