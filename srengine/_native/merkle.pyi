@@ -1,6 +1,6 @@
 """Leaves of a tablet and sketches over them. See the top of ext/merkle.pyx and docs/formats-exchange.md."""
 
-from typing import Final
+from typing import Final, Self
 
 from typing_extensions import Buffer
 
@@ -18,7 +18,7 @@ def peel(sketches: list[Sketch], id_bits: int = 47) -> list[tuple[int, int, int]
 class Sketch:
     """``ways`` (3 to 5) subtables of ``width`` cells over leaves (30 bytes each on the wire) or records (17)."""
 
-    def __init__(self, width: int, seed: int, *, by_leaf: bool, ways: int = 3) -> None: ...
+    def __new__(cls, width: int, seed: int, *, by_leaf: bool, ways: int = 3) -> Self: ...
     width: int
     ways: int
     seed: int
@@ -45,7 +45,7 @@ class Sketch:
 class Tree:
     """The leaves of one tablet: a cache. One tree an environment; the caller serializes its calls."""
 
-    def __init__(self, environment: Environment, *, boundary_bits: int = 5, id_bits: int = 47) -> None: ...
+    def __new__(cls, environment: Environment, *, boundary_bits: int = 5, id_bits: int = 47) -> Self: ...
     environment: Environment
     leaf_count: int
     count: int
@@ -124,7 +124,7 @@ class Tree:
 class Records:
     """Id and value of every record in key order. Raises `QuotaExceeded` for more than ``records_max``."""
 
-    def __init__(self, tree: Tree, reader: Reader, records_max: int) -> None: ...
+    def __new__(cls, tree: Tree, reader: Reader, records_max: int) -> Self: ...
     count: int
     def find(self, ids: list[int]) -> list[int]:
         """Return the positions of records with these ids, rising."""

@@ -15,7 +15,6 @@ RECORDS = 100_000
 SEEDS = {1: 101, 10: 301, 100: 201, 1000: 21}
 
 
-
 def put(tablet, pairs):
     """Write pairs as rows with made-up clocks: what the wall clock says must not decide what an exchange costs."""
     first = tablet.sequence + 1
