@@ -13,10 +13,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from typing import NoReturn
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# A shell that runs the suite in the background makes it ignore Ctrl-C, and every process that a test starts inherits
+# that: tests that interrupt one would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # NB: time decides nothing in a test: the machine may be busy with the other half of the suite.
 settings.register_profile("gate", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
