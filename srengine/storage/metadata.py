@@ -464,7 +464,9 @@ class Transaction:
     def _abort(self) -> None:
         # Handles of tables that this transaction made end with it.
         self._new_tables.clear()
-        self._writer.abort()
+        # NB: py-lmdb's abort waits for an instant without any other call, which busy readers never leave it.
+        with self._store._all_readers_gone():
+            self._writer.abort()
 
     def _end(self) -> None:
         if self._is_open:
