@@ -70,6 +70,8 @@ ALARM_AGAIN_S: Final = 60.0
 STATES_TIMEOUT_S: Final = 1.5
 DRAIN_S: Final = 5.0
 SAY_AGAIN_S: Final = 5.0
+CONTACT_WAIT_S_MAX: Final = 2.0
+"""How long a question for an unknown table waits for the leader to be heard; as long as a `local` read waits."""
 
 
 class Runtime:
@@ -376,10 +378,20 @@ class Runtime:
         except TimeoutError:
             raise errors.TimedOut(f"table {name} is not known on {self.name} yet", name=name) from None
 
+    async def _wait_contact(self) -> None:
+        """Return when this follower's journal is current; `NotReady` when that takes longer than a moment."""
+        assert isinstance(self.journal, FollowingJournal), self.journal
+        try:
+            async with asyncio.timeout(CONTACT_WAIT_S_MAX):
+                while not self.journal.current:
+                    self.journal.driver.changed.clear()
+                    await self.journal.driver.changed.wait()
+        except TimeoutError:
+            raise errors.NotReady(f"{self.name} has no contact with {self.first} yet") from None
+
     async def table_of_leader(self, name: str) -> catalog.Table | None:
         """Return a table that this node learns of within a moment, None when there is none then."""
-        if not self.journal.current:
-            raise errors.NotReady(f"{self.name} has no contact with {self.first} yet")
+        await self._wait_contact()
         with contextlib.suppress(errors.TimedOut):
             await self.wait_for_table(name, limits.PULL_HOLD_S)
         table = self.tables.get(name)
