@@ -103,6 +103,17 @@ class Introduce(msgspec.Struct, frozen=True):
     initial: tuple[str, ...] = ()
 
 
+class KnownMember(msgspec.Struct, frozen=True):
+    """A member as a node tells another of it."""
+
+    name: str
+    node_id: str
+    address: str
+    number: int
+    public_key: str = ""
+    role: str = "follower"
+
+
 class Introduction(msgspec.Struct, frozen=True):
     """What a node says of itself. ``cluster_id`` is empty while it belongs to none; ``initial``: ``name=address`` of
     its ``--initial``; peer and bulk addresses as bound (the host may be a wildcard: take the one that was asked).
@@ -116,11 +127,61 @@ class Introduction(msgspec.Struct, frozen=True):
     peer_address: str = ""
     bulk_address: str = ""
     boot_number: int = 0
-    members: tuple[str, ...] = ()
-    """Names of the cluster's members in their order, as far as this node knows them."""
+    members: tuple[KnownMember, ...] = ()
+    """The cluster's members in the order of their numbers, as far as this node knows them."""
+    bootstrap: bytes = b""
+    """Body of the command that founded the cluster; every first member begins its log with it."""
+
+
+class Join(msgspec.Struct, frozen=True):
+    """Ask any member to be let in: a new node with its ticket, or a member whose directory was lost (``name`` is known,
+    ``node_id`` is another one, and the old one is silent).
+    """
+
+    name: str
+    node_id: str
+    address: str
+    public_key: str = ""
+    role: str = "follower"
+    ticket: str = ""
+    timeout_s: float = 10.0
+
+
+class Joined(msgspec.Struct, frozen=True):
+    """The node is a member now, an unstable one or an observer."""
+
+    cluster_id: str
+    cluster_name: str
+    number: int
+    members: tuple[KnownMember, ...]
+
+
+class ClaimVote(msgspec.Struct, frozen=True):
+    """Say "this is what I am since I started; do you remember more of me?" (`claims_machine`)."""
+
+    name: str
+    process: ProcessId
+    term: int
+    last_index: int
+    copied: bool = False
+
+
+class Remembered(msgspec.Struct, frozen=True):
+    """What the asked node remembers of the asker. ``verdict``: of `roster_machine`; ``highest``: boot number seen."""
+
+    process: ProcessId
+    verdict: str
+    highest: int
+    term: int = 0
+    last_index: int = 0
+    trusted: bool = True
 
 
 registry.register("ha.propose", Propose)
 registry.register("ha.proposed", Proposed)
 registry.register("ha.introduce", Introduce)
 registry.register("ha.introduction", Introduction)
+registry.register("ha.join", Join)
+registry.register("ha.joined", Joined)
+registry.register("ha.claim_vote", ClaimVote)
+registry.register("ha.remembered", Remembered)
