@@ -31,6 +31,7 @@ _HOME: Final = {
     "export": "transfer:export_table",
     "get": "data:get",
     "import": "transfer:import_table",
+    "member": "member:member",
     "node": "node:node",
     "put": "data:put",
     "scan": "data:scan",

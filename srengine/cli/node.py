@@ -75,7 +75,14 @@ def _node_option(name: str, help_text: str, **attributes: Any) -> Callable[[Any]
 @_node_option("--peer-listen", "Address for other nodes.", metavar="tcp://H:P")
 @_node_option("--bulk-listen", "Address for copies between nodes.", metavar="tcp://H:P")
 @_node_option("--cluster", "Name of the cluster; a directory of another one is refused.", metavar="NAME")
-@_node_option("--initial", "All first members, the same at each; the first one leads.", metavar="N=tcp://H:P[#KEY],…")
+@_node_option(
+    "--initial", "All first members, the same at each; the first one leads the tablets.", metavar="N=tcp://H:P[#KEY],…"
+)
+@_node_option("--join", "A member of the running cluster to enter.", metavar="tcp://H:P[#KEY]")
+@_node_option("--ticket", "What member add printed for this node.", metavar="TICKET")
+@_node_option("--role", "Whether the node votes.", type=click.Choice(["follower", "observer"]))
+@_node_option("--ha", "Backend of coordination: raft, etcd, or one of an installed package.", metavar="NAME")
+@_node_option("--etcd", "The cluster's etcd, for --ha etcd.", metavar="http://H:P[,…]")
 @_node_option("--insecure", "Listen on routable addresses without keys, accept open permissions.", is_flag=True)
 @_node_option("--allow-remote-fs", "Accept a network file system. Locks and fsync may lie there.", is_flag=True)
 @_node_option("--map-bytes", "First size of each tablet's memory map.", type=click.IntRange(min=1), metavar="N")
@@ -86,7 +93,7 @@ def start(settings: Settings, *, config: str | None, with_parent: bool, **given:
     """Run a node in the foreground until SIGTERM or Ctrl-C, which end it in order.
 
     Prints one JSON line {"event": "ready", …} on stdout when it can serve; its diary is JSON lines on stderr.
-    Precedence: option, environment, --config FILE, default.
+    Precedence: option, environment, --config FILE, default. The file may set more (docs/cli.md, Options of a node).
     """
     from srengine.node import NodeOptions, load_options_file, log_to_stderr, parse_initial, run_node
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -131,6 +132,73 @@ class AsyncClient:
     async def members(self) -> list[dict[str, Any]]:
         """Return the members as `status` shows them: name, id, address, role, state, alive and more."""
         return list((await self.status())["nodes"])
+
+    # --- members -----------------------------------------------------------------------------------------------------
+
+    async def list_members(self) -> messages.MemberList:
+        """Return the members as the journal has them (linearizable), with version and digest of the membership."""
+        reply = await self._call(self._any_call(lambda _: messages.ListMembers()))
+        return expect(reply.message, messages.MemberList)
+
+    async def add_member(self, name: str, *, role: str = "follower") -> str:
+        """Return the one-time ticket with which a new node ``name`` may join (``node start --join … --ticket …``).
+
+        ``role``: follower (votes once it has caught up) or observer (never votes). `Conflict` when a living member has
+        the name, `InvalidValue` for a bad name or role.
+        """
+        types.check_name(name, "node")
+        reply = await self._call(self._any_call(lambda wait_s: messages.AddMember(name, role, wait_s)))
+        return expect(reply.message, messages.Ticket).ticket
+
+    async def remove_member(self, name: str, *, force: bool = False) -> None:
+        """Remove a member; its process ends with exit code 12.
+
+        `MasterState` for the leader, `MemberNotFound`, `NoQuorum` when those left alive would be no majority, unless
+        ``force``.
+        """
+        call = self._any_call(lambda wait_s: messages.RemoveMember(name, force, wait_s))
+        try:
+            await self._call(call)
+        except errors.MemberNotFound:
+            if not call.may_have_happened:
+                raise
+
+    async def update_address(self, name: str, address: str) -> None:
+        """Change a member's client address. `MemberNotFound`, `Conflict` when another member has it, `InvalidValue`."""
+        await self._call(self._any_call(lambda wait_s: messages.UpdateAddress(name, address, wait_s)))
+
+    async def set_role(self, name: str, role: str) -> None:
+        """Make a member a ``follower`` or an ``observer``. `MasterState` for the leader, `MemberNotFound`."""
+        await self._call(self._any_call(lambda wait_s: messages.SetRole(name, role, wait_s)))
+
+    async def transfer_leader(self, target: str | None = None) -> str:
+        """Hand leadership to ``target``, or to the member that holds most; return the new leader's name.
+
+        `MasterState` when it is not possible now (nothing changed), `MemberNotFound`.
+        """
+        reply = await self._call(self._any_call(lambda wait_s: messages.TransferLeader(target or "", wait_s)))
+        return expect(reply.message, messages.Changed).name
+
+    # --- registers ---------------------------------------------------------------------------------------------------
+
+    async def put_register(self, name: str, value: bytes, *, if_version: int | None = None) -> int:
+        """Set a small named value that the whole cluster agrees on (at most 64 KiB); return its version.
+
+        ``if_version``: only when the current version is that (0: only when there is none), else `Conflict`. For a
+        handful of values such as a pointer or a flag; data belongs into tables.
+        """
+        request = secrets.token_bytes(16)
+        reply = await self._call(
+            self._any_call(lambda wait_s: messages.PutRegister(name, value, request, if_version, wait_s))
+        )
+        return expect(reply.message, messages.Register).version
+
+    async def get_register(self, name: str) -> messages.Register:
+        """Return a register with its version, linearizable; `NotFound`."""
+        reply = await self._call(self._any_call(lambda wait_s: messages.GetRegister(name, wait_s)))
+        return expect(reply.message, messages.Register)
+
+    # --- replicas ----------------------------------------------------------------------------------------------------
 
     async def sync_status(self, table: str = "") -> list[dict[str, Any]]:
         """Return the state of each replica of each tablet (of one table), as ``srengine sync status -o json``."""

@@ -104,6 +104,38 @@ class Client:
         """Return the members; see `AsyncClient.members`."""
         return self._run(self._client.members())
 
+    def list_members(self) -> messages.MemberList:
+        """Return the members as the journal has them; see `AsyncClient.list_members`."""
+        return self._run(self._client.list_members())
+
+    def add_member(self, name: str, *, role: str = "follower") -> str:
+        """Return a ticket for a new node; see `AsyncClient.add_member`."""
+        return self._run(self._client.add_member(name, role=role))
+
+    def remove_member(self, name: str, *, force: bool = False) -> None:
+        """Remove a member; see `AsyncClient.remove_member`."""
+        self._run(self._client.remove_member(name, force=force))
+
+    def update_address(self, name: str, address: str) -> None:
+        """Change a member's address; see `AsyncClient.update_address`."""
+        self._run(self._client.update_address(name, address))
+
+    def set_role(self, name: str, role: str) -> None:
+        """Make a member a follower or an observer; see `AsyncClient.set_role`."""
+        self._run(self._client.set_role(name, role))
+
+    def transfer_leader(self, target: str | None = None) -> str:
+        """Hand leadership over; see `AsyncClient.transfer_leader`."""
+        return self._run(self._client.transfer_leader(target))
+
+    def put_register(self, name: str, value: bytes, *, if_version: int | None = None) -> int:
+        """Set a small named value; see `AsyncClient.put_register`."""
+        return self._run(self._client.put_register(name, value, if_version=if_version))
+
+    def get_register(self, name: str) -> messages.Register:
+        """Return a small named value; see `AsyncClient.get_register`."""
+        return self._run(self._client.get_register(name))
+
     def sync_status(self, table: str = "") -> list[dict[str, Any]]:
         """Return the state of each replica; see `AsyncClient.sync_status`."""
         return self._run(self._client.sync_status(table))

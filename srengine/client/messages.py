@@ -151,6 +151,119 @@ class DescribeTable(msgspec.Struct, frozen=True):
     name: str
 
 
+# --- members ---------------------------------------------------------------------------------------------------------
+
+
+class ListMembers(msgspec.Struct, frozen=True):
+    """Ask for the members as the journal has them, linearizable: answered by `MemberList`."""
+
+
+class MemberInfo(msgspec.Struct, frozen=True):
+    """One member. ``stable``: a follower that votes, or an observer that has caught up once."""
+
+    name: str
+    id: str
+    address: str
+    role: str
+    stable: bool
+    incarnation: int
+    public_key: str = ""
+
+
+class MemberList(msgspec.Struct, frozen=True):
+    """``version`` and ``digest`` (hexadecimal) are equal on all nodes for equal members."""
+
+    members: tuple[MemberInfo, ...]
+    leader: str
+    version: int
+    digest: str
+
+
+class AddMember(msgspec.Struct, frozen=True):
+    """Let a new node in: answered by `Ticket`. `Conflict` when the name belongs to a member that is alive."""
+
+    name: str
+    role: str = "follower"
+    timeout_s: float = 10.0
+
+
+class Ticket(msgspec.Struct, frozen=True):
+    """What the new node brings to ``--join``; good for one node."""
+
+    name: str
+    ticket: str
+
+
+class RemoveMember(msgspec.Struct, frozen=True):
+    """Remove a member: answered by `Changed`. `MasterState` for the leader, `MemberNotFound`, `NoQuorum` when those
+    that are left alive would be no majority and not ``force``.
+    """
+
+    name: str
+    force: bool = False
+    timeout_s: float = 10.0
+
+
+class UpdateAddress(msgspec.Struct, frozen=True):
+    """Change a member's client address: answered by `Changed`. `MemberNotFound`, `Conflict` when it is taken."""
+
+    name: str
+    address: str
+    timeout_s: float = 10.0
+
+
+class SetRole(msgspec.Struct, frozen=True):
+    """Make a member a follower or an observer: answered by `Changed`. `MasterState` for the leader."""
+
+    name: str
+    role: str
+    timeout_s: float = 10.0
+
+
+class TransferLeader(msgspec.Struct, frozen=True):
+    """Hand leadership over (``target`` empty: to the member that holds most): answered by `Changed` with its name."""
+
+    target: str = ""
+    timeout_s: float = 10.0
+
+
+class Changed(msgspec.Struct, frozen=True):
+    """A change of membership is done; ``name`` is the member, ``version`` of the membership afterwards."""
+
+    name: str
+    version: int
+
+
+# --- registers -------------------------------------------------------------------------------------------------------
+
+
+class PutRegister(msgspec.Struct, frozen=True):
+    """Set a small named value in the journal: answered by `Register`. With ``if_version`` (0: must not be there) only
+    when the current version is that, else `Conflict`. ``request``: 16 random bytes; a repeated one happens once.
+    """
+
+    name: str
+    value: bytes
+    request: bytes
+    if_version: int | None = None
+    timeout_s: float = 10.0
+
+
+class GetRegister(msgspec.Struct, frozen=True):
+    """Read a register, linearizable: answered by `Register`, or `NotFound`."""
+
+    name: str
+    timeout_s: float = 10.0
+
+
+class Register(msgspec.Struct, frozen=True):
+    """``version``: journal index of the last change."""
+
+    name: str
+    value: bytes
+    version: int
+
+
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +378,18 @@ registry.register("client.list_tables", ListTables)
 registry.register("client.table_list", TableList)
 registry.register("client.describe_table", DescribeTable)
 registry.register("client.table_info", TableInfo)
+registry.register("client.list_members", ListMembers)
+registry.register("client.member_list", MemberList)
+registry.register("client.add_member", AddMember)
+registry.register("client.ticket", Ticket)
+registry.register("client.remove_member", RemoveMember)
+registry.register("client.update_address", UpdateAddress)
+registry.register("client.set_role", SetRole)
+registry.register("client.transfer_leader", TransferLeader)
+registry.register("client.changed", Changed)
+registry.register("client.put_register", PutRegister)
+registry.register("client.get_register", GetRegister)
+registry.register("client.register", Register)
 registry.register("client.open_session", OpenSession)
 registry.register("client.session_opened", SessionOpened)
 registry.register("client.write", Write)

@@ -12,9 +12,9 @@
     --initial, all others blank, not the first ------------------------> waits
 
 All first nodes name the same members in the same order and the same cluster; whoever does not is told which one
-differs. The founder asks *every* other member: one that holds an identity knows of a cluster that must not be forgotten.
-A blank node writes its id down before it tells anybody who may found with it, so the ids in the first entry stay those
-of the directories. Every first member begins its log with that same entry: all start from one history.
+differs. The founder asks *every* other member: one that holds an identity knows of a cluster that must not be
+forgotten. A blank node writes its id down before it tells anybody who may found with it, so the ids in the first entry
+stay those of the directories. Every first member begins its log with that same entry: all start from one history.
 """
 
 from __future__ import annotations
@@ -223,9 +223,7 @@ class Settling:
         node.told_members = joined.members
         # NB: this directory was not there when the member of this name last ran, if it ever did: it counts for nothing
         # until it is proved.
-        node.adopt(
-            replace(node.identity, cluster_id=joined.cluster_id, number=joined.number, distrusted=True)
-        )
+        node.adopt(replace(node.identity, cluster_id=joined.cluster_id, number=joined.number, distrusted=True))
         _logger.info("let in to cluster %s", joined.cluster_name, extra={"event": "joined", "number": joined.number})
 
     def _wish(self) -> Join:

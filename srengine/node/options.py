@@ -18,6 +18,8 @@ from srengine import errors, types
 
 OPTIONS_FILE_BYTES_MAX: Final = 1024 * 1024
 MEMBERS_MAX: Final = 64
+ROLES: Final = ("follower", "observer")
+DEMOTIONS: Final = ("in-place", "exit")
 _TCP: Final = re.compile(r"^tcp://(?P<host>\[[0-9A-Fa-f:.%]+\]|[^:/\[\]#]+):(?P<port>[0-9]{1,5})$")
 _KEY: Final = re.compile(r"^[0-9A-Fa-f]{64}$")
 
@@ -39,8 +41,16 @@ class NodeOptions:
     """How to run a node.
 
     ``listen``: client address ``tcp://host:port``; peers use port + 1 and bulk port + 2 unless given. ``initial``: all
-    first members in one order that all of them name; the first one leads. ``cluster`` is needed to bootstrap and
-    checked afterwards.
+    first members in one order that all of them name; the first one leads the tablets. ``cluster`` is needed to
+    bootstrap and checked afterwards. ``join``: client address of any member of a running cluster, with its key as
+    ``#HEXKEY`` off loopback; ``ticket``: what ``member add`` gave for this name. ``role``: follower, or observer
+    (applies everything, never votes).
+
+    The rest is coordination (docs/ha.md). ``ha``: the backend. Seconds: ``heartbeat_s`` < ``lease_s`` <=
+    ``election_s_min`` < ``election_s_max``. ``fence_tries`` attempts, ``fence_delay_s`` apart, doubling when
+    ``fence_exponential``. ``demotion``: what a leader that loses leadership does: ``in-place`` or ``exit``.
+    ``unstable_grace_s``: how long a joiner must have been caught up before it votes. ``transition_s_max``: how long a
+    change of role may take before the process exits. ``journal_kept``: entries kept behind what is applied.
     """
 
     name: str
@@ -53,6 +63,22 @@ class NodeOptions:
     insecure: bool = False
     allow_remote_fs: bool = False
     map_bytes: int | None = None
+    join: str = ""
+    ticket: str = ""
+    role: str = "follower"
+    ha: str = "raft"
+    etcd: str = ""
+    heartbeat_s: float = 0.1
+    lease_s: float = 0.5
+    election_s_min: float = 1.0
+    election_s_max: float = 2.0
+    fence_tries: int = 3
+    fence_delay_s: float = 2.0
+    fence_exponential: bool = False
+    demotion: str = "in-place"
+    unstable_grace_s: float = 0.0
+    transition_s_max: float = 30.0
+    journal_kept: int = 10_000
 
     def checked(self) -> NodeOptions:
         """Return the options with every default filled in; `InvalidValue` or `UsageError` for what cannot be meant."""
@@ -67,12 +93,38 @@ class NodeOptions:
             raise errors.InvalidValue("--initial names a member or an address twice")
         if self.initial and self.name not in names:
             raise errors.InvalidValue(f"--initial does not name {self.name} itself (it names {', '.join(names)})")
+        if self.join and self.initial:
+            raise errors.UsageError("--initial founds a cluster, --join enters one: give one of them")
+        if self.join:
+            split_address(self.join.partition("#")[0])
+        self._check_coordination()
         return replace(
             self,
             data=Path(self.data),
             peer_listen=self.peer_listen or _after(host, port, 1),
             bulk_listen=self.bulk_listen or _after(host, port, 2),
         )
+
+    def _check_coordination(self) -> None:
+        for name, values in (("role", ROLES), ("demotion", DEMOTIONS)):
+            if getattr(self, name) not in values:
+                raise errors.InvalidValue(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(values)}")
+        if self.ha == "etcd" and not self.etcd:
+            raise errors.UsageError("--ha etcd needs the cluster's etcd: --etcd http://HOST:PORT[,…]")
+        if not 0 < self.heartbeat_s < self.lease_s <= self.election_s_min < self.election_s_max:
+            raise errors.InvalidValue(
+                f"0 < heartbeat_s {self.heartbeat_s:g} < lease_s {self.lease_s:g} <= election_s_min "
+                f"{self.election_s_min:g} < election_s_max {self.election_s_max:g} must hold"
+            )
+        for name, least in (
+            ("fence_tries", 1),
+            ("fence_delay_s", 0),
+            ("unstable_grace_s", 0),
+            ("transition_s_max", 0.1),
+            ("journal_kept", 1),
+        ):
+            if getattr(self, name) < least:
+                raise errors.InvalidValue(f"{name} is {getattr(self, name):g}; it is at least {least:g}")
 
 
 def _after(host: str, port: int, offset: int) -> str:
@@ -140,8 +192,11 @@ def load_options_file(path: Path) -> dict[str, Any]:
 
 def checked_settings(found: dict[str, Any]) -> dict[str, Any]:
     """Return settings with their types checked; unknown keys are a `UsageError` that suggests the nearest."""
-    kinds: dict[str, type[Any]] = {field.name: str for field in fields(NodeOptions)}
-    kinds |= {"insecure": bool, "allow_remote_fs": bool, "map_bytes": int}
+    kinds: dict[str, type[Any]] = {
+        field.name: type(field.default) if isinstance(field.default, bool | int | float) else str
+        for field in fields(NodeOptions)
+    }
+    kinds |= {"map_bytes": int}
     settings: dict[str, Any] = {}
     for key, value in found.items():
         name = key.replace("-", "_")
@@ -149,6 +204,8 @@ def checked_settings(found: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, kinds, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise errors.UsageError(f"there is no option {key}{hint}", option=key)
+        if type(value) is int and kinds[name] is float:
+            value = float(value)  # noqa: PLW2901 - 2 is a number of seconds too
         if type(value) is not kinds[name]:
             raise errors.InvalidValue(f"option {key} must be of type {kinds[name].__name__}", option=key)
         settings[name] = parse_initial(value) if name == "initial" else Path(value) if name == "data" else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import secrets
 import threading
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -143,6 +144,26 @@ class Asker:
                     break
                 start = found[-1][0] + b"\x00"
         return pairs
+
+    def members(self, address: str) -> messages.MemberList:
+        return self.ask(address, messages.ListMembers()).message
+
+    def leader(self, address: str) -> str | None:
+        """Return the name of the leader as the node at ``address`` knows it, None while it knows none or is away."""
+        try:
+            return self.status(address)["leader"]
+        except errors.Error:
+            return None
+
+    def put_register(
+        self, address: str, name: str, value: bytes, *, if_version: int | None = None, timeout_s: float = 10.0
+    ) -> int:
+        """Put once, at this node; return the version."""
+        message = messages.PutRegister(name, value, secrets.token_bytes(16), if_version, timeout_s)
+        return self.ask(address, message, timeout_s=timeout_s + 2).message.version
+
+    def get_register(self, address: str, name: str, *, timeout_s: float = 10.0) -> bytes:
+        return self.ask(address, messages.GetRegister(name, timeout_s), timeout_s=timeout_s + 2).message.value
 
     def tablets(self, address: str, table: str) -> int:
         return len(self.ask(address, messages.DescribeTable(table)).message.tablets)
