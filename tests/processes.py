@@ -80,6 +80,8 @@ class NodeProcess:
         self.port = port
         self.address = f"tcp://127.0.0.1:{port}"
         self.arguments = list(arguments)
+        self.before: list[str] = []
+        """What stands before the command, to start it elsewhere."""
         self.log = data.with_name(data.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -88,7 +90,7 @@ class NodeProcess:
     def start(self, *more: str) -> Self:
         """Start the process; does not wait (see `wait_ready`)."""
         assert self.process is None or self.process.poll() is not None, (self.name, "is running")
-        command = [*COMMAND, "--name", self.name, "--data", str(self.data), "--listen", self.address]
+        command = [*self.before, *COMMAND, "--name", self.name, "--data", str(self.data), "--listen", self.address]
         command += [*self.arguments, *more]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab") as log:

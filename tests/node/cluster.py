@@ -10,7 +10,7 @@ import itertools
 import json
 import secrets
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,8 +28,10 @@ PUT, DELETE = 0, 1
 class Asker:
     """Ask any node, one request at a time or several."""
 
-    def __init__(self, timeout_s: float = 20.0) -> None:
+    def __init__(self, timeout_s: float = 20.0, *, enter: Callable[[], None] | None = None) -> None:
+        """``enter`` is called on the asking thread before it makes a socket: it may move it to another host."""
         self.timeout_s = timeout_s
+        self._enter = enter
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -39,6 +41,8 @@ class Asker:
         self._numbers = itertools.count(1)
 
     async def _make(self) -> Endpoint:
+        if self._enter is not None:
+            self._enter()
         return Endpoint(Identity())
 
     def __enter__(self) -> Self:
