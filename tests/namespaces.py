@@ -56,7 +56,7 @@ class Network:
         router = self._add("r")
         _ip("-n", router, "link", "set", "lo", "up")
         _in(router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
-        for name, number in self.numbers.items():
+        for number in self.numbers.values():
             host = self._add(str(number))
             _ip("-n", host, "link", "set", "lo", "up")
             _ip("link", "add", "up0", "netns", host, "type", "veth", "peer", "name", f"to{number}", "netns", router)

@@ -159,6 +159,9 @@ class Asker:
         except errors.Error:
             return None
 
+    def remove(self, address: str, name: str, *, force: bool = False) -> None:
+        self.ask(address, messages.RemoveMember(name, force))
+
     def put_register(
         self, address: str, name: str, value: bytes, *, if_version: int | None = None, timeout_s: float = 10.0
     ) -> int:
