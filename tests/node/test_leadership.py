@@ -81,7 +81,7 @@ def test_a_paused_leader_changes_nothing(nodes: Nodes, asker: Asker) -> None:
 
 
 def test_leadership_is_handed_over(nodes: Nodes, asker: Asker) -> None:
-    """H07: transfer-leader: the other one leads, the old process lives on as FOLLOWER, writes go on and none is lost."""
+    """H07: transfer-leader: the other one leads, the old process lives on as FOLLOWER, and no write is lost."""
     leader = wait_leader(asker, nodes)
     target = next(node.name for node in nodes if node.name != leader)
     process = nodes[leader].process

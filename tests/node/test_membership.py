@@ -25,8 +25,8 @@ def stable(asker: Asker, address: str, name: str) -> bool:
 
 
 def test_a_node_joins_and_leaves(nodes: Nodes, asker: Asker, tmp_path: Path) -> None:
-    """H12, B10: under load a fourth node joins with its ticket, is unstable, becomes stable, is removed, and its process
-    ends with exit code 12; no write fails for it.
+    """H12, B10: under load a fourth node joins with its ticket, is unstable, becomes stable, is removed, and its
+    process ends with exit code 12; no write fails for it.
     """
     one = nodes["node-1"].address
     wait_leader(asker, nodes)
@@ -143,7 +143,7 @@ def test_a_node_moves(nodes: Nodes, asker: Asker) -> None:
 
 @pytest.mark.parametrize("which", ["leader", "follower"])
 def test_a_wiped_node_comes_back_as_another(nodes: Nodes, asker: Asker, which: str) -> None:
-    """H29, F13: a node whose directory is gone is another node: it learns first, founds nothing, and votes once equal."""
+    """H29, F13: a node whose directory is gone is another node: it learns, founds nothing, and votes once equal."""
     leader = wait_leader(asker, nodes)
     wiped = nodes[leader] if which == "leader" else next(node for node in nodes if node.name != leader)
     alive = next(node for node in nodes if node is not wiped)

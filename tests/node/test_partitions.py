@@ -48,8 +48,8 @@ def test_a_follower_alone(three: tuple[HostNodes, Asker]) -> None:
 
 
 def test_the_leader_alone(three: tuple[HostNodes, Asker]) -> None:
-    """F23, H06: the leader is cut off: it acknowledges nothing and serves nothing old; the others elect; healed, all are
-    equal and nothing acknowledged is lost.
+    """F23, H06: the leader is cut off: it acknowledges nothing and serves nothing old; the others elect; healed, all
+    are equal and nothing acknowledged is lost.
     """
     nodes, asker = three
     leader = wait_leader(asker, nodes)
