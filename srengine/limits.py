@@ -79,6 +79,12 @@ is closed. ZeroMQ counts whole messages only: one that never ends would fill the
 """
 CONNECTIONS_MAX: Final = 256
 """Accepted connections of one port, half-done handshakes included; beyond it new ones are closed at once."""
+POSTS_BYTES_MAX: Final = 16 * MIB
+"""Bytes of one-way messages on their way over one connection; what does not fit is dropped, and said again by whoever
+needs it heard.
+"""
+POSTS_HELD_MAX: Final = 16
+"""One-way messages that wait for a connection which is just being made."""
 REQUEST_WINDOW: Final = 4096
 """Request ids remembered behind the highest one, so that a repeated frame is not answered twice."""
 HANDSHAKE_MS: Final = 2000
@@ -188,6 +194,7 @@ assert BODY_BYTES_MAX + ENVELOPES_BYTES_TARGET + 64 * KIB <= CLIENT_FRAME_BYTES_
     BODY_BYTES_MAX,
     CLIENT_FRAME_BYTES_MAX,
 )
+assert POSTS_BYTES_MAX >= 2 * PEER_FRAME_BYTES_MAX, (POSTS_BYTES_MAX, PEER_FRAME_BYTES_MAX)
 assert CONNECTION_BYTES_MAX >= ENTRY_BYTES_MAX, (CONNECTION_BYTES_MAX, ENTRY_BYTES_MAX)
 assert UNREAD_BYTES_MAX >= REQUESTS_IN_FLIGHT_MAX * PART_BYTES_MAX + 32 * MIB, (UNREAD_BYTES_MAX, PART_BYTES_MAX)
 assert UNREAD_BYTES_MAX >= 2 * CREDIT_FRAMES * BULK_FRAME_BYTES_MAX, (UNREAD_BYTES_MAX, BULK_FRAME_BYTES_MAX)
