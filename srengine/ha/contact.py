@@ -17,7 +17,7 @@ from srengine.clock import Clock
 from srengine.ha import follower_machine as fm
 from srengine.ha.messages import ProcessId, Pull, PullReply
 from srengine.ha.metadata import Store
-from srengine.ha.roster_machine import Hello, Process, RosterMachine, Verdict
+from srengine.ha.roster_machine import Hello, Judged, Process, RosterMachine, Verdict
 from srengine.types import Position
 
 PEER_TABLE: Final = "peers_seen"
@@ -174,6 +174,13 @@ class Contact:
             else f"boot number {judged.highest} of this node was seen before: its directory is an older state"
         )
         return PullReply(judged.verdict.value, position, self.process_id, highest=judged.highest, reason=why)
+
+    def meet(self, name: str, process_id: ProcessId, *, copied: bool) -> Judged:
+        """Judge a node that has just started and says so, and remember it durably; it counts as heard if accepted."""
+        judged = self._roster.hear(Hello(name, _process(process_id), copied), self._clock.boottime_s())
+        if judged.persist is not None:
+            self._persist(name, judged.persist)
+        return judged
 
     def _persist(self, name: str, process: Process) -> None:
         with self._store.transaction() as transaction:

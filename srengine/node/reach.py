@@ -97,6 +97,14 @@ class Way:
             await known[1].close()
         return channel
 
+    async def peer_channel(self) -> Channel:
+        """Return the channel to the peer port, after an introduction when its address is not known."""
+        return await self._channel("peer")
+
+    def forget_introduction(self) -> None:
+        """Ask again who is there before the next channel is made: the node may come back at other ports."""
+        self._introduction = None
+
     async def request(self, message: msgspec.Struct, attachments: Sequence[Buffer] = (), *, timeout_s: float) -> Reply:
         """Ask at the peer port; as `Channel.request`."""
         channel = await self._channel("peer")

@@ -1,0 +1,143 @@
+"""Whether this node may vote: asks the other voters what they remember of it, and answers their questions.
+
+The rules are `ha.claims_machine`'s; this module asks (`ClaimVote` to every other voter, again until it answers), and
+tells the group. Everybody is asked, also when enough have answered: so each voter has heard of this start, and an older
+state of this directory would give itself away at any of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from srengine import errors
+from srengine.ha.claims_machine import Answer, Claim, ClaimsMachine, Verdict, Voters
+from srengine.ha.contact import Contact
+from srengine.ha.group import AlarmSink
+from srengine.ha.messages import ClaimVote, Remembered
+from srengine.ha.roster_machine import Verdict as Judgement
+from srengine.node.wire import NodeWire
+from srengine.transport import Peer, Reply
+from srengine.types import NodeId
+
+_logger = logging.getLogger(__name__)
+
+ASK_AGAIN_S: Final = 0.2
+TIMEOUT_S: Final = 2.0
+
+
+class Group(Protocol):
+    """The group whose votes are at stake, as this node sees it."""
+
+    @property
+    def voters(self) -> tuple[NodeId, ...]:
+        """Voters of the newest configuration in the log; empty before there is one."""
+        ...
+
+    @property
+    def promised(self) -> tuple[int, int]:
+        """Return (term, last index) of the own log and hard state."""
+        ...
+
+    def remembered(self, node: NodeId) -> tuple[int, int]:
+        """Return (term, index) that the node is known to have promised and acknowledged; zeros when nothing is."""
+        ...
+
+    def trust(self, *, trusted: bool) -> None:
+        """Tell the group whether this node may vote."""
+        ...
+
+
+class Claims:
+    """One node's question to the others, and its answers to theirs."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        node_id: NodeId,
+        boot_number: Callable[[], int],
+        copied: Callable[[], bool],
+        contact: Contact,
+        wire: NodeWire,
+        group: Group,
+        alarm: AlarmSink,
+        refused: Callable[[Judgement, int], None],
+    ) -> None:
+        """``refused``: another voter would not have this process (a copy, an older state, a second one)."""
+        self._name = name
+        self._node_id = node_id
+        self._boot_number = boot_number
+        self._copied = copied
+        self._contact = contact
+        self._wire = wire
+        self._group = group
+        self._alarm = alarm
+        self._refused = refused
+        term, last_index = group.promised
+        self.machine = ClaimsMachine(Claim(boot_number(), term, last_index, copied()))
+
+    async def run(self) -> None:
+        """Ask until every other voter has answered; tell the group as soon as the verdict is clear."""
+        while True:
+            self.machine.step(Voters(tuple(node for node in self._group.voters if node != self._node_id)))
+            self._tell()
+            waiting = self.machine.unanswered
+            if not waiting and self._group.voters:
+                return
+            await asyncio.gather(*(self._ask(node) for node in waiting))
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    async def _ask(self, node: NodeId) -> None:
+        claim = self.machine.claim
+        question = ClaimVote(self._name, self._contact.process_id, claim.term, claim.last_index, copied=claim.copied)
+        try:
+            reply, _ = await self._wire.request(node, question, timeout_s=TIMEOUT_S)
+        except errors.Error as error:
+            _logger.debug("%s does not say what it remembers: %s", node, error.message)
+            return
+        if not isinstance(reply, Remembered):
+            self._alarm("bad_answer", f"{node} answered a claim with {type(reply).__name__}")
+            return
+        if reply.verdict != Judgement.ACCEPTED.value:
+            if question.process == self._contact.process_id:
+                self._refused(Judgement(reply.verdict), reply.highest)
+            return
+        self.machine.step(Answer(node, reply.highest, reply.term, reply.last_index, reply.trusted))
+        self._tell()
+
+    def _tell(self) -> None:
+        effects = self.machine.drain()
+        if effects.alarm:
+            self._alarm("votes_unproved", effects.alarm)
+        match effects.verdict:
+            case Verdict.TRUSTED:
+                self._group.trust(trusted=True)
+                _logger.info("this node may vote", extra={"event": "votes"})
+            case Verdict.BELOW:
+                self._group.trust(trusted=False)
+                _logger.warning(
+                    "others remember more of this node than its directory does: it votes once it has caught up",
+                    extra={"event": "votes_not"},
+                )
+
+    async def answer(self, peer: Peer, message: ClaimVote, attachments: Sequence[memoryview]) -> Reply:
+        """Say what this node remembers of another one, and remember this start of it."""
+        del attachments
+        if peer.node_id != message.process.node_id:
+            raise errors.ForeignData(f"{message.name} claims for another node than it said hello as")
+        judged = self._contact.meet(message.name, message.process, copied=message.copied)
+        term, index = self._group.remembered(NodeId(message.process.node_id))
+        return Reply(
+            Remembered(
+                self._contact.process_id,
+                judged.verdict.value,
+                # What was just remembered is this very start.
+                0 if judged.persist is not None else judged.highest,
+                term,
+                index,
+                trusted=not self._copied(),
+            )
+        )
