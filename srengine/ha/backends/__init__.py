@@ -1,0 +1,1 @@
+"""Backends of `protocol.HAProtocol`: each holds election, epochs and journal in its own way."""
