@@ -174,6 +174,8 @@ READ_KEYS_MAX: Final = 100_000
 TABLETS_PER_TABLE_MAX: Final = 1024
 JOURNAL_ENTRY_BYTES_MAX: Final = 4 * MIB
 JOURNAL_PULL_BYTES_MAX: Final = 4 * MIB
+STATE_ITEM_BYTES_MAX: Final = 2 * JOURNAL_ENTRY_BYTES_MAX
+"""One item of the agreed state on its way to another node: it holds at least one row that one command made."""
 
 assert PULL_HOLD_S < PULL_TIMEOUT_S < CONTACT_S, (PULL_HOLD_S, PULL_TIMEOUT_S, CONTACT_S)
 assert PULL_HOLD_S < STALENESS_S_MAX / 2, (PULL_HOLD_S, STALENESS_S_MAX)

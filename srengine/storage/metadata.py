@@ -38,7 +38,7 @@ from srengine import errors, limits, types
 from srengine.storage import fences, files, pages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
 FORMAT: Final = b"1"
@@ -259,6 +259,62 @@ class MetadataStore:
                 transaction._end()
                 self._transaction = None
 
+    def replace_tables(
+        self, tables: Sequence[str], rows: Callable[[], Iterator[tuple[str, bytes, bytes]]], *, bytes_expected: int
+    ) -> None:
+        """Empty ``tables`` and put ``rows()`` (table, key, value) in one durable transaction; nothing if it raises.
+
+        For many rows: they are not kept in memory. ``rows`` is called again when the map has to grow, and must then
+        yield the same; ``bytes_expected`` (keys and values) makes that rare. It may put rows into other tables, too.
+        Raises as `transaction`, and whatever ``rows`` raises.
+        """
+        with self._write_lock:
+            self._check_usable()
+            if self._transaction is not None:
+                raise errors.InvalidValue("a transaction of the metadata store is open in this thread already")
+            used = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
+            if used + 3 * bytes_expected > self._map_bytes:
+                self._grow(used + 3 * bytes_expected)
+            while True:
+                try:
+                    self._replace_once(tables, rows())
+                except _MapFullError:
+                    self._grow(self._map_bytes * 2)
+                else:
+                    return
+
+    def _replace_once(self, tables: Sequence[str], rows: Iterator[tuple[str, bytes, bytes]]) -> None:
+        with self._translated("cannot write"):
+            writer = self._environment.begin(write=True)
+        made: dict[str, lmdb._Database] = {}
+        committed = False
+        try:
+            with self._translated("cannot write"), _map_full():
+                for table in tables:
+                    if table in self._tables:
+                        writer.drop(self._tables[table], delete=False)
+            for table, key, value in rows:
+                types.check_name(table, "table")
+                _checked_key(key)
+                if len(value) > VALUE_BYTES_MAX:
+                    raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
+                with self._translated("cannot write"), _map_full():
+                    database = self._tables.get(table) or made.get(table)
+                    if database is None:
+                        if len(self._tables) + len(made) >= TABLES_MAX:
+                            raise errors.InvalidValue(f"a metadata store has at most {TABLES_MAX} tables")
+                        database = made[table] = self._environment.open_db(table.encode(), txn=writer)
+                    writer.put(key, value + _check(table, key, value), db=database)
+            with self._translated("cannot commit to"), _map_full():
+                writer.commit()
+            committed = True
+            self._tables.update(made)
+        finally:
+            if not committed and os.getpid() == self._pid:
+                # NB: see Transaction._abort.
+                with self._all_readers_gone():
+                    writer.abort()
+
     def _maybe_grow(self) -> bool:
         """Double the map once three quarters are used, so that a transaction rarely meets its end."""
         used = self._environment.info()["last_pgno"] + 1
@@ -343,6 +399,18 @@ class MetadataStore:
         with contextlib.suppress(errors.Error):
             # The disk is failing: if not even the mark can be written, this process still refuses.
             fences.set_fence(self.path, "io-error", text)
+
+
+class _MapFullError(Exception):
+    """The memory map has no room left."""
+
+
+@contextlib.contextmanager
+def _map_full() -> Iterator[None]:
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise _MapFullError from error
 
 
 class Transaction:
@@ -484,6 +552,20 @@ def recover_metadata(path: str | os.PathLike[str]) -> None:
     directory = Path(path)
     if fences.read_fence(directory) is not None:
         fences.prove(directory, lambda: _check_values(directory / pages.DATA_NAME))
+
+
+def read_offline(path: str | os.PathLike[str], table: str) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (key, value) of a table of a store that nobody has open, in key order, without LMDB: for checks.
+
+    Values whose checksum is wrong are left out (`storage.verify` names them). An unknown table is an empty one. Raises
+    `NotFound` and `CorruptionError`.
+    """
+    with pages.PageFile(Path(path) / pages.DATA_NAME) as file:
+        if table not in file.tables():
+            return
+        for key, stored in file.items(table):
+            if is_sealed(table, key, stored):
+                yield key, stored[:-_CHECK_BYTES]
 
 
 def _check_values(path: Path) -> None:

@@ -19,6 +19,7 @@ import json
 import os
 import struct
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -33,8 +34,12 @@ _IDENTITY_BYTES_MAX: Final = 1 << 20
 _RECORD: Final = struct.Struct("<BBHQQQ")  # format, flags, version entries, sequence, hybrid clock, content checksum
 
 
-def verify_directory(path: str | os.PathLike[str]) -> VerifyReport:
+def verify_directory(
+    path: str | os.PathLike[str], *, further: Sequence[Callable[[Path, VerifyReport], None]] = ()
+) -> VerifyReport:
     """Return what is damaged in the data directory of a store or a node; an empty list says that nothing is.
+
+    ``further``: checks of rooms above, called with the directory and the report while it is locked.
 
     Raises `NotFound` or `InvalidValue` (no data directory), `AlreadyOpen` (in use), and what a refused system call
     means. Damage is never an exception.
@@ -54,6 +59,8 @@ def verify_directory(path: str | os.PathLike[str]) -> VerifyReport:
         for child in sorted(_directories(root)):
             if child.name not in {TABLETS_NAME, TEMPORARY_NAME} and (child / pages.DATA_NAME).exists():
                 _verify_metadata(root, child, report)
+        for check in further:
+            check(root, report)
     finally:
         lock.release()
     return report
