@@ -143,7 +143,7 @@ class Services:
             members=[member.name for member in self._node.members],
         )
         command = Command(catalog.CREATE_TABLE, msgspec.msgpack.encode(catalog.CreateTable(table)))
-        async with _Within(timeout_s, f"table {message.name} is created, but not writable yet"):
+        async with Within(timeout_s, f"table {message.name} is created, but not writable yet"):
             await self._node.journal.propose(command, timeout_s=timeout_s)
             await self._node.wait_for_table(message.name, timeout_s)
             for tablet in table.tablets:
@@ -396,8 +396,8 @@ def _scan_reply(found: Range, as_of: float) -> Reply:
     return Reply(messages.ScanReply(len(found.pairs), found.done, as_of), (packing.pack_pairs(found.pairs),))
 
 
-class _Within:
-    """``async with _Within(seconds, sentence)``: `TimedOut` with the sentence instead of the bare time-out."""
+class Within:
+    """``async with Within(seconds, sentence)``: `TimedOut` with the sentence instead of the bare time-out."""
 
     def __init__(self, timeout_s: float, sentence: str) -> None:
         self._timeout = asyncio.timeout(timeout_s)
