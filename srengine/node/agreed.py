@@ -14,8 +14,10 @@ from typing import Final, Protocol
 
 from srengine import errors
 from srengine.cluster import catalog
-from srengine.ha.members import Member, read_members
+from srengine.ha.epochs import FENCE
+from srengine.ha.members import Member, read_members, read_membership
 from srengine.ha.protocol import HAProtocol
+from srengine.ha.registers import REGISTER_PUT
 from srengine.ha.tables import Store
 from srengine.node.wire import NodeWire
 from srengine.types import NodeId
@@ -26,6 +28,9 @@ LOOK_AGAIN_S: Final = 1.0
 """However quiet the journal is, what is shown is compared with what is applied this often: a whole state may have
 come.
 """
+
+_SHOWN_ELSEWHERE: Final = frozenset({FENCE, REGISTER_PUT})
+"""Commands that change neither members nor tables."""
 
 
 class Tablets(Protocol):
@@ -51,6 +56,8 @@ class Agreed:
         self.members: list[Member] = []
         self.tables: dict[str, catalog.Table] = {}
         self.index = 0
+        self._version = -1
+        """Of the membership that ``members`` shows."""
         self._known: set[NodeId] = set()
         self._reading = asyncio.Lock()
         self._changed = asyncio.Condition()
@@ -58,7 +65,11 @@ class Agreed:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def read_members(self) -> None:
-        """Read the members and tell the ways where they are."""
+        """Read the members, unless they are the same as before, and tell the ways where they are."""
+        version = read_membership(self._store).version
+        if version == self._version:
+            return
+        self._version = version
         self.members = read_members(self._store)
         now = {NodeId(member.node_id) for member in self.members if member.node_id}
         for member in self.members:
@@ -85,8 +96,9 @@ class Agreed:
 
     async def follow(self, tablets: Tablets) -> None:
         """Refresh after every applied entry, until cancelled."""
-        async for _ in self._backend.subscribe(self.index + 1):
-            await self.refresh(tablets)
+        async for _, command in self._backend.subscribe(self.index + 1):
+            if command.kind not in _SHOWN_ELSEWHERE:
+                await self.refresh(tablets)
 
     async def look_again(self, tablets: Tablets) -> None:
         """Refresh now and then, until cancelled: entries that nobody is told of (a whole state) count too."""

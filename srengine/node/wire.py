@@ -118,6 +118,12 @@ class NodeWire:
         """Return whether posts reach the node of that name now."""
         return any(posts.name == name and posts.connected for posts in self._posts.values())
 
+    def wake(self, name: str) -> None:
+        """Try to reach the node of that name at once: it has just called."""
+        for posts in self._posts.values():
+            if posts.name == name:
+                posts.wake()
+
     def _name(self, node_id: NodeId) -> str:
         name = self._names.get(node_id)
         if name is None:

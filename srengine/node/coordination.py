@@ -1,0 +1,151 @@
+"""Coordination on this node: the backend that was chosen, the role that follows from it, and whether it may vote.
+
+::
+
+    options --ha NAME --> backend (ha/backends) --observe--> RoleService --open/close--> this module
+                             |
+                             +-- raft only: Claims (claims.py) asks the other voters whether this node may vote
+
+What only the leader does here: it makes voters of unstable nodes that have caught up, and ends tickets that nobody used;
+both are the backend's. What the node adds is admission: `epoch` is what this node acts for, 0 when it acts for nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Final
+
+from srengine import errors
+from srengine.ha import backends
+from srengine.ha.backends.raft import RaftBackend
+from srengine.ha.fencing import FencingOptions
+from srengine.ha.messages import ClaimVote
+from srengine.ha.protocol import HAProtocol, Role
+from srengine.ha.role_machine import Policy, RoleOptions
+from srengine.ha.roles import RoleService
+from srengine.node.claims import Claims
+from srengine.types import NodeId
+
+if TYPE_CHECKING:
+    from srengine.node.runtime import Runtime
+
+_logger = logging.getLogger(__name__)
+
+HAND_OVER_S: Final = 5.0
+
+
+class Coordination:
+    """Backend, role and claims of one node."""
+
+    def __init__(self, node: Runtime) -> None:
+        self._node = node
+        self.epoch = 0
+        options = node.options
+        around = backends.Surroundings(
+            name=node.name,
+            node_id=NodeId(node.identity.node_id),
+            address=node.advertised,
+            data_dir=options.data,
+            machine=node.machine,
+            wire=node.wire,
+            clock=node.clock,
+            spawn=node.supervisor.spawn,
+            alarm=node.alarm,
+            metrics=node.metrics,
+            options=backends.HAOptions(
+                fencing=FencingOptions(options.fence_tries, options.fence_delay_s, options.fence_exponential),
+                settings=settings_of(node),
+            ),
+        )
+        self.backend: HAProtocol = backends.find_backend(options.ha)(around)
+        policy = Policy.EXIT if options.demotion == "exit" else Policy.DEMOTE
+        self.roles = RoleService(
+            self.backend,
+            self,
+            clock=node.clock,
+            metrics=node.metrics,
+            on_exit=node.supervisor.fail,
+            options=RoleOptions(promotion=policy, demotion=policy, drain_s=options.transition_s_max),
+        )
+        self.claims: Claims | None = None
+        if isinstance(self.backend, RaftBackend):
+            self.claims = Claims(
+                name=node.name,
+                node_id=NodeId(node.identity.node_id),
+                boot_number=lambda: node.identity.boot_number,
+                copied=lambda: node.identity.distrusted,
+                contact=node.contact,
+                wire=node.wire,
+                group=self.backend,
+                alarm=node.alarm,
+                refused=node.trust.refused,
+            )
+            node.endpoint.serve(ClaimVote, self.claims.answer, ports=("peer",))
+
+    async def start(self) -> None:
+        """Begin to take part."""
+        await self.backend.start()
+        spawn = self._node.supervisor.spawn
+        spawn(self.roles.run(), "role")
+        if self.claims is not None:
+            spawn(self.claims.run(), "claims")
+
+    @property
+    def role(self) -> Role:
+        """The role that status shows: LEADER only once this node may act."""
+        return self.roles.role
+
+    def distrust(self) -> None:
+        """Take note that the directory is an older state: this node votes no more until it has caught up."""
+        if self.claims is not None:
+            self.claims.begin_again()
+
+    async def hand_over(self) -> None:
+        """Give leadership to another node before this one ends, if it has it and somebody can take it."""
+        if self.backend.observed.role is not Role.LEADER:
+            return
+        with contextlib.suppress(errors.Error, TimeoutError):
+            async with asyncio.timeout(HAND_OVER_S):
+                leader = await self.backend.transfer_leader(timeout_s=HAND_OVER_S)
+                _logger.info("%s leads now", leader, extra={"event": "leader_transferred", "leader": leader})
+
+    async def stop(self) -> None:
+        """Stop taking part."""
+        await self.backend.stop()
+
+    # --- roles.Leadership --------------------------------------------------------------------------------------------
+
+    async def open(self, epoch: int) -> None:
+        """See `roles.Leadership`."""
+        self.epoch = epoch
+
+    async def close(self) -> None:
+        """See `roles.Leadership`."""
+        self.epoch = 0
+
+    async def drain(self) -> None:
+        """See `roles.Leadership`: proposals that were begun end by themselves, in the backend."""
+
+    async def drop(self) -> None:
+        """See `roles.Leadership`: there is nothing that only a leader remembers here."""
+
+
+def settings_of(node: Runtime) -> dict[str, object]:
+    """Return what the options say to the backend alone."""
+    options = node.options
+    match options.ha:
+        case "raft":
+            return {
+                "heartbeat_s": options.heartbeat_s,
+                "lease_s": options.lease_s,
+                "election_s_min": options.election_s_min,
+                "election_s_max": options.election_s_max,
+                "unstable_grace_s": options.unstable_grace_s,
+                "journal_kept": options.journal_kept,
+            }
+        case "etcd":
+            return {"endpoints": options.etcd, "cluster_id": node.identity.cluster_id}
+        case _:
+            return {}
