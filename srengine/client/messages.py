@@ -146,9 +146,10 @@ class TableList(msgspec.Struct, frozen=True):
 
 
 class DescribeTable(msgspec.Struct, frozen=True):
-    """Ask for one table: answered by `TableInfo`, or `NotFound`."""
+    """Ask for one table: answered by `TableInfo`, or `NotFound`. ``served``: not before its leader serves it."""
 
     name: str
+    served: bool = False
 
 
 # --- members ---------------------------------------------------------------------------------------------------------

@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from srengine import errors
+from srengine import errors, limits
 from srengine.ha.members import Bootstrap, Cluster, Member
 from srengine.ha.messages import Introduction, Join, Joined, KnownMember
 from srengine.node.identity import save_identity
+from srengine.node.trust import NODE_TABLE
 
 if TYPE_CHECKING:
     from srengine.node.runtime import Runtime
@@ -40,8 +41,8 @@ _logger = logging.getLogger(__name__)
 ASK_AGAIN_S: Final = 0.2
 SAY_AGAIN_S: Final = 5.0
 JOIN_TIMEOUT_S: Final = 10.0
-JOINING_AS: Final = "join"
-"""The way to the address that ``--join`` names; its node's name is not known before it answers."""
+_FIRST_ENTRY: Final = b"first_entry"
+"""Local row: see `Settling.first_entry`."""
 
 
 class Settling:
@@ -71,12 +72,18 @@ class Settling:
                 f"{node.options.data} belongs to no cluster yet: --initial must name the first members, or --join one "
                 f"member of a running cluster"
             )
-        begun = node.founded_with()
-        if begun is not None:
+        begun = self.first_entry()
+        if begun:
             # The crash came between the first entry and the identity.
             self._adopt(begun)
             return
         await self._settle()
+
+    def first_entry(self) -> bytes:
+        """Return the body of the command that founded the cluster, as this first member has written it down; empty on
+        others.
+        """
+        return self._node.metadata.get(NODE_TABLE, _FIRST_ENTRY) or b""
 
     def keep_id(self) -> None:
         """Write the id of a blank directory down: from now on others may know it."""
@@ -153,11 +160,14 @@ class Settling:
         )
 
     def _adopt(self, body: bytes) -> None:
-        """Begin the log with the cluster's first entry, then take the cluster's id; both durable, in this order."""
+        """Write the cluster's first entry down, then take the cluster's id; both durable, in this order. The log begins
+        with the entry as soon as coordination starts.
+        """
         node = self._node
         founded = msgspec.msgpack.decode(body, type=Bootstrap)
         number = next(member.number for member in founded.members if member.node_id == node.identity.node_id)
-        node.begin_log(body)
+        with node.metadata.transaction() as transaction:
+            transaction.put(NODE_TABLE, _FIRST_ENTRY, body)
         node.adopt(replace(node.identity, cluster_id=founded.cluster.cluster_id, number=number))
 
     async def _enter(self, name: str, told: Introduction) -> None:
@@ -167,7 +177,8 @@ class Settling:
             raise errors.ForeignData(
                 f"{name} is of cluster {told.cluster_name}, {node.name} wants {node.identity.cluster_name}"
             )
-        if told.bootstrap and any(member.node_id == node.identity.node_id for member in _founded(told).members):
+        founded = _founded(told).members if told.bootstrap else ()
+        if any(member.node_id == node.identity.node_id for member in founded):
             self._adopt(told.bootstrap)
             _logger.info("joined cluster %s", told.cluster_name, extra={"event": "joined"})
             return
@@ -178,7 +189,8 @@ class Settling:
                 f"let it in with member add, --join and --ticket"
             )
         self.keep_id()
-        await self._let_in(node.ways[name].address)
+        way = node.ways[name]
+        await self._let_in(way.address + (f"#{way.public_key}" if way.public_key else ""))
 
     def _check_agreement(self, name: str, told: Introduction) -> None:
         node = self._node
@@ -198,7 +210,10 @@ class Settling:
     async def _let_in(self, address: str) -> None:
         """Ask the cluster at ``address`` until this node is a member; what it refuses for good is raised."""
         node = self._node
-        channel = node.endpoint.channel(address, port="client", server_key=node.join_key)
+        address, _, key = address.partition("#")
+        server_key = bytes.fromhex(key) if key else None
+        channel = node.endpoint.channel(address, port="client", server_key=server_key)
+        began = node.clock.monotonic_s()
         try:
             while True:
                 try:
@@ -207,6 +222,11 @@ class Settling:
                 except errors.Error as error:
                     if not error.retryable:
                         raise
+                    patience = limits.DUPLICATE_PATIENCE_S
+                    if error.details.get("holder_alive") and node.clock.monotonic_s() - began > patience:
+                        raise errors.Conflict(
+                            f"another process runs as {node.name}, and {node.options.data} is not its directory"
+                        ) from error
                     self._say(address, error)
                     await asyncio.sleep(ASK_AGAIN_S)
         finally:

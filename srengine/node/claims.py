@@ -76,17 +76,32 @@ class Claims:
         self._group = group
         self._alarm = alarm
         self._refused = refused
-        term, last_index = group.promised
-        self.machine = ClaimsMachine(Claim(boot_number(), term, last_index, copied()))
+        self._begun = 0
+        self.machine = self._new_machine()
+
+    def _new_machine(self) -> ClaimsMachine:
+        term, last_index = self._group.promised
+        return ClaimsMachine(Claim(self._boot_number(), term, last_index, self._copied()))
+
+    def begin_again(self) -> None:
+        """Claim anew: the directory turned out to be an older state, so this node is another one than it said."""
+        self._group.trust(trusted=False)
+        self.machine = self._new_machine()
+        self._begun += 1
 
     async def run(self) -> None:
         """Ask until every other voter has answered; tell the group as soon as the verdict is clear."""
+        done = -1
         while True:
+            if done == self._begun:
+                await asyncio.sleep(ASK_AGAIN_S)
+                continue
             self.machine.step(Voters(tuple(node for node in self._group.voters if node != self._node_id)))
             self._tell()
             waiting = self.machine.unanswered
             if not waiting and self._group.voters:
-                return
+                done = self._begun
+                continue
             await asyncio.gather(*(self._ask(node) for node in waiting))
             await asyncio.sleep(ASK_AGAIN_S)
 
@@ -122,6 +137,8 @@ class Claims:
                     "others remember more of this node than its directory does: it votes once it has caught up",
                     extra={"event": "votes_not"},
                 )
+            case Verdict.WAITING | None:
+                pass
 
     async def answer(self, peer: Peer, message: ClaimVote, attachments: Sequence[memoryview]) -> Reply:
         """Say what this node remembers of another one, and remember this start of it."""
@@ -134,8 +151,7 @@ class Claims:
             Remembered(
                 self._contact.process_id,
                 judged.verdict.value,
-                # What was just remembered is this very start.
-                0 if judged.persist is not None else judged.highest,
+                judged.highest,
                 term,
                 index,
                 trusted=not self._copied(),

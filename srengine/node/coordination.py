@@ -6,8 +6,8 @@
                              |
                              +-- raft only: Claims (claims.py) asks the other voters whether this node may vote
 
-What only the leader does here: it makes voters of unstable nodes that have caught up, and ends tickets that nobody used;
-both are the backend's. What the node adds is admission: `epoch` is what this node acts for, 0 when it acts for nobody.
+What only the leader does (it makes voters of unstable nodes that have caught up, and ends tickets that nobody used) is
+the backend's. What the node adds is admission: `epoch` is what this node acts for, 0 when it acts for nobody.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from srengine import errors
+from srengine.consensus.entries import Entry, EntryKind
+from srengine.consensus.log import LOG_NAME, NodeLog
 from srengine.ha import backends
 from srengine.ha.backends.raft import RaftBackend
 from srengine.ha.fencing import FencingOptions
-from srengine.ha.messages import ClaimVote
+from srengine.ha.journal import Command, encode_command
+from srengine.ha.members import BOOTSTRAP, Bootstrap
+from srengine.ha.membership import configuration_of
+from srengine.ha.messages import JOURNAL_GROUP, ClaimVote
 from srengine.ha.protocol import HAProtocol, Role
 from srengine.ha.role_machine import Policy, RoleOptions
 from srengine.ha.roles import RoleService
@@ -34,6 +41,13 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 HAND_OVER_S: Final = 5.0
+
+
+def first_entry(body: bytes) -> Entry:
+    """Return the entry with which the journal of every first member begins; the same bytes on all of them."""
+    members = msgspec.msgpack.decode(body, type=Bootstrap).members
+    data = encode_command(Command(BOOTSTRAP, body))
+    return Entry(1, 1, EntryKind.CONFIGURATION, data, configuration_of(members))
 
 
 class Coordination:
@@ -59,6 +73,7 @@ class Coordination:
                 settings=settings_of(node),
             ),
         )
+        self._begin_log()
         self.backend: HAProtocol = backends.find_backend(options.ha)(around)
         policy = Policy.EXIT if options.demotion == "exit" else Policy.DEMOTE
         self.roles = RoleService(
@@ -84,8 +99,38 @@ class Coordination:
             )
             node.endpoint.serve(ClaimVote, self.claims.answer, ports=("peer",))
 
+    def _begin_log(self) -> None:
+        """Let the journal begin with the cluster's first entry; find out whether the log is an older state. Blocks."""
+        node = self._node
+        if node.options.ha != "raft":
+            return
+        body = node.settling.first_entry()
+        with NodeLog.open(
+            node.options.data / LOG_NAME, insecure=node.options.insecure, allow_remote_fs=node.options.allow_remote_fs
+        ) as log:
+            node.trust.compare_log(log.boot_number)
+            if JOURNAL_GROUP not in log.groups():
+                log.bootstrap(JOURNAL_GROUP, first_entry(body) if body else None)
+            log.note_boot(node.identity.boot_number)
+
+    async def _found_in_etcd(self) -> None:
+        node = self._node
+        body = node.settling.first_entry()
+        if node.options.ha != "etcd" or not body:
+            return
+        from srengine.ha.backends.etcd import EtcdSettings, found_cluster
+
+        settings = EtcdSettings.read(settings_of(node))
+        cluster_id = await found_cluster(settings.etcd, msgspec.msgpack.decode(body, type=Bootstrap))
+        if cluster_id != node.identity.cluster_id:
+            raise errors.ForeignData(
+                f"in this etcd cluster {node.identity.cluster_name} is {cluster_id}, here {node.identity.cluster_id}",
+                cluster_id=cluster_id,
+            )
+
     async def start(self) -> None:
         """Begin to take part."""
+        await self._found_in_etcd()
         await self.backend.start()
         spawn = self._node.supervisor.spawn
         spawn(self.roles.run(), "role")
@@ -146,6 +191,7 @@ def settings_of(node: Runtime) -> dict[str, object]:
                 "journal_kept": options.journal_kept,
             }
         case "etcd":
-            return {"endpoints": options.etcd, "cluster_id": node.identity.cluster_id}
+            servers = tuple(server.strip() for server in options.etcd.split(",") if server.strip())
+            return {"servers": servers, "cluster_id": node.identity.cluster_id}
         case _:
             return {}

@@ -1,4 +1,4 @@
-"""What a node answers about members: list, add, remove, move, role, transfer; a node that wants to be let in; registers.
+"""What a node answers about members (list, add, remove, move, role, transfer), to nodes that join, and about registers.
 
 Any node takes these: the backend carries changes to the leader. Only `Join` is judged by the leader itself, because it
 knows who is alive: a member whose directory was lost may come back under its name with a new id, without a ticket, once
@@ -22,13 +22,12 @@ from srengine.ha.messages import Join, Joined
 from srengine.ha.protocol import Role
 from srengine.node.bootstrap import known
 from srengine.node.options import ROLES, split_address
-from srengine.node.services import Within
+from srengine.node.services import Within, checked_timeout
 from srengine.transport import Peer, Reply
 
 if TYPE_CHECKING:
     from srengine.node.runtime import Runtime
 
-TIMEOUT_S_MAX: Final = 600.0
 TIMEOUT_S: Final = 10.0
 UNKNOWN_END: Final = "the change is not known to be done or not yet"
 
@@ -87,12 +86,12 @@ class MembershipServices:
         del peer, attachments
         types.check_name(message.name, "node")
         node = self._node
-        await node.wait_catalog(_within(message.timeout_s))
+        await node.wait_catalog(checked_timeout(message.timeout_s))
         holder = node.agreed.member(message.name)
         if holder is not None and (holder.name == node.name or node.wire.connected(holder.name)):
             raise errors.Conflict(f"{message.name} is a member and alive", name=message.name)
         secret, command = mint_ticket(_role(message.role), message.name)
-        await node.backend.propose(command, timeout_s=_within(message.timeout_s))
+        await node.backend.propose(command, timeout_s=checked_timeout(message.timeout_s))
         return Reply(messages.Ticket(message.name, secret))
 
     async def remove_member(
@@ -101,8 +100,8 @@ class MembershipServices:
         """Remove one."""
         del peer, attachments
         node = self._node
-        async with Within(_within(message.timeout_s), UNKNOWN_END):
-            await node.wait_catalog(_within(message.timeout_s))
+        async with Within(checked_timeout(message.timeout_s), UNKNOWN_END):
+            await node.wait_catalog(checked_timeout(message.timeout_s))
             if message.name == node.agreed.first and node.agreed.tables and len(node.agreed.members) > 1:
                 raise errors.MasterState(
                     f"{message.name} leads all tablets in this version, and there are tables: it stays",
@@ -117,14 +116,14 @@ class MembershipServices:
         """Note where a member is now."""
         del peer, attachments
         split_address(message.address)
-        async with Within(_within(message.timeout_s), UNKNOWN_END):
+        async with Within(checked_timeout(message.timeout_s), UNKNOWN_END):
             await self._node.backend.update_address(message.name, message.address)
         return self._changed(message.name)
 
     async def set_role(self, peer: Peer, message: messages.SetRole, attachments: Sequence[memoryview]) -> Reply:
         """Make one a follower or an observer."""
         del peer, attachments
-        async with Within(_within(message.timeout_s), UNKNOWN_END):
+        async with Within(checked_timeout(message.timeout_s), UNKNOWN_END):
             await self._node.backend.set_role(message.name, _role(message.role))
         return self._changed(message.name)
 
@@ -134,7 +133,7 @@ class MembershipServices:
         """Hand leadership over."""
         del peer, attachments
         leader = await self._node.backend.transfer_leader(
-            message.target or None, timeout_s=_within(message.timeout_s)
+            message.target or None, timeout_s=checked_timeout(message.timeout_s)
         )
         return self._changed(leader)
 
@@ -147,7 +146,7 @@ class MembershipServices:
         """Let a node in, at the leader; elsewhere ask the leader."""
         del attachments
         node = self._node
-        timeout_s = _within(message.timeout_s)
+        timeout_s = checked_timeout(message.timeout_s)
         if not node.bootstrapped:
             raise errors.NotReady(f"{node.name} is starting")
         if node.backend.observed.role is not Role.LEADER:
@@ -208,23 +207,17 @@ class MembershipServices:
         command = msgspec.structs.replace(
             registers.put_register(message.name, message.value, if_version=message.if_version), request=message.request
         )
-        index = await self._node.backend.propose(command, timeout_s=_within(message.timeout_s))
+        index = await self._node.backend.propose(command, timeout_s=checked_timeout(message.timeout_s))
         return Reply(messages.Register(message.name, message.value, index))
 
     async def get_register(self, peer: Peer, message: messages.GetRegister, attachments: Sequence[memoryview]) -> Reply:
         """Read it linearizably."""
         del peer, attachments
-        await self._node.backend.read_barrier(timeout_s=_within(message.timeout_s))
+        await self._node.backend.read_barrier(timeout_s=checked_timeout(message.timeout_s))
         found = registers.read_register(self._node.metadata, message.name)
         if found is None:
             raise errors.NotFound(f"there is no register {message.name}", name=message.name)
         return Reply(messages.Register(message.name, found.value, found.version))
-
-
-def _within(timeout_s: float) -> float:
-    if not 0 <= timeout_s <= TIMEOUT_S_MAX:
-        raise errors.InvalidValue(f"a timeout of {timeout_s} s is not within 0 to {TIMEOUT_S_MAX:g}")
-    return timeout_s
 
 
 def _role(role: Any) -> MemberRole:

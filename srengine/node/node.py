@@ -60,7 +60,7 @@ class Node:
     """A node inside this program, on an event loop of its own in a thread.
 
     Use as a context manager, or `start` and `stop`. ``on_state_change(old, new)`` may be set before `start`; it is
-    called on the node's thread with INIT, LEADER, FOLLOWER or UNKNOWN.
+    called on the node's thread with INIT, LEADER, FOLLOWER, OBSERVER or UNKNOWN.
     """
 
     def __init__(self, options: NodeOptions) -> None:
@@ -112,14 +112,14 @@ class Node:
 
         if self._runtime is None:
             raise errors.NotReady("the node is not running")
-        return connect(self._runtime.addresses["client"])
+        return connect(self._runtime.ports.addresses["client"])
 
     @property
     def address(self) -> str:
         """Real client address; `NotReady` before `start`."""
         if self._runtime is None:
             raise errors.NotReady("the node is not running")
-        return self._runtime.addresses["client"]
+        return self._runtime.ports.addresses["client"]
 
     def _main(self) -> None:
         try:
@@ -145,7 +145,7 @@ class Node:
                 return
             starting.result()
             self._runtime = runtime
-            self._change("LEADER" if runtime.leads else "FOLLOWER")
+            runtime.supervisor.spawn(self._follow_role(runtime), "tell the role")
             self._started.set()
             ends: set[asyncio.Future[Any]] = {stopping, runtime.supervisor.failed}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -155,6 +155,13 @@ class Node:
             stopping.cancel()
             await runtime.stop()
             self._runtime = None
+
+    async def _follow_role(self, runtime: Runtime) -> None:
+        roles = runtime.coordination.roles
+        while True:
+            roles.changed.clear()
+            self._change(roles.role.value)
+            await roles.changed.wait()
 
     def _change(self, state: str) -> None:
         before, self.state = self.state, state

@@ -21,7 +21,9 @@ ALL_PORTS: Final[tuple[Port, ...]] = ("client", "peer", "bulk")
 class Ports:
     """Makes the endpoint; `listen` opens the three ports. ``admit`` looks at each peer behind its hello."""
 
-    def __init__(self, options: NodeOptions, identity: Identity, metrics: Metrics, admit: Callable[[Peer], None]) -> None:
+    def __init__(
+        self, options: NodeOptions, identity: Identity, metrics: Metrics, admit: Callable[[Peer], None]
+    ) -> None:
         self.options = options
         self.keys: KeyPair | None = None
         self.allowed: AllowList | None = None

@@ -43,6 +43,7 @@ class Way:
         self.address = address
         self._endpoint = endpoint
         self._server_key = server_key
+        self.public_key = "" if server_key is None else server_key.hex()
         self._introduce = introduce
         self._client: Channel | None = None
         self._channels: dict[str, tuple[str, Channel]] = {}

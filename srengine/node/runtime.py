@@ -9,8 +9,8 @@
 * The boot number is raised durably before anything of the new run is told to anybody.
 * *Ready*: the first member when all tablets that it leads are served; others when they are members and answer (a read
   there waits, is passed on, or says NOT_READY until the replica is current).
-* Two things are led, by nodes of their own: the *journal* by whoever is elected and fenced (`roles`), and, until tablets
-  are groups of consensus, all *tablets* by the first member (`leads_tablets`).
+* Two things are led, by nodes of their own: the *journal* by whoever is elected and fenced (coordination.py), and, until
+  tablets are groups of consensus, all *tablets* by the first member (`leads_tablets`).
 
 Stopping (`stop`): leadership is handed over, no new requests, what was begun finishes or ends with `Closed`, tasks end,
 the store closes. A fault that nobody expected takes the same way with the error as the reason; a node is never half
@@ -268,7 +268,9 @@ class Runtime:
             return
         now = {member.name: member.address for member in self.options.initial}
         if before is not None:
-            known, self._options_index, moved = msgspec.msgpack.decode(before, type=tuple[dict[str, str], int, list[str]])
+            known, self._options_index, moved = msgspec.msgpack.decode(
+                before, type=tuple[dict[str, str], int, list[str]]
+            )
             self._moved_by_options = set(moved)
             if known == now:
                 return
@@ -332,7 +334,7 @@ class Runtime:
         return name == self.name or self.wire.connected(name)
 
     async def wait_catalog(self, timeout_s: float) -> None:
-        """Return when members and tables here hold all that was acknowledged; `NoQuorum`, `UnknownMaster`, `TimedOut`."""
+        """Return when members and tables here hold all that was acknowledged; `NoQuorum` and below, `TimedOut`."""
         await self.agreed.wait_current(self.sync, timeout_s)
 
     async def wait_for_table(self, name: str, timeout_s: float) -> None:

@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import msgspec
 from srengine import errors, limits
 from srengine.client import messages, packing
 from srengine.cluster import catalog
+from srengine.ha import epochs
 from srengine.ha import leader_machine as lm
 from srengine.ha.journal import Command
 from srengine.storage import Batch, check_operations
@@ -31,10 +33,12 @@ from srengine.types import Record
 if TYPE_CHECKING:
     from srengine.node.runtime import Runtime
 
+_logger = logging.getLogger(__name__)
+
 CHECK_INLINE_BYTES_MAX = 64 * limits.KIB
 TIMEOUT_S_MAX = 600.0
 CATALOG_WAIT_S_MAX = 5.0
-"""How long a question to the catalog waits for the first member to know all that was acknowledged."""
+"""How long a question to the catalog waits until this node has applied all that was acknowledged."""
 _Handler = Callable[[Peer, Any, Sequence[memoryview]], Awaitable[Reply]]
 _WRITE_NEEDS = {"quorum": lm.Need.QUORUM, "all": lm.Need.ALL}
 
@@ -76,7 +80,7 @@ class Services:
         """Answer from this node's catalog."""
         del peer, message, attachments
         node = self._node
-        await node.wait_catalog(CATALOG_WAIT_S_MAX)
+        # Where things are must be told without a majority, too: a hint that every node checks for itself.
         return Reply(
             messages.ClusterInfoReply(
                 cluster_id=node.identity.cluster_id,
@@ -92,8 +96,8 @@ class Services:
                     for member in node.members
                 ),
                 tables=tuple(self._info(table) for table in node.tables.values()),
-                catalog_version=node.journal.applied_index,
-                epoch=1,
+                catalog_version=node.agreed.index,
+                epoch=epochs.newest_epoch(node.metadata)[0],
             )
         )
 
@@ -117,7 +121,7 @@ class Services:
         """Put it into the journal."""
         del peer, attachments
         command = catalog.CreateDatabase(message.name)
-        await self._node.journal.propose(Command(catalog.CREATE_DATABASE, msgspec.msgpack.encode(command)))
+        await self._node.backend.propose(Command(catalog.CREATE_DATABASE, msgspec.msgpack.encode(command)))
         return Reply(messages.DatabaseList((message.name,)))
 
     async def list_databases(
@@ -130,25 +134,37 @@ class Services:
         return Reply(messages.DatabaseList(tuple(database.name for database in databases)))
 
     async def create_table(self, peer: Peer, message: messages.CreateTable, attachments: Sequence[memoryview]) -> Reply:
-        """Design it on the first member, put it into the journal, wait until it can be written."""
-        timeout_s = _checked_timeout(message.timeout_s)
-        if not self._node.leads:
-            reply = await self._pass_on(peer, message, attachments, timeout_s)
-            await self._node.wait_for_table(message.name, timeout_s)
-            return reply
-        table = catalog.design_table(
-            message.name,
-            tablets=message.tablets,
-            replicas=message.replicas,
-            members=[member.name for member in self._node.members],
-        )
-        command = Command(catalog.CREATE_TABLE, msgspec.msgpack.encode(catalog.CreateTable(table)))
-        async with Within(timeout_s, f"table {message.name} is created, but not writable yet"):
-            await self._node.journal.propose(command, timeout_s=timeout_s)
-            await self._node.wait_for_table(message.name, timeout_s)
-            for tablet in table.tablets:
-                await self._node.sync.leaders[tablet.id].driver.wait_serving(timeout_s)
+        """Put it into the journal; wait until it can be written, if the member that leads tablets is there."""
+        del peer, attachments
+        timeout_s = checked_timeout(message.timeout_s)
+        node = self._node
+        sentence = f"table {message.name} is perhaps created, and not writable yet"
+        async with Within(timeout_s, sentence):
+            await node.wait_catalog(timeout_s)
+            table = catalog.design_table(
+                message.name,
+                tablets=message.tablets,
+                replicas=message.replicas,
+                members=[member.name for member in node.members if member.role == "follower"],
+            )
+            command = Command(catalog.CREATE_TABLE, msgspec.msgpack.encode(catalog.CreateTable(table)))
+            await node.backend.propose(command, timeout_s=timeout_s)
+            await node.agreed.refresh(node.sync)
+            await node.wait_for_table(message.name, timeout_s)
+            if node.leads_tablets:
+                for tablet in table.tablets:
+                    await node.sync.leaders[tablet.id].driver.wait_serving(timeout_s)
+            elif node.is_alive(node.first):
+                await self._served(message.name, timeout_s)
         return Reply(self._info(table))
+
+    async def _served(self, table: str, timeout_s: float) -> None:
+        """Return when the member that leads the table's tablets serves them, or does not answer at all."""
+        question = messages.DescribeTable(table, served=True)
+        try:
+            await self._node.ways[self._node.first].request(question, timeout_s=timeout_s)
+        except errors.Unreachable as error:
+            _logger.warning("table %s is created; nobody serves it yet: %s", table, error.message)
 
     async def list_tables(self, peer: Peer, message: messages.ListTables, attachments: Sequence[memoryview]) -> Reply:
         """Answer from this node's catalog."""
@@ -160,14 +176,12 @@ class Services:
     async def describe_table(
         self, peer: Peer, message: messages.DescribeTable, attachments: Sequence[memoryview]
     ) -> Reply:
-        """Answer from this node's catalog, or the leader's when it knows more."""
-        catalog.check_table_name(message.name)
-        await self._node.wait_catalog(CATALOG_WAIT_S_MAX)
-        table = self._node.tables.get(message.name)
-        if table is None and not self._node.leads:
-            return await self._pass_on(peer, message, attachments, 10.0)
-        if table is None:
-            raise errors.NotFound(f"there is no table {message.name}", name=message.name)
+        """Answer from this node's catalog, which is brought up to date when it does not know the table."""
+        del peer, attachments
+        table = await self._table(message.name)
+        if message.served and self._node.leads_tablets:
+            for tablet in table.tablets:
+                await self._led(tablet).driver.wait_serving(CATALOG_WAIT_S_MAX)
         return Reply(self._info(table))
 
     def _info(self, table: catalog.Table) -> messages.TableInfo:
@@ -185,9 +199,9 @@ class Services:
 
     async def open_session(self, peer: Peer, message: messages.OpenSession, attachments: Sequence[memoryview]) -> Reply:
         """Make a session known to every tablet of the table."""
-        timeout_s = _checked_timeout(message.timeout_s)
+        timeout_s = checked_timeout(message.timeout_s)
         table = await self._table(message.table)
-        if not self._node.leads:
+        if not self._node.leads_tablets:
             return await self._pass_on(peer, message, attachments, timeout_s)
         session = secrets.token_bytes(16)
         batch = Batch(b"", session, 0, KIND_OPEN_SESSION)
@@ -196,7 +210,7 @@ class Services:
 
     async def write(self, peer: Peer, message: messages.Write, attachments: Sequence[memoryview]) -> Reply:
         """Apply operations to one tablet; answered when the replicas hold them."""
-        timeout_s = _checked_timeout(message.timeout_s)
+        timeout_s = checked_timeout(message.timeout_s)
         need = _WRITE_NEEDS.get(message.consistency)
         if need is None:
             raise errors.InvalidValue(f"a write is consistent at quorum or all, not {message.consistency[:40]!r}")
@@ -237,7 +251,7 @@ class Services:
 
     async def read(self, peer: Peer, message: messages.Read, attachments: Sequence[memoryview]) -> Reply:
         """Look keys up."""
-        timeout_s = _checked_timeout(message.timeout_s)
+        timeout_s = checked_timeout(message.timeout_s)
         if not 1 <= len(message.keys) <= limits.READ_KEYS_MAX:
             raise errors.InvalidValue(f"a read has 1 to {limits.READ_KEYS_MAX} keys, not {len(message.keys)}")
         table = await self._table(message.table)
@@ -262,7 +276,7 @@ class Services:
 
     async def scan(self, peer: Peer, message: messages.Scan, attachments: Sequence[memoryview]) -> Reply:
         """Read a range of one tablet."""
-        timeout_s = _checked_timeout(message.timeout_s)
+        timeout_s = checked_timeout(message.timeout_s)
         if message.limit < 0:
             raise errors.InvalidValue(f"limit {message.limit} is negative")
         table = await self._table(message.table)
@@ -314,14 +328,12 @@ class Services:
     # --- ways --------------------------------------------------------------------------------------------------------
 
     async def _table(self, name: str) -> catalog.Table:
-        """Return a table of this node's catalog, waiting a moment when the leader may know more."""
+        """Return a table; `NotFound` only after all that was acknowledged is applied here."""
         catalog.check_table_name(name)
         table = self._node.tables.get(name)
         if table is None:
             await self._node.wait_catalog(CATALOG_WAIT_S_MAX)
             table = self._node.tables.get(name)
-        if table is None and not self._node.leads:
-            table = await self._node.table_of_leader(name)
         if table is None:
             raise errors.NotFound(f"there is no table {name}", name=name)
         return table
@@ -369,7 +381,8 @@ def _tablet(table: catalog.Table, number: int) -> catalog.Tablet:
     return table.tablets[number]
 
 
-def _checked_timeout(timeout_s: float) -> float:
+def checked_timeout(timeout_s: float) -> float:
+    """Return the seconds that a client allows; `InvalidValue` for what cannot be meant."""
     if not 0 <= timeout_s <= TIMEOUT_S_MAX:
         raise errors.InvalidValue(f"a timeout of {timeout_s} s is not within 0 to {TIMEOUT_S_MAX:g}")
     return timeout_s

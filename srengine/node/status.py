@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srengine import errors
+from srengine.ha import epochs
+from srengine.ha.members import read_membership
 from srengine.sync.messages import ReplicaState, ReplicaStatesReply
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def cluster_status(node: Runtime, states: States, chosen: str = "") -> dict[str,
     if chosen and chosen not in states:
         raise errors.NotFound(f"there is no node {chosen}", name=chosen)
     journal_head = max((told.journal_index for told in states.values() if told is not None), default=0)
+    observed = node.backend.observed
     nodes = []
     for member in node.members:
         if chosen and member.name != chosen:
@@ -47,7 +50,7 @@ def cluster_status(node: Runtime, states: States, chosen: str = "") -> dict[str,
                 "role": member.role,
                 "state": told.state if told is not None else "UNKNOWN",
                 "alive": told is not None,
-                "stable": True,
+                "stable": member.stable,
                 "journal_lag": journal_head - told.journal_index if told is not None else None,
                 "sync": _worst(told),
                 "disk_used": told.disk_used if told is not None else None,
@@ -57,9 +60,10 @@ def cluster_status(node: Runtime, states: States, chosen: str = "") -> dict[str,
         )
     return {
         "cluster": {"id": node.identity.cluster_id, "name": node.identity.cluster_name},
-        "leader": node.first if states.get(node.first) is not None else None,
-        "epoch": 1,
-        "term": 1,
+        "leader": observed.leader,
+        "epoch": epochs.newest_epoch(node.metadata)[0],
+        "term": observed.term,
+        "membership_version": read_membership(node.metadata).version,
         "config_version": 0,
         "nodes": nodes,
         "tables": _tables(node, states),

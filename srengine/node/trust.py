@@ -27,6 +27,7 @@ NODE_TABLE: Final = "node"
 """Local, in no digest: ``boot`` -> the boot number that was last written here."""
 _BOOT: Final = b"boot"
 LOOK_AGAIN_S: Final = 0.2
+PROVE_TIMEOUT_S: Final = 5.0
 
 
 class Trust:
@@ -58,6 +59,16 @@ class Trust:
                 f"{node.options.data} was copied or put back to an older state: nothing counts until it is proved",
             )
         self.standing = Standing(identity.boot_number, identity.stamped, identity.distrusted)
+
+    def compare_log(self, written: int) -> None:
+        """Take note of the boot number that the log of groups carries: one below the stamped is an older state."""
+        node = self._node
+        if written >= node.identity.stamped or self.standing.distrusted:
+            return
+        node.alarm("log_restored", f"log/ is of start {written}, the node of {node.identity.stamped}: an older state")
+        node.adopt(replace(node.identity, stamped=node.identity.boot_number, distrusted=True))
+        self.standing.stamped = node.identity.stamped
+        self.standing.distrusted = True
 
     def opened(self) -> None:
         """Every tablet is open, and those that are trusted carry this run's boot number: older states show from here
@@ -125,7 +136,7 @@ class Trust:
     async def _regain(self) -> None:
         while True:
             await asyncio.sleep(LOOK_AGAIN_S)
-            if self._proved():
+            if await self._proved():
                 break
         node = self._node
         self.standing.distrusted = False
@@ -134,10 +145,14 @@ class Trust:
         node.adopt(replace(node.identity, stamped=node.identity.boot_number, distrusted=False))
         _logger.info("the directory is proved and trusted again", extra={"event": "directory_trusted"})
 
-    def _proved(self) -> bool:
-        """Return whether the journal is current and every tablet that should be here was proved."""
+    async def _proved(self) -> bool:
+        """Return whether this node has applied all that was acknowledged, and every tablet that should be here was
+        proved.
+        """
         node = self._node
-        if not node.journal.current or node.journal.applied_index < node.journal_store.position.sequence:
+        try:
+            await node.wait_catalog(PROVE_TIMEOUT_S)
+        except (errors.NoQuorum, errors.TimedOut):
             return False
         slots = [leader.slot for leader in node.sync.leaders.values()]
         slots += [follower.slot for follower in node.sync.followers.values()]
