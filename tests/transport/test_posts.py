@@ -36,6 +36,10 @@ def listen(w):
     return notes
 
 
+def on_their_way(channel):
+    return channel._caller._posted_bytes - channel._caller._taken_bytes
+
+
 @KINDS
 def test_posts_arrive_in_order_with_their_sender(kind):
     """F27: what is posted over one connection arrives once, in order, named by the hello's node id; the first ones
@@ -115,8 +119,7 @@ def test_what_is_on_its_way_is_bounded_and_the_bound_moves(kind):
             await until(lambda: len(notes) == 1 + sent)
             for _ in range(5):
                 count = len(notes)
-                caller = channel._caller
-                await until(lambda: caller._posted_bytes - caller._taken_bytes < limits.POSTS_BYTES_MAX // 4)
+                await until(lambda: on_their_way(channel) < limits.POSTS_BYTES_MAX // 4)
                 assert all(channel.post(Note(2, bytes(limits.MIB - 100))) for _ in range(8))
                 await until(lambda count=count: len(notes) == count + 8)
 
