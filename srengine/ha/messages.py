@@ -163,6 +163,14 @@ class Joined(msgspec.Struct, frozen=True):
     members: tuple[KnownMember, ...]
 
 
+class Ping(msgspec.Struct, frozen=True):
+    """Ask for nothing but an answer: how long is the way?"""
+
+
+class Pong(msgspec.Struct, frozen=True):
+    """The answer."""
+
+
 class ClaimVote(msgspec.Struct, frozen=True):
     """Say "this is what I am since I started; do you remember more of me?" (`claims_machine`)."""
 
@@ -190,5 +198,7 @@ registry.register("ha.introduce", Introduce)
 registry.register("ha.introduction", Introduction)
 registry.register("ha.join", Join)
 registry.register("ha.joined", Joined)
+registry.register("ha.ping", Ping)
+registry.register("ha.pong", Pong)
 registry.register("ha.claim_vote", ClaimVote)
 registry.register("ha.remembered", Remembered)

@@ -50,7 +50,8 @@ class NodeOptions:
     ``election_s_min`` < ``election_s_max``. ``fence_tries`` attempts, ``fence_delay_s`` apart, doubling when
     ``fence_exponential``. ``demotion``: what a leader that loses leadership does: ``in-place`` or ``exit``.
     ``unstable_grace_s``: how long a joiner must have been caught up before it votes. ``transition_s_max``: how long a
-    change of role may take before the process exits. ``journal_kept``: entries kept behind what is applied.
+    change of role may take before the process exits. ``journal_kept``: entries kept behind what is applied. Alarms (watch.py):
+    ``disk_free_min`` bytes, ``waiting_max`` proposals and reads, ``rtt_s_max`` seconds to another member.
     """
 
     name: str
@@ -79,6 +80,9 @@ class NodeOptions:
     unstable_grace_s: float = 0.0
     transition_s_max: float = 30.0
     journal_kept: int = 10_000
+    disk_free_min: int = 256 * 1024 * 1024
+    waiting_max: int = 10_000
+    rtt_s_max: float = 1.0
 
     def checked(self) -> NodeOptions:
         """Return the options with every default filled in; `InvalidValue` or `UsageError` for what cannot be meant."""
@@ -122,6 +126,9 @@ class NodeOptions:
             ("unstable_grace_s", 0),
             ("transition_s_max", 0.1),
             ("journal_kept", 1),
+            ("disk_free_min", 0),
+            ("waiting_max", 1),
+            ("rtt_s_max", 0),
         ):
             if getattr(self, name) < least:
                 raise errors.InvalidValue(f"{name} is {getattr(self, name):g}; it is at least {least:g}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
-from srengine.ha.messages import Fetch, Pull
+from srengine.ha.messages import Fetch, Ping, Pong, Pull
 from srengine.sync.messages import Copy, ReplicaStates
 from srengine.transport import Peer, Reply
 
@@ -24,6 +24,7 @@ class PeerServices:
         serve = self._node.endpoint.serve
         serve(Pull, self._pulled, ports=("peer",))
         serve(Fetch, self._fetched, ports=("peer",))
+        serve(Ping, self._pinged, ports=("peer",))
         serve(ReplicaStates, self._asked_states, ports=("peer",))
         self._node.endpoint.serve_stream(Copy, self._copied)
 
@@ -41,6 +42,11 @@ class PeerServices:
         del peer, attachments
         answer = await self._node.sync.fetched(message)
         return Reply(answer.reply, answer.attachments)
+
+    @staticmethod
+    async def _pinged(peer: Peer, message: Ping, attachments: Sequence[memoryview]) -> Reply:
+        del peer, message, attachments
+        return Reply(Pong())
 
     async def _copied(self, peer: Peer, message: Copy) -> AsyncIterator[bytes]:
         del peer

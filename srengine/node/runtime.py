@@ -9,8 +9,8 @@
 * The boot number is raised durably before anything of the new run is told to anybody.
 * *Ready*: the first member when all tablets that it leads are served; others when they are members and answer (a read
   there waits, is passed on, or says NOT_READY until the replica is current).
-* Two things are led, by nodes of their own: the *journal* by whoever is elected and fenced (coordination.py), and, until
-  tablets are groups of consensus, all *tablets* by the first member (`leads_tablets`).
+* Two things are led, by nodes of their own: the *journal* by whoever is elected and fenced (coordination.py), and until
+  tablets are groups of consensus all *tablets* by the first member (`leads_tablets`).
 
 Stopping (`stop`): leadership is handed over, no new requests, what was begun finishes or ends with `Closed`, tasks end,
 the store closes. A fault that nobody expected takes the same way with the error as the reason; a node is never half
@@ -57,6 +57,7 @@ from srengine.node.reach import Ways
 from srengine.node.services import Services
 from srengine.node.supervisor import Supervisor
 from srengine.node.trust import NODE_TABLE, Trust
+from srengine.node.watch import Watch
 from srengine.node.wire import NodeWire
 from srengine.storage import MetadataStore, Store
 from srengine.sync.messages import ReplicaStates, ReplicaStatesReply
@@ -244,6 +245,7 @@ class Runtime:
         self.supervisor.spawn(self.agreed.follow(self.sync), "follow the journal")
         self.supervisor.spawn(self.agreed.look_again(self.sync), "look at the agreed state")
         self.supervisor.spawn(self._call_members(), "call members")
+        self.supervisor.spawn(Watch(self).run(), "watch")
 
     def _given(self, member: Member) -> tuple[str, str]:
         """Return address and key of a member: its row's, unless the command line has since named another address.
