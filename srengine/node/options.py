@@ -50,8 +50,8 @@ class NodeOptions:
     ``election_s_min`` < ``election_s_max``. ``fence_tries`` attempts, ``fence_delay_s`` apart, doubling when
     ``fence_exponential``. ``demotion``: what a leader that loses leadership does: ``in-place`` or ``exit``.
     ``unstable_grace_s``: how long a joiner must have been caught up before it votes. ``transition_s_max``: how long a
-    change of role may take before the process exits. ``journal_kept``: entries kept behind what is applied. Alarms (watch.py):
-    ``disk_free_min`` bytes, ``waiting_max`` proposals and reads, ``rtt_s_max`` seconds to another member.
+    change of role may take before the process exits. ``journal_kept``: entries kept behind what is applied. Alarms
+    (watch.py): ``disk_free_min`` bytes, ``waiting_max`` proposals and reads, ``rtt_s_max`` seconds to another member.
     """
 
     name: str

@@ -40,7 +40,7 @@ from srengine.ha.group import Surroundings
 from srengine.ha.members import Member, MembersApplier, find_removed, read_events, was_removed
 from srengine.ha.messages import Introduce, Introduction, KnownMember
 from srengine.ha.metadata import MetadataMachine
-from srengine.ha.protocol import HAProtocol
+from srengine.ha.protocol import HAProtocol, Role
 from srengine.ha.registers import RegistersApplier
 from srengine.ha.roster_machine import Process
 from srengine.metrics import Metrics
@@ -365,6 +365,18 @@ class Runtime:
                     await asyncio.sleep(bootstrap.ASK_AGAIN_S)
         _logger.info("ready", extra={"event": "ready", "address": self.ports.addresses["client"]})
 
+    def why_not_ready(self) -> str:
+        """Return why this node should be asked nothing that must be current, empty when it may be."""
+        if self.stopping:
+            return "it is stopping"
+        if not self.bootstrapped:
+            return "it is starting"
+        if self.coordination.role in {Role.INIT, Role.UNKNOWN}:
+            return "it hears no leader"
+        if not self.backend.current:
+            return "it has not applied lately what the leader called committed"
+        return ""
+
     def ready_event(self) -> dict[str, object]:
         """Return what the command line prints when the node is ready."""
         return {
@@ -432,11 +444,14 @@ class Runtime:
     def own_states(self, table: str = "") -> ReplicaStatesReply:
         """Return what this node says of itself."""
         usage = shutil.disk_usage(self.options.data)
+        why = self.why_not_ready()
         return ReplicaStatesReply(
             replicas=tuple(self.sync.states(table)),
             name=self.name,
             node_id=self.identity.node_id,
             state=self.coordination.role.value,
+            ready=not why,
+            why=why,
             journal_index=self.backend.applied_index,
             disk_used=status.directory_bytes(self.options.data),
             disk_free=usage.free,
