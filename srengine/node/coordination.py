@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from srengine import errors
-from srengine.consensus.entries import Entry, EntryKind
 from srengine.consensus.log import LOG_NAME, NodeLog
 from srengine.ha import backends
-from srengine.ha.backends.raft import RaftBackend
+from srengine.ha.backends.raft import RaftBackend, first_entry
 from srengine.ha.fencing import FencingOptions
-from srengine.ha.journal import Command, encode_command
+from srengine.ha.journal import Command
 from srengine.ha.members import BOOTSTRAP, Bootstrap
-from srengine.ha.membership import configuration_of
 from srengine.ha.messages import JOURNAL_GROUP, ClaimVote
 from srengine.ha.protocol import HAProtocol, Role
 from srengine.ha.role_machine import Policy, RoleOptions
@@ -41,13 +39,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 HAND_OVER_S: Final = 5.0
-
-
-def first_entry(body: bytes) -> Entry:
-    """Return the entry with which the journal of every first member begins; the same bytes on all of them."""
-    members = msgspec.msgpack.decode(body, type=Bootstrap).members
-    data = encode_command(Command(BOOTSTRAP, body))
-    return Entry(1, 1, EntryKind.CONFIGURATION, data, configuration_of(members))
+REMOVED_LOOK_S: Final = 0.1
 
 
 class Coordination:
@@ -68,6 +60,7 @@ class Coordination:
             spawn=node.supervisor.spawn,
             alarm=node.alarm,
             metrics=node.metrics,
+            trusted=False,
             options=backends.HAOptions(
                 fencing=FencingOptions(options.fence_tries, options.fence_delay_s, options.fence_exponential),
                 settings=settings_of(node),
@@ -85,6 +78,9 @@ class Coordination:
             options=RoleOptions(promotion=policy, demotion=policy, drain_s=options.transition_s_max),
         )
         self.claims: Claims | None = None
+
+    def _make_claims(self) -> None:
+        node = self._node
         if isinstance(self.backend, RaftBackend):
             self.claims = Claims(
                 name=node.name,
@@ -93,7 +89,7 @@ class Coordination:
                 copied=lambda: node.identity.distrusted,
                 contact=node.contact,
                 wire=node.wire,
-                group=self.backend,
+                group=JournalVotes(self.backend),
                 alarm=node.alarm,
                 refused=node.trust.refused,
             )
@@ -110,7 +106,7 @@ class Coordination:
         ) as log:
             node.trust.compare_log(log.boot_number)
             if JOURNAL_GROUP not in log.groups():
-                log.bootstrap(JOURNAL_GROUP, first_entry(body) if body else None)
+                log.bootstrap(JOURNAL_GROUP, first_entry(Command(BOOTSTRAP, body)) if body else None)
             log.note_boot(node.identity.boot_number)
 
     async def _found_in_etcd(self) -> None:
@@ -132,10 +128,18 @@ class Coordination:
         """Begin to take part."""
         await self._found_in_etcd()
         await self.backend.start()
+        self._make_claims()
         spawn = self._node.supervisor.spawn
         spawn(self.roles.run(), "role")
+        spawn(self._end_when_removed(), "removal")
         if self.claims is not None:
             spawn(self.claims.run(), "claims")
+
+    async def _end_when_removed(self) -> None:
+        """Stop the node once the cluster has removed it."""
+        while self.backend.removed is None:
+            await asyncio.sleep(REMOVED_LOOK_S)
+        self._node.supervisor.fail(self.backend.removed)
 
     @property
     def role(self) -> Role:
@@ -177,6 +181,32 @@ class Coordination:
         """See `roles.Leadership`: there is nothing that only a leader remembers here."""
 
 
+class JournalVotes:
+    """The journal's group, as `Claims` sees it."""
+
+    def __init__(self, backend: RaftBackend) -> None:
+        self._backend = backend
+
+    @property
+    def voters(self) -> tuple[NodeId, ...]:
+        """See `claims.Group`."""
+        return self._backend.machine.configuration.voters
+
+    @property
+    def promised(self) -> tuple[int, int]:
+        """See `claims.Group`."""
+        return self._backend.machine.term, self._backend.machine.last_index
+
+    def remembered(self, node: NodeId) -> tuple[int, int]:
+        """See `claims.Group`. Only a leader knows what others acknowledged."""
+        peer = self._backend.machine.progress.get(node)
+        return (0, 0) if peer is None or not peer.match_index else (self._backend.machine.term, peer.match_index)
+
+    def trust(self, *, trusted: bool) -> None:
+        """See `claims.Group`."""
+        self._backend.trust(trusted=trusted)
+
+
 def settings_of(node: Runtime) -> dict[str, object]:
     """Return what the options say to the backend alone."""
     options = node.options
@@ -188,7 +218,7 @@ def settings_of(node: Runtime) -> dict[str, object]:
                 "election_s_min": options.election_s_min,
                 "election_s_max": options.election_s_max,
                 "unstable_grace_s": options.unstable_grace_s,
-                "journal_kept": options.journal_kept,
+                "entries_kept": options.journal_kept,
             }
         case "etcd":
             servers = tuple(server.strip() for server in options.etcd.split(",") if server.strip())

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from srengine import errors
 from srengine.ha.backends.raft import RaftBackend
-from srengine.ha.messages import Ping
+from srengine.ha.messages import JOURNAL_GROUP, Ping
 
 if TYPE_CHECKING:
     from srengine.node.runtime import Runtime
@@ -55,7 +55,7 @@ class Watch:
         node = self._node
         if not isinstance(node.backend, RaftBackend):
             return
-        waiting = node.backend.waiting
+        waiting = node.backend.driver.status(JOURNAL_GROUP).waiting
         node.metrics.set("srengine_ha_waiting", waiting)
         if waiting > node.options.waiting_max:
             node.alarm("journal_busy", f"more than {node.options.waiting_max} proposals and reads wait")
