@@ -34,7 +34,7 @@ async def single(directory: Path) -> Runtime:
 
 
 async def tablet(runtime: Runtime) -> TabletLeader:
-    way = runtime.endpoint.channel(runtime.addresses["client"])
+    way = runtime.endpoint.channel(runtime.ports.addresses["client"])
     await way.request(messages.CreateDatabase("shop"), timeout_s=10)
     await way.request(messages.CreateTable(TABLE, tablets=1, replicas=1), timeout_s=10)
     (leader,) = runtime.sync.leaders.values()
