@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -380,7 +380,7 @@ class EtcdClient:
 
     async def watch(
         self, key: bytes, range_end: bytes | None, *, start_revision: int, timeout_s: float = 5.0
-    ) -> AsyncIterator[WatchReply]:
+    ) -> AsyncGenerator[WatchReply, None]:
         """Yield the changes of [key, range_end) from ``start_revision`` on; the first reply has ``created``.
 
         Ends only by an error: `Compacted` when ``start_revision`` is gone; `errors.Unreachable`, `errors.NoQuorum` or
