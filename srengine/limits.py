@@ -79,6 +79,12 @@ is closed. ZeroMQ counts whole messages only: one that never ends would fill the
 """
 CONNECTIONS_MAX: Final = 256
 """Accepted connections of one port, half-done handshakes included; beyond it new ones are closed at once."""
+POSTS_BYTES_MAX: Final = 16 * MIB
+"""Bytes of one-way messages on their way over one connection; what does not fit is dropped, and said again by whoever
+needs it heard.
+"""
+POSTS_HELD_MAX: Final = 16
+"""One-way messages that wait for a connection which is just being made."""
 REQUEST_WINDOW: Final = 4096
 """Request ids remembered behind the highest one, so that a repeated frame is not answered twice."""
 HANDSHAKE_MS: Final = 2000
@@ -177,6 +183,27 @@ JOURNAL_PULL_BYTES_MAX: Final = 4 * MIB
 STATE_ITEM_BYTES_MAX: Final = 2 * JOURNAL_ENTRY_BYTES_MAX
 """One item of the agreed state on its way to another node: it holds at least one row that one command made."""
 
+# --- consensus -------------------------------------------------------------------------------------------------------
+GROUP_NODES_MAX: Final = 256
+"""Voters and learners of one group; a leader writes to each of them at every heartbeat."""
+APPEND_BYTES_MAX: Final = 256 * KIB
+"""Entries of one message, at least one: so that no message delays a heartbeat."""
+IN_FLIGHT_MESSAGES_MAX: Final = 64
+"""Messages with entries on their way to one follower, unanswered."""
+IN_FLIGHT_BYTES_MAX: Final = 4 * MIB
+UNCOMMITTED_BYTES_MAX: Final = 64 * MIB
+"""Proposals in a leader's log that are not committed; one larger entry is taken when there is no other."""
+APPLY_BYTES_MAX: Final = 16 * MIB
+"""Committed entries handed out and not applied yet; one larger entry is handed out alone."""
+READS_WAITING_MAX: Final = 16_384
+ROUNDS_KEPT_MAX: Final = 1024
+"""Heartbeats whose time of sending is remembered; an answer to an older one renews nothing."""
+EARLY_CAMPAIGNS_MAX: Final = 8
+"""Campaigns in quick succession after a hint that the leader is dead; after them the usual time-out."""
+DEPARTING_S_MAX: Final = 10.0
+"""How long a leader goes on telling a removed node that it was removed."""
+
+assert APPEND_BYTES_MAX <= IN_FLIGHT_BYTES_MAX <= UNCOMMITTED_BYTES_MAX, (APPEND_BYTES_MAX, IN_FLIGHT_BYTES_MAX)
 assert PULL_HOLD_S < PULL_TIMEOUT_S < CONTACT_S, (PULL_HOLD_S, PULL_TIMEOUT_S, CONTACT_S)
 assert PULL_HOLD_S < STALENESS_S_MAX / 2, (PULL_HOLD_S, STALENESS_S_MAX)
 assert DUPLICATE_PATIENCE_S >= 2 * CONTACT_S, (DUPLICATE_PATIENCE_S, CONTACT_S)
@@ -188,6 +215,7 @@ assert BODY_BYTES_MAX + ENVELOPES_BYTES_TARGET + 64 * KIB <= CLIENT_FRAME_BYTES_
     BODY_BYTES_MAX,
     CLIENT_FRAME_BYTES_MAX,
 )
+assert POSTS_BYTES_MAX >= 2 * PEER_FRAME_BYTES_MAX, (POSTS_BYTES_MAX, PEER_FRAME_BYTES_MAX)
 assert CONNECTION_BYTES_MAX >= ENTRY_BYTES_MAX, (CONNECTION_BYTES_MAX, ENTRY_BYTES_MAX)
 assert UNREAD_BYTES_MAX >= REQUESTS_IN_FLIGHT_MAX * PART_BYTES_MAX + 32 * MIB, (UNREAD_BYTES_MAX, PART_BYTES_MAX)
 assert UNREAD_BYTES_MAX >= 2 * CREDIT_FRAMES * BULK_FRAME_BYTES_MAX, (UNREAD_BYTES_MAX, BULK_FRAME_BYTES_MAX)

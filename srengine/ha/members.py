@@ -30,7 +30,9 @@ Rules, decided when applied, the same everywhere:
 table                key                 value
 ===================  ==================  ==============================================================================
 ``members``          name                `Member`
-``members_removed``  node id             `RemovedMember`; the latest `REMOVED_KEPT`
+``members_removed``  ``n`` + node id     `RemovedMember`; the latest `REMOVED_KEPT`
+``members_removed``  ``i`` + index, 8    the node id that was removed there
+                     bytes, big endian
 ``member_events``    index, 8 bytes big  `MemberEvent`; the latest `EVENTS_KEPT`
                      endian, ordinal, 1
 ``membership``       ``membership``      `Membership`
@@ -129,10 +131,14 @@ class MemberEvent(msgspec.Struct, frozen=True):
 
 
 class Membership(msgspec.Struct, frozen=True):
-    """``version``: grows with every change of members. ``next_number``: for the next one that joins."""
+    """``version``: grows with every change of members. ``next_number``: for the next one that joins. ``events`` and
+    ``removed``: rows of those tables.
+    """
 
     version: int = 0
     next_number: int = 0
+    events: int = 0
+    removed: int = 0
 
 
 class Cluster(msgspec.Struct, frozen=True):
@@ -325,7 +331,7 @@ class _Change:
                 self._happened("joined", member)
                 self._happened("stable" if member.votes else "unstable", member)
         self._tables.put(CLUSTER_TABLE, _CLUSTER, msgspec.msgpack.encode(command.cluster))
-        self._tables.put(MEMBERSHIP_TABLE, _MEMBERSHIP, msgspec.msgpack.encode(Membership(1, len(command.members))))
+        self._note(version=1, next_number=len(command.members))
 
     def _identify(self, command: Identify) -> None:
         member = find_member(self._tables, command.name)
@@ -377,7 +383,8 @@ class _Change:
         self._happened("joined", added)
         if not added.stable:
             self._happened("unstable", added)
-        self._raise_version(next_number=max(number + 1, self._membership().next_number))
+        self._note(next_number=max(number + 1, self._membership().next_number))
+        self._raise_version()
 
     def _use_ticket(self, command: AddMember) -> None:
         stored = self._tables.get(TICKET_TABLE, _digest_key(command.ticket))
@@ -448,13 +455,15 @@ class _Change:
         if member.node_id:
             epoch, _ = newest_epoch(self._tables)
             row = RemovedMember(member.name, member.node_id, member.incarnation, epoch, self._index)
-            self._tables.put(REMOVED_TABLE, member.node_id.encode(), msgspec.msgpack.encode(row))
-            rows = [
-                (msgspec.msgpack.decode(value, type=RemovedMember).index, key)
-                for key, value in self._tables.scan(REMOVED_TABLE)
-            ]
-            for _, key in sorted(rows)[: max(0, len(rows) - REMOVED_KEPT)]:
-                self._tables.delete(REMOVED_TABLE, key)
+            self._tables.put(REMOVED_TABLE, b"n" + member.node_id.encode(), msgspec.msgpack.encode(row))
+            self._tables.put(REMOVED_TABLE, b"i" + self._index.to_bytes(8, "big"), member.node_id.encode())
+            count = self._membership().removed + 1
+            if count > REMOVED_KEPT:
+                count -= 1
+                oldest, forgotten = next(self._tables.scan(REMOVED_TABLE, b"i", b"j"))
+                self._tables.delete(REMOVED_TABLE, oldest)
+                self._tables.delete(REMOVED_TABLE, b"n" + forgotten)
+            self._note(removed=count)
         self._happened(event, member)
 
     def _happened(self, event: Event, member: Member, detail: str = "") -> None:
@@ -462,16 +471,21 @@ class _Change:
         key = self._index.to_bytes(8, "big") + bytes([self._events])
         self._events += 1
         self._tables.put(EVENT_TABLE, key, msgspec.msgpack.encode(row))
-        keys = [key for key, _ in self._tables.scan(EVENT_TABLE)]
-        for key in keys[: max(0, len(keys) - EVENTS_KEPT)]:
-            self._tables.delete(EVENT_TABLE, key)
+        count = self._membership().events + 1
+        if count > EVENTS_KEPT:
+            count -= 1
+            oldest, _ = next(self._tables.scan(EVENT_TABLE))
+            self._tables.delete(EVENT_TABLE, oldest)
+        self._note(events=count)
 
     def _membership(self) -> Membership:
         return read_membership(self._tables)
 
-    def _raise_version(self, *, next_number: int | None = None) -> None:
-        before = self._membership()
-        after = Membership(before.version + 1, before.next_number if next_number is None else next_number)
+    def _raise_version(self) -> None:
+        self._note(version=self._membership().version + 1)
+
+    def _note(self, **changed: int) -> None:
+        after = msgspec.structs.replace(self._membership(), **changed)
         self._tables.put(MEMBERSHIP_TABLE, _MEMBERSHIP, msgspec.msgpack.encode(after))
 
 
@@ -503,7 +517,7 @@ def find_member(rows: Readable, name: str) -> Member | None:
 
 def find_removed(rows: Readable, node_id: str) -> RemovedMember | None:
     """Return when and as what an id was removed; None when it never was."""
-    stored = rows.get(REMOVED_TABLE, node_id.encode()) if _NODE_ID.fullmatch(node_id) else None
+    stored = rows.get(REMOVED_TABLE, b"n" + node_id.encode()) if _NODE_ID.fullmatch(node_id) else None
     return None if stored is None else msgspec.msgpack.decode(stored, type=RemovedMember)
 
 

@@ -82,15 +82,22 @@ registry.register("ha.pull_reply", PullReply)
 
 
 class Propose(msgspec.Struct, frozen=True):
-    """Ask the first member to put a command into the journal."""
+    """Ask the leader to put a command into the journal.
+
+    ``epoch``: 0, or the one that the proposer acts for; ``request``: its id, the same when it is asked again.
+    ``force``: a change of membership may cost the quorum.
+    """
 
     kind: str
     body: bytes
     timeout_s: float = 10.0
+    epoch: int = 0
+    request: bytes = b""
+    force: bool = False
 
 
 class Proposed(msgspec.Struct, frozen=True):
-    """The command stands at ``index`` and was applied at the leader. A refusal is answered by its error."""
+    """The command was decided at ``index`` and is applied at the leader. A refusal is answered by its error."""
 
     index: int
 

@@ -37,7 +37,7 @@ from srengine.ha.epochs import FENCE, newest_epoch
 from srengine.ha.journal import Command
 from srengine.ha.members import BOOTSTRAP
 from srengine.ha.outcomes import OUTCOME_TABLE, Outcome, find_outcome, keep_outcome, refused
-from srengine.ha.tables import Applier, ReplaceableStore, Row, Store, Tables
+from srengine.ha.tables import Applier, Overlay, ReplaceableStore, Row, Store, Tables
 
 __all__ = ["STATE_TABLE", "Applier", "Applying", "MetadataMachine", "Store", "Tables"]
 
@@ -126,7 +126,7 @@ class MetadataMachine:
         return outcome
 
     def _decide(self, transaction: Tables, index: int, command: Command) -> Outcome:
-        aside = _Aside(transaction)
+        aside = Overlay(_Guarded(transaction))
         try:
             # NB: a fault of this node's disk is no outcome: it leaves as `_LocalFaultError` and takes the whole
             # transaction back.
@@ -139,7 +139,7 @@ class MetadataMachine:
             return refused(index, errors.InvalidValue(text, kind=command.kind))
         except errors.Error as error:
             return refused(index, error)
-        aside.write()
+        aside.write(transaction)
         return Outcome(index)
 
     # --- the whole state ---------------------------------------------------------------------------------------------
@@ -164,16 +164,18 @@ class MetadataMachine:
             with path.open("xb") as file:
                 return state.write_items(header, self._rows(), file)
 
-    def install(self, path: Path, *, index: int | None = None) -> state.Described:
+    def install(self, path: Path, *, index: int | None = None, term: int | None = None) -> state.Described:
         """Replace the state by that of a file, durably, all or nothing.
 
-        ``index``: what the file must hold. Raises `SnapshotDamaged`, `UnsupportedFeature` (of another version), and
-        `Conflict` for a state that is older than the own one.
+        ``index`` and ``term``: what the file must hold. Raises `SnapshotDamaged`, `UnsupportedFeature` (of another
+        version), and `Conflict` for a state that is older than the own one.
         """
         with self._lock, contextlib.closing(state.read_file(path)) as items:
             header = state.read_header(items, self._tables)
             if index is not None and header.index != index:
                 raise errors.SnapshotDamaged(f"the state is that of index {header.index}, not {index}")
+            if term is not None and header.term != term:
+                raise errors.SnapshotDamaged(f"the state is that of term {header.term}, not {term}")
             if header.index < self.applied_index:
                 raise errors.Conflict(f"the state of index {header.index} is older than {self.applied_index} here")
             digest = state.Digest(header.index)
@@ -224,45 +226,20 @@ def _faults_of_the_disk() -> Iterator[None]:
         raise fault.error from None
 
 
-class _Aside:
-    """Changes kept aside over a transaction until the applier has finished, so that a refusal leaves nothing."""
+class _Guarded:
+    """Reads of a transaction, whose faults are this node's alone."""
 
     def __init__(self, below: Tables) -> None:
         self._below = below
-        self._changes: dict[tuple[str, bytes], bytes | None] = {}
 
     def get(self, table: str, key: bytes) -> bytes | None:
-        if (table, key) in self._changes:
-            return self._changes[table, key]
         try:
             return self._below.get(table, key)
         except errors.Error as error:
             raise _LocalFaultError(error) from error
 
-    def put(self, table: str, key: bytes, value: bytes) -> None:
-        self._changes[table, key] = value
-
-    def delete(self, table: str, key: bytes) -> bool:
-        there = self.get(table, key) is not None
-        self._changes[table, key] = None
-        return there
-
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         try:
-            rows: dict[bytes, bytes | None] = dict(self._below.scan(table, start, stop))
+            yield from self._below.scan(table, start, stop)
         except errors.Error as error:
             raise _LocalFaultError(error) from error
-        for (changed, key), value in self._changes.items():
-            if changed == table and (start is None or key >= start) and (stop is None or key < stop):
-                rows[key] = value
-        for key in sorted(rows):
-            value = rows[key]
-            if value is not None:
-                yield key, value
-
-    def write(self) -> None:
-        for (table, key), value in sorted(self._changes.items(), key=lambda item: item[0]):
-            if value is None:
-                self._below.delete(table, key)
-            else:
-                self._below.put(table, key, value)

@@ -29,7 +29,7 @@ import os
 import secrets
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, Self
 
 import lmdb
 import xxhash
@@ -45,6 +45,8 @@ FORMAT: Final = b"1"
 TABLES_MAX: Final = 64
 SCAN_ROWS: Final = 256
 """Rows read in one LMDB transaction by a scan, so that no reader holds old pages or the map for long."""
+SCAN_BYTES: Final = 8 * limits.MIB
+"""Or fewer, when together they are larger: what a scan holds in memory."""
 VALUE_BYTES_MAX: Final = limits.ENTRY_BYTES_MAX
 MAP_BYTES_MIN: Final = 16 * limits.MIB
 MAP_BYTES_MAX: Final = 1 << 40
@@ -57,6 +59,17 @@ _ENGINE: Final[dict[str, Any]] = {"lib_version": 0} if int(lmdb.__version__.spli
 """py-lmdb 3 brings two engines, and an environment variable may choose: ours is the 0.9 line, as for tablets."""
 _OWN_TABLE: Final = "srengine"
 _FORMAT_KEY: Final = b"format"
+
+
+class Row(NamedTuple):
+    """One row as `MetadataStore.survey` finds it.
+
+    ``sound``: the value passed its check. Else ``value`` is everything that is stored, the check included.
+    """
+
+    key: bytes
+    value: bytes
+    sound: bool
 
 
 class MetadataStore:
@@ -150,11 +163,23 @@ class MetadataStore:
         position, first = start, True
         while True:
             with self._reading() as reader:
-                rows = self._rows(reader, self._tables.get(table), table, position, stop, after=not first)
+                rows, done = self._rows(reader, self._tables.get(table), table, position, stop, after=not first)
             yield from rows
-            if len(rows) < SCAN_ROWS:
+            if done:
                 return
             position, first = rows[-1][0], False
+
+    def survey(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[Row]:
+        """Yield what `scan` yields, and damaged rows as well instead of raising: for whoever can do without them."""
+        position, first = start, True
+        while True:
+            with self._reading() as reader:
+                found, done = self._stored_rows(reader, self._tables.get(table), position, stop, after=not first)
+            for key, stored in found:
+                yield read_row(table, key, stored)
+            if done:
+                return
+            position, first = found[-1][0], False
 
     def tables(self) -> list[str]:
         """Return the names of the tables that were ever written to, sorted."""
@@ -210,21 +235,39 @@ class MetadataStore:
         stop: bytes | None,
         *,
         after: bool,
-    ) -> list[tuple[bytes, bytes]]:
+    ) -> tuple[list[tuple[bytes, bytes]], bool]:
+        found, done = self._stored_rows(transaction, database, start, stop, after=after)
+        return [(key, self._unsealed(table, key, stored)) for key, stored in found], done
+
+    def _stored_rows(
+        self,
+        transaction: lmdb.Transaction,
+        database: lmdb._Database | None,
+        start: bytes | None,
+        stop: bytes | None,
+        *,
+        after: bool,
+    ) -> tuple[list[tuple[bytes, bytes]], bool]:
+        """Return some rows of the range, and whether they are the last of it."""
         if database is None:
-            return []
+            return [], True
         rows: list[tuple[bytes, bytes]] = []
+        size = 0
         with transaction.cursor(db=database) as cursor:
             found = cursor.first() if not start else cursor.set_range(_checked_key(start))
             if found and after and cursor.key() == start:
                 found = cursor.next()
-            while found and len(rows) < SCAN_ROWS:
+            while found:
+                if len(rows) >= SCAN_ROWS or size >= SCAN_BYTES:
+                    return rows, False
                 key = bytes(cursor.key())
                 if stop is not None and key >= stop:
                     break
-                rows.append((key, self._unsealed(table, key, bytes(cursor.value()))))
+                value = bytes(cursor.value())
+                rows.append((key, value))
+                size += len(value)
                 found = cursor.next()
-        return rows
+        return rows, True
 
     def _unsealed(self, table: str, key: bytes, stored: bytes) -> bytes:
         if not is_sealed(table, key, stored):
@@ -448,15 +491,23 @@ class Transaction:
         self._remember(table, key, None)
         return True
 
+    def discard(self, table: str, key: bytes) -> None:
+        """Delete ``key`` if it is there, without looking at its value, which may be damaged."""
+        self._check_open()
+        if self._database(table) is not None:
+            self._remember(table, _checked_key(key), None)
+
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Yield (key, value) with ``start`` <= key < ``stop`` in order; rows changed behind the place reached show."""
         position, first = start, True
         while True:
             self._check_open()
             with self._store._translated("cannot read"):
-                rows = self._store._rows(self._writer, self._database(table), table, position, stop, after=not first)
+                rows, done = self._store._rows(
+                    self._writer, self._database(table), table, position, stop, after=not first
+                )
             yield from rows
-            if len(rows) < SCAN_ROWS:
+            if done:
                 return
             position, first = rows[-1][0], False
 
@@ -592,6 +643,13 @@ def _checked_key(key: bytes) -> bytes:
 def is_sealed(table: str, key: bytes, stored: bytes) -> bool:
     """Return whether a stored value ends in the checksum of its table, key and bytes."""
     return len(stored) >= _CHECK_BYTES and stored[-_CHECK_BYTES:] == _check(table, key, stored[:-_CHECK_BYTES])
+
+
+def read_row(table: str, key: bytes, stored: bytes) -> Row:
+    """Return a row of `table` from its stored bytes, sound or not."""
+    if is_sealed(table, key, stored):
+        return Row(key, stored[:-_CHECK_BYTES], sound=True)
+    return Row(key, stored, sound=False)
 
 
 def _check(table: str, key: bytes, value: bytes) -> bytes:
