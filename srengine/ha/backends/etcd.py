@@ -90,6 +90,8 @@ MAINTENANCE_S: Final = 1.0
 FORWARD_RETRY_S: Final = 0.1
 FRESH_S: Final = limits.STALENESS_S_MAX
 DRAIN_S: Final = 2.0
+ENDED_GRACE_S: Final = 0.5
+"""How long a former leader still waits to apply what it has appended for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ class EtcdBackend:
         self._client = EtcdClient(self.settings.etcd, clock=around.clock)
         keys = self._keys = Keys(self.cluster_id)
         self._journal = EtcdJournal(self._client, keys, clock=around.clock)
-        self._applying = EtcdApplying(self._machine, self._applied)
+        self._applying = EtcdApplying(self._machine, applied=self._applied, stuck=self._stuck)
         self._members: list[Member] = []
         self._member: Member | None = None
         """This node in the agreed state."""
@@ -294,7 +296,7 @@ class EtcdBackend:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._stop_writing()
-        self._applying.close()
+        await self._applying.close()
         if self._started:
             await self._session.end()
         self._client.close()
@@ -320,6 +322,12 @@ class EtcdBackend:
     def _applied(self) -> None:
         self._read_members()
         self._election.changed()
+
+    def _stuck(self, error: errors.Error) -> None:
+        """What is acknowledged cannot be applied here: another node should lead."""
+        self._around.alarm("journal_stuck", f"the agreed state cannot be written: {error.message}")
+        if self._election.term:
+            self._spawn_once(self.resign(f"the agreed state cannot be written: {error.message}"))
 
     def _read_members(self) -> None:
         """Take the members over, and tell the wire where they are."""
@@ -541,7 +549,24 @@ class EtcdBackend:
             raise errors.UnknownMaster(f"{self._name} does not lead")
         command = Command(message.kind, message.body, message.epoch, message.request)
         async with self._within(message.timeout_s, f"{command.kind} acknowledged"):
-            return Forwarded(await self._write(writer, command, force=message.force)), ()
+            return Forwarded(await self._write_while_leading(writer, command, force=message.force)), ()
+
+    async def _write_while_leading(self, writer: EtcdWriter, command: Command, *, force: bool) -> int:
+        """Write for another node. When the leadership ends meanwhile, that node must not wait for an entry to be applied
+        here: it asks the next leader, which finds the request's outcome.
+        """
+        work = asyncio.ensure_future(self._write(writer, command, force=force))
+        ended = asyncio.ensure_future(writer.ended.wait())
+        try:
+            await asyncio.wait({work, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                await asyncio.wait({work}, timeout=ENDED_GRACE_S)
+            if not work.done():
+                raise errors.TimedOut(f"{self._name} leads no more; whether the command will stand is unknown")
+            return work.result()
+        finally:
+            for task in (work, ended):
+                task.cancel()
 
     async def subscribe(self, from_index: int) -> AsyncIterator[tuple[int, Command]]:
         """See `HAProtocol`. `BelowPurgeMark` for entries that were trimmed."""

@@ -23,14 +23,19 @@ WAITING_BYTES_MAX: Final = 8 * limits.MIB
 RECENT_BYTES_MAX: Final = 4 * limits.MIB
 RECENT_ENTRIES_MAX: Final = 4096
 ENTRY_OVERHEAD_BYTES: Final = 200
+FULL_RETRY_S: Final = 1.0
 
 
 class EtcdApplying:
-    """`run` in a task. ``applied`` is called after each transaction."""
+    """`run` in a task. ``applied`` is called after each transaction, ``stuck`` when the disk takes nothing."""
 
-    def __init__(self, machine: MetadataMachine, applied: Callable[[], None]) -> None:
+    def __init__(
+        self, machine: MetadataMachine, *, applied: Callable[[], None], stuck: Callable[[errors.Error], None]
+    ) -> None:
         self._machine = machine
         self._told = applied
+        self._stuck = stuck
+        self._closed = False
         self._index = machine.applied_index
         self._waiting: deque[EtcdEntry] = deque()
         self._waiting_bytes = 0
@@ -55,21 +60,25 @@ class EtcdApplying:
     async def deliver(self, entries: Sequence[EtcdEntry]) -> None:
         """Take the next entries; waits while too much waits already."""
         async with self._moved:
-            await self._moved.wait_for(lambda: self._waiting_bytes < WAITING_BYTES_MAX)
+            await self._wait(lambda: self._waiting_bytes < WAITING_BYTES_MAX)
             self._waiting.extend(entries)
             self._waiting_bytes += sum(len(entry.data) + ENTRY_OVERHEAD_BYTES for entry in entries)
             self._moved.notify_all()
 
+    async def _wait(self, condition: Callable[[], bool]) -> None:
+        await self._moved.wait_for(lambda: self._closed or condition())
+        if self._closed:
+            raise errors.Closed("this node follows the journal no more")
+
     async def run(self) -> None:
-        """Apply until cancelled; raises what the store raises."""
+        """Apply until cancelled; raises what the store raises, but waits for a full disk to have room again."""
         while True:
             async with self._moved:
                 await self._moved.wait_for(lambda: self._waiting)
                 group = [self._waiting.popleft() for _ in range(min(len(self._waiting), GROUP_ENTRIES_MAX))]
             commands = [_command(entry) for entry in group]
-            outcomes = await asyncio.to_thread(
-                self._machine.apply_all,
-                [Applying(entry.index, entry.term, command) for entry, command in zip(group, commands, strict=True)],
+            outcomes = await self._apply(
+                [Applying(entry.index, entry.term, command) for entry, command in zip(group, commands, strict=True)]
             )
             self._keep(group, commands)
             for entry, outcome in zip(group, outcomes, strict=True):
@@ -77,6 +86,14 @@ class EtcdApplying:
                 if future is not None and not future.done():
                     future.set_result(outcome)
             await self._move(group[-1].index, sum(len(entry.data) + ENTRY_OVERHEAD_BYTES for entry in group))
+
+    async def _apply(self, group: list[Applying]) -> list[Outcome]:
+        while True:
+            try:
+                return await asyncio.to_thread(self._machine.apply_all, group)
+            except errors.DiskFull as error:
+                self._stuck(error)
+                await asyncio.sleep(FULL_RETRY_S)
 
     def _keep(self, group: Sequence[EtcdEntry], commands: Sequence[Command]) -> None:
         for entry, command in zip(group, commands, strict=True):
@@ -105,12 +122,12 @@ class EtcdApplying:
     async def reach(self, index: int) -> None:
         """Return when ``index`` is applied."""
         async with self._moved:
-            await self._moved.wait_for(lambda: self._index >= index)
+            await self._wait(lambda: self._index >= index)
 
     async def settle(self) -> None:
         """Return when everything delivered is applied."""
         async with self._moved:
-            await self._moved.wait_for(lambda: not self._waiting_bytes)
+            await self._wait(lambda: not self._waiting_bytes)
 
     async def replaced(self) -> int:
         """Take note that the whole state was replaced (nothing was waiting); return its index."""
@@ -120,8 +137,11 @@ class EtcdApplying:
         await self._move(self._machine.applied_index, 0)
         return self._index
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Tell whoever waits that nothing comes any more."""
+        async with self._moved:
+            self._closed = True
+            self._moved.notify_all()
         for future in list(self._expected.values()):
             if not future.done():
                 future.set_exception(errors.Closed("the journal is closed; whether the command will stand is unknown"))

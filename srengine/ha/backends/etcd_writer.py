@@ -78,6 +78,7 @@ class EtcdWriter:
         self._sending: list[_Waiting] = []
         self._closed = ""
         """Why, once it is."""
+        self.ended = asyncio.Event()
 
     @property
     def head(self) -> int:
@@ -170,6 +171,7 @@ class EtcdWriter:
         if self._closed:
             return
         self._closed = reason
+        self.ended.set()
         unknown = errors.TimedOut(f"whether the command will stand is unknown: {reason}")
         for waiting in self._sending:
             _refuse(waiting.outcome, sent or unknown)

@@ -468,6 +468,66 @@ def test_another_history_is_refused(one_etcd: Etcd, tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_full_disk_gives_the_leadership_away(one_etcd: Etcd, tmp_path: Path) -> None:
+    """H26: a leader that cannot write the agreed state says so and another one leads; when there is room again it has
+    applied everything.
+    """
+
+    async def run() -> None:
+        async with cluster(tmp_path, one_etcd.urls) as nodes:
+            leader = await nodes.leader()
+            machine = leader.backend._machine
+            apply_all, full = machine.apply_all, True
+
+            def refuse(entries):
+                if full:
+                    raise errors.DiskFull("no room")
+                return apply_all(entries)
+
+            machine.apply_all = refuse
+            write = asyncio.create_task(nodes.others(leader)[0].put("a", b"1"))
+            others = nodes.others(leader)
+            after = await until(lambda: next((node for node in others if node.leads), None), "another leader")
+            await write
+            assert await after.get("a") == b"1"
+            assert leader.alarms and leader.alarms[0][0] == "journal_stuck"
+            full = False
+            assert await leader.get("a") == b"1"
+            assert len(same_state(nodes)) == 1
+
+    asyncio.run(run())
+
+
+def test_who_waits_is_told_of_the_end(one_etcd: Etcd, tmp_path: Path) -> None:
+    """Subscribers, observers, proposers of a node that stops get Closed, and so does whoever asks it later."""
+
+    async def run() -> None:
+        async with cluster(tmp_path, one_etcd.urls, (1,)) as nodes:
+            node = await nodes.leader()
+            last = await node.backend.read_barrier()
+
+            async def follow() -> None:
+                async for _ in node.backend.subscribe(last + 1):
+                    pass
+
+            async def observe() -> None:
+                async for _ in node.backend.observe():
+                    pass
+
+            waiting = [asyncio.create_task(follow()), asyncio.create_task(observe())]
+            await asyncio.sleep(0)
+            await node.stop()
+            for task in waiting:
+                with pytest.raises(errors.Closed):
+                    await asyncio.wait_for(task, 10)
+            for ask in (node.backend.read_barrier, node.backend.get_leader, node.backend.fencing):
+                with pytest.raises(errors.Closed):
+                    await ask()
+            await node.backend.stop()
+
+    asyncio.run(run())
+
+
 def test_settings_are_checked() -> None:
     """An unknown setting, a lease that etcd would not grant, no server: InvalidValue."""
     from srengine.ha.backends.etcd import EtcdSettings
