@@ -75,6 +75,11 @@ class MetadataMachine:
         self._tables = tuple(sorted(tables))
 
     @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the tables that make the state, sorted."""
+        return self._tables
+
+    @property
     def applied_index(self) -> int:
         """Index of the last applied entry, 0 before the first."""
         return self.applied[0]

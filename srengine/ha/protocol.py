@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from srengine.ha.journal import Journal
+from srengine.ha.journal import Command, Journal
 from srengine.ha.members import MemberRole
 
 ENTRY_POINTS: Final = "srengine.ha"
@@ -59,6 +59,16 @@ class Fencing(enum.Enum):
     """Another node owns that epoch; final."""
     ERROR = "ERROR"
     """It is not known, or could not be tried; tried again."""
+
+
+class Acknowledge(enum.Enum):
+    """When a proposer is answered. What is kept and what is applied does not depend on it."""
+
+    NONE = "none"
+    """When the leader has taken the command: it may be lost with the leader, and a refusal is not told."""
+    MAJORITY = "majority"
+    ALL = "all"
+    """When every member that votes has applied it, too."""
 
 
 class HAProtocol(Journal, Protocol):
@@ -107,6 +117,14 @@ class HAProtocol(Journal, Protocol):
     @property
     def epoch(self) -> int:
         """The epoch that this node owns and acts for; 0 when it owns none."""
+        ...
+
+    async def propose(
+        self, command: Command, *, timeout_s: float = 10.0, acknowledge: Acknowledge = Acknowledge.MAJORITY
+    ) -> int:
+        """See `journal.Journal.propose`. Epochs and membership are always acknowledged by a majority at least. The
+        index is 0 with NONE: it is not known yet.
+        """
         ...
 
     async def get_leader(self) -> str:

@@ -15,6 +15,7 @@ On a disk, each item stands behind its length (4 bytes, little endian). Memory: 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -121,13 +122,21 @@ def read_file(path: Path) -> Generator[bytes, None, None]:
             yield item
 
 
-def write_file(path: Path, items: Iterable[bytes]) -> None:
-    """Write items as they came, for `read_file`."""
-    with path.open("wb") as file:
-        for item in items:
-            if len(item) > ITEM_BYTES_MAX:
-                raise errors.SnapshotDamaged(f"an item of {len(item)} bytes is too large", bytes=len(item))
-            _write(file, item)
+def write_item(file: IO[bytes], item: bytes) -> None:
+    """Write an item as it came, for `read_file`."""
+    if len(item) > ITEM_BYTES_MAX:
+        raise errors.SnapshotDamaged(f"an item of {len(item)} bytes is too large", bytes=len(item))
+    _write(file, item)
+
+
+def check_file(path: Path, known: Sequence[str]) -> Described:
+    """Read all of a file and return what it holds. Raises as `read_header` and `read_rows`."""
+    with contextlib.closing(read_file(path)) as items:
+        header = read_header(items, known)
+        digest = Digest(header.index)
+        for table, key, value in read_rows(header, items):
+            digest.add(table, key, value)
+        return Described(header.index, header.term, digest.value(), header.rows)
 
 
 _header_decoder: Final = msgspec.msgpack.Decoder(Header)

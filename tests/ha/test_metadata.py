@@ -13,7 +13,7 @@ from srengine import errors
 from srengine.ha import outcomes
 from srengine.ha.journal import Command, decode_command, encode_command
 from srengine.ha.metadata import Applying, MetadataMachine
-from srengine.ha.state import ITEM_BYTES_TARGET, Header, Trailer, read_file, write_file
+from srengine.ha.state import ITEM_BYTES_TARGET, Header, Trailer, check_file, read_file, write_item
 from srengine.storage import MetadataStore
 from tests.ha.agreed import Setting, add, agreed, bootstrap
 
@@ -22,6 +22,12 @@ REQUEST = b"r" * 16
 
 def numbered(number: int) -> bytes:
     return number.to_bytes(16, "big")
+
+
+def write_file(path, items) -> None:
+    with path.open("wb") as file:
+        for item in items:
+            write_item(file, item)
 
 
 # --- outcomes --------------------------------------------------------------------------------------------------------
@@ -193,7 +199,7 @@ def test_a_state_arrives_whole(node, other, tmp_path):
     other.must(Command("test.set", b"will be gone"))
     described = node.machine.export(tmp_path / "state")
     installed = other.machine.install(tmp_path / "state", index=node.machine.applied_index)
-    assert installed == described
+    assert installed == described == check_file(tmp_path / "state", node.machine.tables)
     assert other.machine.digest() == node.machine.digest() == described.digest
     assert other.machine.applied == node.machine.applied == (302, 2)
     assert other.names() == ["n0", "n1", "n2"]

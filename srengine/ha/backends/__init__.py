@@ -22,11 +22,13 @@ import msgspec
 
 from srengine import errors
 from srengine.clock import Clock
+from srengine.consensus.services import PostChannel
 from srengine.ha.fencing import FencingOptions
 from srengine.ha.group import AlarmSink, Spawn
 from srengine.ha.metadata import MetadataMachine
 from srengine.ha.protocol import ENTRY_POINTS, HAProtocol
 from srengine.metrics import Metrics
+from srengine.transport.peers import PostHandler
 from srengine.types import NodeId
 
 BUILT_IN: Final[Mapping[str, str]] = {
@@ -60,6 +62,14 @@ class Wire(Protocol):
         """Answer such messages by a stream."""
         ...
 
+    def serve_posts(self, message_type: type[msgspec.Struct], handler: PostHandler) -> None:
+        """Hand on such posts of other nodes at the peer port."""
+        ...
+
+    def channel(self, node: NodeId) -> PostChannel | None:
+        """Return the way for posts to a node; None while its address is not known."""
+        ...
+
     def know(self, node_id: NodeId, name: str, address: str, public_key: str) -> None:
         """Learn where a node is (again: it moved). Members of the metadata tables are told as they change."""
         ...
@@ -86,7 +96,8 @@ class Surroundings:
 
     ``machine``: the agreed state; the backend alone applies to it, in order. ``data_dir``: the node's directory; a
     backend keeps what is its own in a directory with its name, or in ``log/``. ``spawn`` starts a task under the node's
-    supervisor; ``alarm`` says what a person must see.
+    supervisor; ``alarm`` says what a person must see. ``trusted``: the directory is known not to be behind what this
+    node once promised.
     """
 
     name: str
@@ -100,6 +111,7 @@ class Surroundings:
     alarm: AlarmSink
     metrics: Metrics
     options: HAOptions
+    trusted: bool = False
 
 
 Factory = Callable[[Surroundings], HAProtocol]
