@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -70,6 +72,14 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def etcd_version() -> str:
+    """Return the version of the machine's etcd, empty without one."""
+    if shutil.which("etcd") is None:
+        return ""
+    said = subprocess.run(["etcd", "--version"], check=False, capture_output=True, text=True).stdout
+    return said.partition("etcd Version:")[2].split("\n")[0].strip()
+
+
 def describe(place: Disk) -> list[str]:
     """Return the machine in a few lines."""
     versions = [f"CPython {platform.python_version()}"]
@@ -78,6 +88,9 @@ def describe(place: Disk) -> list[str]:
             versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
+    etcd = etcd_version()
+    if etcd:
+        versions.append(f"etcd {etcd}")
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     fsync = f"{place.fsync_s * 1e6:.0f} us (median)"
     return [

@@ -80,6 +80,7 @@ ORDER = (
     "16 threads",
     "rejoin",
     "exchange",
+    "journal",
     "durable put_many, inserts",
     "get, warm",
     "scan, warm",

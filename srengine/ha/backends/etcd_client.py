@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -380,7 +380,7 @@ class EtcdClient:
 
     async def watch(
         self, key: bytes, range_end: bytes | None, *, start_revision: int, timeout_s: float = 5.0
-    ) -> AsyncIterator[WatchReply]:
+    ) -> AsyncGenerator[WatchReply, None]:
         """Yield the changes of [key, range_end) from ``start_revision`` on; the first reply has ``created``.
 
         Ends only by an error: `Compacted` when ``start_revision`` is gone; `errors.Unreachable`, `errors.NoQuorum` or
@@ -430,6 +430,8 @@ class EtcdClient:
     async def _ask(self, target: str, asked: Any, kind: type[_T], *, timeout_s: float, reading: bool = False) -> _T:
         body = self._encoder.encode(asked)
         deadline = self._clock.monotonic_s() + timeout_s
+        # With another server to ask, a silent one gets half of the time at most.
+        attempt_s = min(ATTEMPT_S, timeout_s / min(2, len(self._servers)))
         authenticated = False
         failed = 0
         while True:
@@ -439,13 +441,13 @@ class EtcdClient:
             left = deadline - self._clock.monotonic_s()
             try:
                 if self.options.user and not self._token:
-                    await self._authenticate(server, max(0.05, min(left, ATTEMPT_S)))
+                    await self._authenticate(server, max(0.05, min(left, attempt_s)))
                 answer = await server.post(
                     target,
                     body,
                     headers=self._headers(),
                     bytes_max=ANSWER_BYTES_MAX,
-                    timeout_s=max(0.05, min(left, ATTEMPT_S)),
+                    timeout_s=max(0.05, min(left, attempt_s)),
                 )
                 return self._decoded(answer, kind, reading=reading)
             except errors.NotAuthenticated:

@@ -24,14 +24,16 @@ What is not here: who leads (`etcd_session`), what is applied (`etcd`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import ClassVar, Final, NamedTuple
 
 from srengine import errors, limits
 from srengine.clock import Clock, SystemClock
 from srengine.ha.backends import etcd_client as ec
-from srengine.ha.backends.etcd_client import EtcdClient, TxnReply
+from srengine.ha.backends.etcd_client import EtcdClient, TxnReply, prefix_end
 from srengine.ha.backends.etcd_keys import (
+    FORMAT,
     ClusterRecord,
     FloorRecord,
     JournalRecord,
@@ -42,9 +44,9 @@ from srengine.ha.backends.etcd_keys import (
     encode_entry,
     entry_digest,
     number,
-    prefix_end,
     read_number,
 )
+from srengine.ha.journal import Command, decode_command
 
 PART_BYTES: Final = limits.MIB
 """Of one transaction; etcd takes 1.5 MiB unless its administrator says otherwise."""
@@ -62,7 +64,7 @@ assert BATCH_ENTRIES_MAX + 8 <= 128, BATCH_ENTRIES_MAX
 class EtcdEntry(NamedTuple):
     """One entry, whole. ``term``: of the leader that wrote it, 0 for the first entry of a cluster."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's own index() is not missed
     term: int
     data: bytes
 
@@ -115,9 +117,9 @@ class EtcdJournal:
         if found is None:
             raise errors.NotFound(f"etcd knows no cluster {self._keys.cluster_id}", cluster_id=self._keys.cluster_id)
         record = decode(found.value, ClusterRecord)
-        if record.format != FORMAT_KNOWN:
+        if record.format != FORMAT:
             raise errors.UnsupportedFeature(
-                f"etcd holds format {record.format} of a cluster; this version knows {FORMAT_KNOWN}",
+                f"etcd holds format {record.format} of a cluster; this version knows {FORMAT}",
                 format=record.format,
             )
         if record.cluster_id != self._keys.cluster_id:
@@ -236,7 +238,7 @@ class EtcdJournal:
         found = (await self._client.range(self._keys.floor, timeout_s=timeout_s)).first
         return None if found is None else decode(found.value, FloorRecord)
 
-    async def entries(self, first: int, *, timeout_s: float = 10.0) -> AsyncIterator[list[EtcdEntry]]:
+    async def entries(self, first: int, *, timeout_s: float = 10.0) -> AsyncGenerator[list[EtcdEntry], None]:
         """Yield the entries from ``first`` on, in pages, up to the last one at the time of asking for each page.
 
         Raises `BelowFloor` when ``first`` was trimmed, `errors.CorruptionError` for what is damaged or missing.
@@ -263,6 +265,16 @@ class EtcdJournal:
                 limit = min(PAGE_ENTRIES_MAX, limit * 2)
             elif size > 2 * PAGE_BYTES_TARGET:
                 limit = max(1, limit // 2)
+
+    async def commands(self, first: int, last: int, *, timeout_s: float = 10.0) -> list[tuple[int, Command]]:
+        """Return the first page of commands in [first, last]; `errors.BelowPurgeMark` when they were trimmed."""
+        try:
+            async with contextlib.aclosing(self.entries(first, timeout_s=timeout_s)) as pages:
+                async for page in pages:
+                    return [(entry.index, decode_command(entry.data)) for entry in page if entry.index <= last]
+        except BelowFloor as error:
+            raise errors.BelowPurgeMark(error.message, index=first) from error
+        raise errors.CorruptionError(f"entry {first} is missing in etcd", index=first)
 
     async def entry(self, kv: ec.KeyValue, expected: int, *, timeout_s: float = 10.0) -> EtcdEntry:
         """Return the entry in a key, with its parts, proved; it must be the one with index ``expected``."""
@@ -312,9 +324,6 @@ class EtcdJournal:
             deadline=self._clock.monotonic_s() + timeout_s,
         )
         return reply.succeeded
-
-
-FORMAT_KNOWN: Final = ClusterRecord("", "").format
 
 
 def _encoded(entry: EtcdEntry, parts: int, rest: bytes) -> bytes:

@@ -20,13 +20,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from srengine import errors
 from srengine.clock import Clock
 from srengine.ha.backends import etcd_client as ec
-from srengine.ha.backends.etcd_client import Event, EtcdClient, KeyValue
+from srengine.ha.backends.etcd_client import EtcdClient, Event, KeyValue, prefix_end
 from srengine.ha.backends.etcd_journal import BelowFloor, EtcdEntry, EtcdJournal
 from srengine.ha.backends.etcd_keys import (
     Candidacy,
@@ -35,7 +36,6 @@ from srengine.ha.backends.etcd_keys import (
     Keys,
     SessionRecord,
     decode,
-    prefix_end,
     read_number,
 )
 from srengine.ha.backends.etcd_session import TRANSIENT
@@ -46,6 +46,7 @@ BEAT_S: Final = 0.5
 CONTACT_S: Final = 3.0
 """Without an answer of etcd for so long, this node knows nothing."""
 STALLED_S: Final = 2.0
+BEATS_KEPT: Final = 16
 RETRY_S_MIN: Final = 0.05
 RETRY_S_MAX: Final = 1.0
 
@@ -95,9 +96,11 @@ class EtcdMirror:
         self._known = 0
         """Revision up to which ``election`` is known."""
         self._contact_until = 0.0
-        self._behind_since: float | None = None
+        self._behind: tuple[float, int] | None = None
+        """Since when nothing was delivered though there is more, and which entry was the last one."""
+        self._beats: deque[tuple[float, int]] = deque(maxlen=BEATS_KEPT)
+        """Moments of asking, and where the journal ended then."""
         self._broken = asyncio.Event()
-        self._caught_up = asyncio.Event()
 
     # --- what is known -----------------------------------------------------------------------------------------------
 
@@ -263,21 +266,26 @@ class EtcdMirror:
         election, head = (part.range.first for part in reply.responses)
         self.see_election(reply.header.revision, election)
         if head is not None:
-            self.head = max(self.head, read_number(head.value))
+            index = read_number(head.value)
+            self.head = max(self.head, index)
+            self._beats.append((sent, index))
         self._look_at_the_watch(sent)
         if fresh:
             self._changed()
 
     def _look_at_the_watch(self, now: float) -> None:
         if self.delivered >= self.head:
-            self._behind_since = None
-        elif self._behind_since is None or self._behind_at != self.delivered:
-            self._behind_since, self._behind_at = now, self.delivered
-        elif now - self._behind_since > STALLED_S:
-            self._behind_since = None
+            self._behind = None
+        elif self._behind is None or self._behind[1] != self.delivered:
+            self._behind = now, self.delivered
+        elif now - self._behind[0] > STALLED_S:
+            self._behind = None
             self._broken.set()
 
-    _behind_at = 0
+    def fresh(self, applied: int, within_s: float) -> bool:
+        """Return whether ``applied`` is all that the journal held when etcd was asked, ``within_s`` ago at most."""
+        oldest = self._clock.boottime_s() - within_s
+        return any(asked >= oldest and applied >= head for asked, head in self._beats)
 
 
 def _set(where: dict[str, KeyValue], name: str, kv: KeyValue | None) -> None:

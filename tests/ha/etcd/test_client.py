@@ -12,8 +12,8 @@ import pytest
 from srengine import errors
 from srengine.ha.backends import etcd_client as ec
 from srengine.ha.backends.etcd_client import EtcdClient, EtcdOptions
-from tests.etcd import Etcd
-from tests.processes import free_ports
+from tests.etcd import Etcd, EtcdServer
+from tests.processes import free_ports, wait_for
 
 needs_etcd = pytest.mark.requires_tool("etcd")
 
@@ -218,6 +218,48 @@ def test_user_and_password(tmp_path: Path) -> None:
 
     with Etcd(tmp_path) as etcd:
         asyncio.run(run(etcd))
+
+
+@needs_etcd
+def test_a_silent_server_is_passed_over(tmp_path: Path) -> None:
+    """A server that is paused costs a reader half of its time, and the next question nothing."""
+
+    async def run(etcd: Etcd) -> None:
+        async with client_of(EtcdOptions(etcd.urls)) as client:
+            leader = (await client.status()).leader
+            for place, server in enumerate(etcd.servers):
+                client._preferred = place
+                if (await client.status()).header.member_id != leader:
+                    break
+            server.pause()
+            assert (await client.range(b"k", timeout_s=2.0)).count == 0
+            assert client._preferred != place
+
+    with Etcd(tmp_path, 3) as etcd:
+        asyncio.run(run(etcd))
+
+
+@needs_etcd
+def test_https(tmp_path: Path) -> None:
+    """With etcd's certificate as authority the gateway is used over TLS, watches too; without it, it is refused."""
+
+    async def run(server: EtcdServer) -> None:
+        authority = str(server.data / "fixtures" / "client" / "cert.pem")
+        async with client_of(EtcdOptions((server.url,), ca_file=authority)) as client:
+            start = (await client.txn([], [ec.put(b"k/1", b"v")])).header.revision
+            assert [event.kv.value for event in await watched(client, b"k/", start, 1)] == [b"v"]
+        async with client_of(EtcdOptions((server.url,))) as stranger:
+            with pytest.raises(errors.Unreachable):
+                await stranger.range(b"k", timeout_s=0.5)
+
+    (server,) = Etcd(tmp_path, 1, arguments=["--auto-tls"]).servers
+    server.url = server.url.replace("http:", "https:")
+    try:
+        server.start()
+        wait_for(lambda: b"serving client requests" in server.log.read_bytes(), "serving", 30)
+        asyncio.run(run(server))
+    finally:
+        server.kill()
 
 
 # --- servers that misbehave ------------------------------------------------------------------------------------------
