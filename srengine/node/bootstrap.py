@@ -85,6 +85,11 @@ class Settling:
         """
         return self._node.metadata.get(NODE_TABLE, _FIRST_ENTRY) or b""
 
+    def first_members(self) -> tuple[KnownMember, ...]:
+        """Return the members with which the cluster was founded; none on nodes that came later."""
+        body = self.first_entry()
+        return known(list(msgspec.msgpack.decode(body, type=Bootstrap).members)) if body else ()
+
     def keep_id(self) -> None:
         """Write the id of a blank directory down: from now on others may know it."""
         node = self._node

@@ -283,9 +283,9 @@ class Runtime:
             transaction.put(NODE_TABLE, _INITIAL, msgspec.msgpack.encode(row))
 
     def _know_told(self) -> None:
-        """Know the members of a cluster that this node has just entered, before its journal names them."""
+        """Know the members of a cluster that this node has just founded or entered, before its journal names them."""
         known = {member.node_id for member in self.agreed.members}
-        for told in self.told_members:
+        for told in self.told_members or self.settling.first_members():
             if told.node_id and told.node_id not in known:
                 self.ports.allow(told.name, told.public_key)
                 self.wire.know(NodeId(told.node_id), told.name, told.address, told.public_key)

@@ -40,9 +40,12 @@ def test_states_are_shown(nodes: Nodes, asker: Asker) -> None:
     leads, and who asks for a change is told so.
     """
     leader = wait_leader(asker, nodes)
+    expected = {other.name: "LEADER" if other.name == leader else "FOLLOWER" for other in nodes}
     for node in nodes:
-        states = {name: row["state"] for name, row in rows_of(asker, node.address).items()}
-        assert states == {other.name: "LEADER" if other.name == leader else "FOLLOWER" for other in nodes}
+        wait_for(
+            lambda at=node.address: {name: row["state"] for name, row in rows_of(asker, at).items()} == expected,
+            "each node shows the role that it has",
+        )
     left = next(node for node in nodes if node.name != leader)
     for node in nodes:
         if node is not left:
