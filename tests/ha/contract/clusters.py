@@ -7,6 +7,7 @@ service. A kind that cannot do something (cut a network that it has not got) is 
 from __future__ import annotations
 
 import asyncio
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ class Admission:
         self.told.append("drop")
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """One running node."""
 
@@ -124,6 +125,10 @@ class Cluster(ABC):
         """Stop a node: in order, or as if it died; its directory stays."""
         node = self.nodes.pop(name)
         await self._stop(node)
+
+    def wipe(self, name: str) -> None:
+        """Lose the directory of a node that is stopped."""
+        shutil.rmtree(self.path / name)
 
     async def _stop(self, node: Node) -> None:
         for task in list(node.tasks):
@@ -212,6 +217,9 @@ class Cluster(ABC):
         )
         return next(node for node in self.nodes.values() if node.protocol.observed.role is Role.FOLLOWER)
 
+    async def forgotten(self, name: str) -> None:
+        """Return when the leader takes a node that was stopped for dead; at once where nobody asks."""
+
     async def equal(self) -> None:
         """Return when all nodes have applied the same entries; their digests are equal then."""
 
@@ -263,6 +271,11 @@ class RaftCluster(Cluster):
     async def end(self) -> None:
         for name in list(self.nodes):
             await self.stop_node(name)
+
+    async def forgotten(self, name: str) -> None:
+        number = int(name[1:]) + 1
+        leader = await self.leader()
+        await until(lambda: NodeId(node_id(number)) not in leader.protocol._alive())
 
     def isolate(self, *names: str) -> None:
         """Cut nodes off from all the others, in both directions."""
