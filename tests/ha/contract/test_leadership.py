@@ -224,7 +224,7 @@ def test_observing_tells_everything_in_order(on):
 
         async def watch():
             async for observed in node.protocol.observe():
-                seen.append(observed)
+                seen.append(observed)  # noqa: PERF401  (it is looked at meanwhile)
 
         task = asyncio.ensure_future(watch())
         await until(lambda: len(seen) > 0)

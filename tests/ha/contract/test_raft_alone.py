@@ -143,8 +143,8 @@ def test_all_waits_for_every_voter(on):
 
 
 def test_none_is_answered_before_anything_is_durable(on):
-    """B21: `none` is answered at once, even by a leader that reaches nobody; then it may be lost, and is applied nowhere
-    before a majority has it.
+    """B21: `none` is answered at once, even by a leader that reaches nobody; then it may be lost, and is applied
+    nowhere before a majority has it.
     """
 
     async def scenario(cluster):
@@ -237,8 +237,8 @@ def test_a_new_node_begins_with_a_copy(on, monkeypatch):
 
 
 def test_a_joiner_that_applies_nothing_stays_unstable(on, monkeypatch):
-    """B13: a node whose log grows and that answers heartbeats, but whose applying hangs, does not become stable until it
-    goes on.
+    """B13: a node whose log grows and that answers heartbeats, but whose applying hangs, does not become stable until
+    it goes on.
     """
     gate = threading.Event()
     real = JournalState.apply
