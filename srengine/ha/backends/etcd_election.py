@@ -47,7 +47,7 @@ IDLE_S: Final = 1.0
 class EtcdElection:
     """`look_out` and `stand` in tasks; call `changed` whenever something may have changed.
 
-    ``member``: this node as the agreed state has it, None when it is none (any more).
+    ``member``: this node as the agreed state has it, None when it is none (yet); ``removed``: it was one.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class EtcdElection:
         clock: Clock,
         applied: Callable[[], int],
         member: Callable[[], Member | None],
+        removed: Callable[[], bool],
         moved: Callable[[Observed], None],
     ) -> None:
         self._client = client
@@ -73,6 +74,7 @@ class EtcdElection:
         self._clock = clock
         self._applied = applied
         self._member = member
+        self._removed = removed
         self._moved = moved
         self._observed = Observed(Role.INIT, None, 0, "etcd was not heard yet")
         self._listeners: list[_Listener] = []
@@ -137,6 +139,8 @@ class EtcdElection:
         if now >= mirror.contact_until:
             return Observed(Role.UNKNOWN, None, self._observed.term, "etcd does not answer")
         candidacy, election = mirror.candidacy, mirror.election
+        if self._removed():
+            return Observed(Role.UNKNOWN, None, self._observed.term, "this node was removed")
         if candidacy is None or election is None:
             return Observed(Role.UNKNOWN, None, self._observed.term, "nobody holds the election")
         if candidacy.node_id == self._node_id:

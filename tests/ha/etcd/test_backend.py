@@ -195,8 +195,7 @@ def test_leadership_is_handed_over_without_a_gap(one_etcd: Etcd, tmp_path: Path)
         async with cluster(tmp_path, one_etcd.urls) as nodes:
             leader = await nodes.leader()
             target = nodes.others(leader)[0]
-            with pytest.raises(errors.MasterState):
-                await leader.backend.transfer_leader(leader.name)
+            assert await leader.backend.transfer_leader(leader.name) == leader.name
             with pytest.raises(errors.MemberNotFound):
                 await leader.backend.transfer_leader("nobody")
             assert leader.backend.epoch == 1
@@ -290,7 +289,10 @@ def test_members_join_and_leave(one_etcd: Etcd, tmp_path: Path) -> None:
                 await leader.backend.remove_unstable_node("n4")
             await nodes.start(4)
             await until(lambda: nodes.nodes[4].backend.observed.role is Role.FOLLOWER, "the joiner follows")
-            await leader.backend.remove_unstable_node("n4")
+            await until(lambda: any(m.name == "n4" and m.stable for m in other.backend._members), "stable by itself")
+            await leader.backend.add_unstable_node("n4")
+            assert "n4" not in await leader.backend.get_electable_nodes()
+            await other.backend.remove_unstable_node("n4")
             assert "n4" in await leader.backend.get_electable_nodes()
             await leader.backend.add_node("n5", f"{5:032x}", "tcp://127.0.0.1:7050", role="observer")
             await nodes.start(5)
@@ -307,6 +309,13 @@ def test_members_join_and_leave(one_etcd: Etcd, tmp_path: Path) -> None:
             await leader.backend.remove_node("n4")
             await leader.backend.remove_node("n5")
             assert await leader.backend.get_electable_nodes() == ["n1", "n2", "n3"]
+            removed = nodes.nodes[4]
+            await until(lambda: removed.alarms, "the removed node knows")
+            assert removed.alarms[0][0] == "removed"
+            assert removed.backend.observed.role is Role.UNKNOWN
+            for ask in (removed.backend.get_leader, removed.backend.read_barrier):
+                with pytest.raises(errors.Removed):
+                    await ask()
 
     asyncio.run(run())
 
@@ -315,7 +324,7 @@ def test_only_voters_campaign(one_etcd: Etcd, tmp_path: Path) -> None:
     """H18, B11: with the leader and the other voters gone, neither an observer nor an unstable node is elected."""
 
     async def run() -> None:
-        async with cluster(tmp_path, one_etcd.urls, (1,)) as nodes:
+        async with cluster(tmp_path, one_etcd.urls, (1,), unstable_grace_s=600) as nodes:
             leader = await nodes.leader()
             await leader.backend.add_node("n2", f"{2:032x}", "tcp://127.0.0.1:7020")
             await leader.backend.add_node("n3", f"{3:032x}", "tcp://127.0.0.1:7030", role="observer")
