@@ -180,6 +180,8 @@ READ_KEYS_MAX: Final = 100_000
 TABLETS_PER_TABLE_MAX: Final = 1024
 JOURNAL_ENTRY_BYTES_MAX: Final = 4 * MIB
 JOURNAL_PULL_BYTES_MAX: Final = 4 * MIB
+PROPOSE_S_MAX: Final = 120.0
+"""How long a leader keeps a proposal of another node, whatever that asks for."""
 STATE_ITEM_BYTES_MAX: Final = 2 * JOURNAL_ENTRY_BYTES_MAX
 """One item of the agreed state on its way to another node: it holds at least one row that one command made."""
 
