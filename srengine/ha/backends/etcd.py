@@ -37,13 +37,14 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from srengine import errors, limits
+from srengine.clock import SystemClock
 from srengine.ha import fencing, membership
 from srengine.ha.backends import etcd_client as ec
 from srengine.ha.backends.etcd_applying import EtcdApplying
 from srengine.ha.backends.etcd_client import EtcdClient, EtcdOptions
 from srengine.ha.backends.etcd_copies import EtcdCopies
 from srengine.ha.backends.etcd_election import EtcdElection
-from srengine.ha.backends.etcd_journal import EtcdJournal
+from srengine.ha.backends.etcd_journal import EtcdJournal, EtcdPlace
 from srengine.ha.backends.etcd_keys import Keys
 from srengine.ha.backends.etcd_mirror import EtcdMirror
 from srengine.ha.backends.etcd_session import TRANSIENT, EtcdSession
@@ -162,7 +163,8 @@ async def found_cluster(options: EtcdOptions, bootstrap: Bootstrap, *, timeout_s
     client = EtcdClient(options)
     try:
         check_name(bootstrap.cluster.name, "cluster")
-        journal = EtcdJournal(client, Keys(bootstrap.cluster.cluster_id))
+        place = EtcdPlace(client, Keys(bootstrap.cluster.cluster_id), "", "", SystemClock())
+        journal = EtcdJournal(place)
         first = encode_command(Command(BOOTSTRAP, msgspec.msgpack.encode(bootstrap)))
         return await journal.bootstrap(bootstrap.cluster.name, first, timeout_s=timeout_s)
     finally:
@@ -192,8 +194,9 @@ class EtcdBackend:
         self.settings = EtcdSettings.read(around.options.settings)
         self.cluster_id = self._own_cluster_id()
         self._client = EtcdClient(self.settings.etcd, clock=around.clock)
-        keys = self._keys = Keys(self.cluster_id)
-        self._journal = EtcdJournal(self._client, keys, clock=around.clock)
+        self._keys = Keys(self.cluster_id)
+        place = EtcdPlace(self._client, self._keys, self._node_id, self._name, around.clock)
+        self._journal = EtcdJournal(place)
         self._applying = EtcdApplying(self._machine, applied=self._applied, stuck=self._stuck)
         self._members: list[Member] = []
         self._member: Member | None = None
@@ -201,48 +204,35 @@ class EtcdBackend:
         self._removed: RemovedMember | None = None
         """Set once the agreed state says that this node was removed."""
         self._session = EtcdSession(
-            self._client,
-            keys,
-            node_id=self._node_id,
-            name=self._name,
+            place,
             lease_s=self.settings.lease_s,
-            clock=around.clock,
             applied=lambda: self._applying.index,
             changed=self._changed,
         )
         self._mirror = EtcdMirror(
-            self._client,
-            keys,
+            place,
             self._journal,
-            clock=around.clock,
             delivered=self._applying.index,
             deliver=self._applying.deliver,
             fetch=self._fetch_state,
             changed=self._changed,
         )
         self._election = EtcdElection(
-            self._client,
-            keys,
-            mirror=self._mirror,
-            session=self._session,
-            node_id=self._node_id,
-            name=self._name,
-            clock=around.clock,
+            place,
+            self._mirror,
+            self._session,
             applied=lambda: self._applying.index,
             member=lambda: self._member,
             removed=lambda: self._removed is not None,
             moved=self._moved,
         )
         self._copies = EtcdCopies(
-            self._client,
-            keys,
+            place,
             self._journal,
             self._mirror,
             machine=self._machine,
             wire=around.wire,
             directory=around.data_dir / BACKEND,
-            node_id=self._node_id,
-            name=self._name,
             kept=self.settings.kept,
         )
         self._writer: EtcdWriter | None = None
@@ -306,7 +296,7 @@ class EtcdBackend:
         ]
 
     async def _check_history(self) -> None:
-        """What this node has applied must be what etcd holds."""
+        """Refuse an etcd that does not hold what this node has applied."""
         index, term = self._machine.applied
         head = await self._journal.head()
         if index > head:
@@ -361,7 +351,7 @@ class EtcdBackend:
         self._election.changed()
 
     def _stuck(self, error: errors.Error) -> None:
-        """What is acknowledged cannot be applied here: another node should lead."""
+        """Give leadership away: what is acknowledged cannot be applied here."""
         self._around.alarm("journal_stuck", f"the agreed state cannot be written: {error.message}")
         if self._election.term:
             self._spawn_once(self.resign(f"the agreed state cannot be written: {error.message}"))
@@ -391,7 +381,7 @@ class EtcdBackend:
                 self._around.wire.forget(NodeId(member.node_id))
 
     def _moved(self, observed: Observed) -> None:
-        """The election says something new."""
+        """Take note that the election says something new."""
         writer = self._writer
         if writer is not None and (observed.role is not Role.LEADER or observed.term != writer.term):
             self._end_leadership(observed.reason)
@@ -489,7 +479,7 @@ class EtcdBackend:
         self._writing = self._around.spawn(self._writer.run(), "etcd: write")
 
     def _lost(self, term: int, reason: str) -> None:
-        """The writer found that the leadership is over."""
+        """Take note that the writer found the leadership to be over."""
         self._end_leadership(reason)
         self._around.metrics.add("srengine_ha_etcd_lost_total")
         self._spawn_once(self._leave(term))
@@ -533,7 +523,7 @@ class EtcdBackend:
         acknowledge: Acknowledge = Acknowledge.MAJORITY,
         force: bool = False,
     ) -> int:
-        """See `HAProtocol.propose`. ``force``: see `remove_node`. (What etcd has acknowledged, its majority holds.)"""
+        """See `HAProtocol.propose`. ``force``: see `remove_node`."""
         self._check_open()
         if len(command.body) > limits.JOURNAL_ENTRY_BYTES_MAX:
             raise errors.InvalidValue(f"a command of {len(command.body)} bytes is too large", bytes=len(command.body))
@@ -670,7 +660,7 @@ class EtcdBackend:
         return errors.TimedOut(f"not within {timeout_s:.1f} s: {what}{reason}")
 
     async def _fetch_state(self) -> int:
-        """The mirror needs entries that are gone."""
+        """Bring the state up to the floor: the mirror needs entries that are gone."""
         await self._applying.settle()
         await self._copies.fetch()
         self._around.metrics.add("srengine_ha_etcd_states_fetched_total")

@@ -29,9 +29,8 @@ import msgspec
 from srengine import errors
 from srengine.ha import state
 from srengine.ha.backends import etcd_client as ec
-from srengine.ha.backends.etcd_client import EtcdClient
-from srengine.ha.backends.etcd_journal import EtcdJournal
-from srengine.ha.backends.etcd_keys import CopyRecord, FloorRecord, Keys, encode
+from srengine.ha.backends.etcd_journal import EtcdJournal, EtcdPlace
+from srengine.ha.backends.etcd_keys import CopyRecord, FloorRecord, encode
 from srengine.ha.backends.etcd_mirror import EtcdMirror
 from srengine.ha.backends.etcd_session import TRANSIENT
 from srengine.ha.messages import FetchState
@@ -62,28 +61,25 @@ class EtcdCopies:
 
     def __init__(
         self,
-        client: EtcdClient,
-        keys: Keys,
+        place: EtcdPlace,
         journal: EtcdJournal,
         mirror: EtcdMirror,
         *,
         machine: MetadataMachine,
         wire: Wire,
         directory: Path,
-        node_id: NodeId,
-        name: str,
         kept: int,
     ) -> None:
         assert kept >= 1, kept
-        self._client = client
-        self._keys = keys
+        self._client = place.client
+        self._keys = place.keys
         self._journal = journal
         self._mirror = mirror
         self._machine = machine
         self._wire = wire
         self._directory = directory
-        self._node_id = node_id
-        self._name = name
+        self._node_id = place.node_id
+        self._name = place.name
         self._kept = kept
         self._copied = 0
         """Index of the own copy; 0 while there is none of this run."""
