@@ -74,6 +74,8 @@ _logger = logging.getLogger(__name__)
 
 RETRY_S: Final = 0.05
 """Pause before a proposal is sent again, unless something changes before."""
+ATTEMPT_S: Final = 1.0
+"""How long the first try of a proposal waits for its answer, which may be lost; doubled for each further one."""
 ASK_S: Final = 2.0
 """How long one question between nodes may take, unless it says otherwise."""
 LOOK_S: Final = 0.25
@@ -518,17 +520,21 @@ class RaftBackend:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         unknown = False
+        attempt_s = ATTEMPT_S
         last: errors.Error = errors.TimedOut(f"{what} was not answered in {timeout_s:.3g} s")
         while (left_s := deadline - loop.time()) > 0:
             self._check_usable()
             try:
-                async with asyncio.timeout(left_s):
-                    return await ask(left_s)
+                async with asyncio.timeout(min(left_s, attempt_s)):
+                    return await ask(min(left_s, attempt_s))
             except TimeoutError:
                 unknown = True
+                attempt_s *= 2
             except errors.Error as error:
                 if not _is_passing(error):
                     raise
+                if isinstance(error, errors.TimedOut):
+                    attempt_s *= 2
                 unknown = unknown or isinstance(error, errors.TimedOut) or error.details.get("sent") is True
                 last = error
             with contextlib.suppress(TimeoutError):

@@ -1,16 +1,21 @@
 """Clusters for the contract suite: nodes of one backend in one event loop, started, stopped, cut and healed.
 
-Every kind makes the same thing of it: `Cluster` with `Node`s that have a backend, an agreed state of their own and a role
-service. A kind that cannot do something (cut a network that it has not got) is left out of those tests by their mark.
+Every kind makes the same thing of it: `Cluster` with `Node`s that have a backend, an agreed state of their own and a
+role service. A kind that cannot do something (cut a network that it has not got) is left out of those tests by their
+mark.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
+import shutil
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from srengine import errors
 from srengine.clock import SystemClock
@@ -58,7 +63,7 @@ class Admission:
         self.told.append("drop")
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """One running node."""
 
@@ -98,7 +103,7 @@ class Cluster(ABC):
     """Nodes n0, n1, ... with the ids 1, 2, ...; those of the start are followers."""
 
     kind = ""
-    settings: dict = {}
+    settings: ClassVar[dict] = {}
     """Of the backend."""
 
     def __init__(self, path: Path, *, role_options: RoleOptions | None = None, fence: FencingOptions | None = None):
@@ -124,6 +129,10 @@ class Cluster(ABC):
         """Stop a node: in order, or as if it died; its directory stays."""
         node = self.nodes.pop(name)
         await self._stop(node)
+
+    def wipe(self, name: str) -> None:
+        """Lose the directory of a node that is stopped."""
+        shutil.rmtree(self.path / name)
 
     async def _stop(self, node: Node) -> None:
         for task in list(node.tasks):
@@ -212,6 +221,10 @@ class Cluster(ABC):
         )
         return next(node for node in self.nodes.values() if node.protocol.observed.role is Role.FOLLOWER)
 
+    async def forgotten(self, name: str) -> None:
+        """Return when the leader takes a node that was stopped for dead; here at once."""
+        assert name not in self.nodes, name
+
     async def equal(self) -> None:
         """Return when all nodes have applied the same entries; their digests are equal then."""
 
@@ -234,7 +247,7 @@ class RaftCluster(Cluster):
     """The embedded backend on the in-memory network."""
 
     kind = "raft"
-    settings = {"heartbeat_s": 0.05, "lease_s": 0.25, "election_s_min": 0.5, "election_s_max": 1.0}
+    settings: ClassVar[dict] = {"heartbeat_s": 0.05, "lease_s": 0.25, "election_s_min": 0.5, "election_s_max": 1.0}
 
     def __init__(self, path: Path, **more) -> None:
         super().__init__(path, **more)
@@ -264,6 +277,11 @@ class RaftCluster(Cluster):
         for name in list(self.nodes):
             await self.stop_node(name)
 
+    async def forgotten(self, name: str) -> None:
+        number = int(name[1:]) + 1
+        leader = await self.leader()
+        await until(lambda: NodeId(node_id(number)) not in leader.protocol._alive())
+
     def isolate(self, *names: str) -> None:
         """Cut nodes off from all the others, in both directions."""
         inside = [self.nodes[name].endpoint for name in names]
@@ -271,4 +289,40 @@ class RaftCluster(Cluster):
         self.network.partition(inside, outside)
 
 
-KINDS: dict[str, type[Cluster]] = {"raft": RaftCluster}
+class ToyCluster(Cluster):
+    """A backend of another package, installed into a directory of the test's own and found by its entry point."""
+
+    kind = "toy"
+
+    async def begin(self, count: int) -> None:
+        site = self.path / "site"
+        site.mkdir()
+        shutil.copy(Path(__file__).parent / "toy" / "srengine_toy.py", site)
+        information = site / "srengine_toy-1.0.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: srengine-toy\nVersion: 1.0\n")
+        (information / "entry_points.txt").write_text("[srengine.ha]\ntoy = srengine_toy:Backend\n")
+        sys.path.insert(0, str(site))
+        self.site = str(site)
+        importlib.invalidate_caches()
+        from srengine_toy import World
+
+        self.settings = {"world": World(bootstrap(count))}
+        for number in range(count):
+            await self.start_node(f"n{number}", number + 1)
+
+    async def start_node(self, name: str, number: int) -> Node:
+        node = self.make(name, number, None)
+        await self.run(node)
+        return node
+
+    async def end(self) -> None:
+        try:
+            for name in list(self.nodes):
+                await self.stop_node(name)
+        finally:
+            sys.path.remove(self.site)
+            sys.modules.pop("srengine_toy", None)
+
+
+KINDS: dict[str, type[Cluster]] = {"raft": RaftCluster, "toy": ToyCluster}
