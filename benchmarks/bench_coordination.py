@@ -170,10 +170,8 @@ def bench_terminated_leader(benchmark: Any, report: Report, pair: Pair, effort: 
 
 
 def bench_catching_up(benchmark: Any, report: Report, pair: Pair, effort: Effort) -> None:
-    """A follower is killed, misses entries, and comes back."""
-    theirs, ours = alternate(
-        benchmark, pair, lambda cluster: coordination.catch_up(cluster, effort.missed, CLIENTS), 1
-    )
+    """Measure a follower that was killed, missed entries, and comes back."""
+    theirs, ours = alternate(benchmark, pair, lambda cluster: coordination.catch_up(cluster, effort.missed, CLIENTS), 1)
     (etcd_writing, etcd_catching), (writing, catching) = theirs[0], ours[0]
     report(
         Row(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import itertools
 import json
 import signal
 import statistics
@@ -330,7 +331,7 @@ async def outage(cluster: Cluster, number: int) -> float:
     moments = sorted(done for _, done in acknowledged)
     last_before = max((moment for moment in moments if moment <= signalled), default=signalled)
     moments = [last_before, *(moment for moment in moments if moment > signalled)]
-    return max(after - before for before, after in zip(moments, moments[1:], strict=False))
+    return max(after - before for before, after in itertools.pairwise(moments))
 
 
 async def outages(cluster: Cluster, number: int, rounds: int) -> list[float]:

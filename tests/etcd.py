@@ -1,6 +1,6 @@
-"""Real etcd servers as child processes: start one or three on free ports of loopback, stop, kill, pause by process id.
+"""Real etcd servers as child processes: started on free ports of loopback, stopped, killed, paused by process id.
 
-Every wait is for a condition; only processes that were started here are ever signalled. Data lie in the directory given.
+Every wait is for a condition; only processes that were started here are ever signalled.
 
 Example::
 

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from srengine import errors
 from srengine.ha.journal import Command, Journal
 from srengine.ha.members import MemberRole
 
@@ -88,6 +89,11 @@ class HAProtocol(Journal, Protocol):
 
     async def stop(self) -> None:
         """Stop taking part; whoever waits gets `Closed`. Idempotent."""
+        ...
+
+    @property
+    def removed(self) -> errors.Removed | None:
+        """Why this node belongs to the cluster no more, None while it does: its process must end with it."""
         ...
 
     @property

@@ -124,7 +124,7 @@ class Settling:
                     asking = {asyncio.ensure_future(self._ask(name)): name for name in others}
                 done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
                 for attempt in done:
-                    name, introduction = asking.pop(attempt), attempt.result()  # type: ignore[arg-type]
+                    name, introduction = asking.pop(attempt), attempt.result()
                     if introduction.cluster_id:
                         await self._enter(name, introduction)
                         return

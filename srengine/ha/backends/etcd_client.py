@@ -44,9 +44,9 @@ from srengine.ha.backends.etcd_http import Answer, Server, parse_address
 ANSWER_BYTES_MAX: Final = 16 * 1024 * 1024
 """One answer, as JSON. A range that is larger is asked for in smaller pages."""
 LINE_BYTES_MAX: Final = 8 * 1024 * 1024
-"""One line of a watch: etcd cuts them at its request limit (1.5 MiB, a third more as base64)."""
+"""One line of a watch: etcd cuts at its request limit, 1.5 MiB (a third more as base64)."""
 ATTEMPT_S: Final = 2.0
-"""How long one server may take before another one is asked: longer than a write to a slow disk, shorter than a lease."""
+"""How long one server may take before another is asked: longer than a write to a slow disk, shorter than a lease."""
 ROUND_PAUSE_S: Final = 0.1
 """Pause after all servers failed."""
 SERVERS_MAX: Final = 16

@@ -29,12 +29,11 @@ import msgspec
 from srengine import errors
 from srengine.ha import state
 from srengine.ha.backends import etcd_client as ec
-from srengine.ha.backends.etcd_client import EtcdClient
-from srengine.ha.backends.etcd_journal import EtcdJournal
-from srengine.ha.backends.etcd_keys import CopyRecord, FloorRecord, Keys, encode
-from srengine.ha.backends.etcd_messages import FetchCopy
+from srengine.ha.backends.etcd_journal import EtcdJournal, EtcdPlace
+from srengine.ha.backends.etcd_keys import CopyRecord, FloorRecord, encode
 from srengine.ha.backends.etcd_mirror import EtcdMirror
 from srengine.ha.backends.etcd_session import TRANSIENT
+from srengine.ha.messages import FetchState
 from srengine.ha.metadata import MetadataMachine
 from srengine.types import NodeId
 
@@ -62,28 +61,25 @@ class EtcdCopies:
 
     def __init__(
         self,
-        client: EtcdClient,
-        keys: Keys,
+        place: EtcdPlace,
         journal: EtcdJournal,
         mirror: EtcdMirror,
         *,
         machine: MetadataMachine,
         wire: Wire,
         directory: Path,
-        node_id: NodeId,
-        name: str,
         kept: int,
     ) -> None:
         assert kept >= 1, kept
-        self._client = client
-        self._keys = keys
+        self._client = place.client
+        self._keys = place.keys
         self._journal = journal
         self._mirror = mirror
         self._machine = machine
         self._wire = wire
         self._directory = directory
-        self._node_id = node_id
-        self._name = name
+        self._node_id = place.node_id
+        self._name = place.name
         self._kept = kept
         self._copied = 0
         """Index of the own copy; 0 while there is none of this run."""
@@ -95,7 +91,7 @@ class EtcdCopies:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left in self._directory.glob("*.part"):
             left.unlink()
-        self._wire.serve_stream(FetchCopy, self._serve)
+        self._wire.serve_stream(FetchState, self._serve)
 
     def _path(self, index: int) -> Path:
         return self._directory / f"state-{index}"
@@ -173,7 +169,7 @@ class EtcdCopies:
     # --- offering and fetching ---------------------------------------------------------------------------------------
 
     async def _serve(self, asker: NodeId, message: msgspec.Struct) -> AsyncGenerator[bytes, None]:
-        assert isinstance(message, FetchCopy), message
+        assert isinstance(message, FetchState), message
         path = self._path(message.index)
         if not path.is_file():
             raise errors.NotFound(f"{self._name} holds no copy of the state at {message.index}", index=message.index)
@@ -211,7 +207,7 @@ class EtcdCopies:
         part = self._directory / "fetched.part"
         part.unlink(missing_ok=True)
         try:
-            items = self._wire.stream(NodeId(record.node_id), FetchCopy(record.index), timeout_s=FETCH_S)
+            items = self._wire.stream(NodeId(record.node_id), FetchState(record.index), timeout_s=FETCH_S)
             async with contextlib.aclosing(items):
                 with part.open("xb") as file:
                     async for item in items:
@@ -237,4 +233,3 @@ class EtcdCopies:
             for row in state.read_rows(header, items):
                 digest.add(*row)
             return digest.value()
-

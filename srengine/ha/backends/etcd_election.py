@@ -26,10 +26,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from srengine import errors
-from srengine.clock import Clock
 from srengine.ha.backends import etcd_client as ec
-from srengine.ha.backends.etcd_client import EtcdClient
-from srengine.ha.backends.etcd_keys import Candidacy, Keys, encode, number
+from srengine.ha.backends.etcd_journal import EtcdPlace
+from srengine.ha.backends.etcd_keys import Candidacy, encode, number
 from srengine.ha.backends.etcd_mirror import EtcdMirror
 from srengine.ha.backends.etcd_session import TRANSIENT, EtcdSession
 from srengine.ha.members import Member
@@ -47,32 +46,30 @@ IDLE_S: Final = 1.0
 class EtcdElection:
     """`look_out` and `stand` in tasks; call `changed` whenever something may have changed.
 
-    ``member``: this node as the agreed state has it, None when it is none (any more).
+    ``member``: this node as the agreed state has it, None when it is none (yet); ``removed``: it was one.
     """
 
     def __init__(
         self,
-        client: EtcdClient,
-        keys: Keys,
-        *,
+        place: EtcdPlace,
         mirror: EtcdMirror,
         session: EtcdSession,
-        node_id: str,
-        name: str,
-        clock: Clock,
+        *,
         applied: Callable[[], int],
         member: Callable[[], Member | None],
+        removed: Callable[[], bool],
         moved: Callable[[Observed], None],
     ) -> None:
-        self._client = client
-        self._keys = keys
+        self._client = place.client
+        self._keys = place.keys
         self._mirror = mirror
         self._session = session
-        self._node_id = node_id
-        self._name = name
-        self._clock = clock
+        self._node_id = place.node_id
+        self._name = place.name
+        self._clock = place.clock
         self._applied = applied
         self._member = member
+        self._removed = removed
         self._moved = moved
         self._observed = Observed(Role.INIT, None, 0, "etcd was not heard yet")
         self._listeners: list[_Listener] = []
@@ -137,6 +134,8 @@ class EtcdElection:
         if now >= mirror.contact_until:
             return Observed(Role.UNKNOWN, None, self._observed.term, "etcd does not answer")
         candidacy, election = mirror.candidacy, mirror.election
+        if self._removed():
+            return Observed(Role.UNKNOWN, None, self._observed.term, "this node was removed")
         if candidacy is None or election is None:
             return Observed(Role.UNKNOWN, None, self._observed.term, "nobody holds the election")
         if candidacy.node_id == self._node_id:
@@ -249,7 +248,7 @@ class EtcdElection:
         return reply.succeeded
 
     async def hand_over(self, target: Member, *, timeout_s: float) -> bool:
-        """Make ``target`` hold the election in this node's place; False when it is not alive or this node has lost it."""
+        """Make ``target`` hold the election in this node's place; False when it is not alive, or this node lost it."""
         term = self.term
         session = self._mirror.sessions.get(target.node_id)
         if not term or session is None or not session.lease:

@@ -62,22 +62,33 @@ class _Connection:
     async def status(self) -> int:
         """Return the status of the answer."""
         while True:
-            event = await self._event()
-            if isinstance(event, h11.Response):
-                return int(event.status_code)
-            if not isinstance(event, h11.InformationalResponse):
-                raise EOFError(f"{type(event).__name__} in place of an answer")
+            match await self._event():
+                case h11.Response(status_code=status):
+                    return int(status)
+                case h11.InformationalResponse():
+                    continue
+                case other:
+                    raise EOFError(f"{type(other).__name__} in place of an answer")
 
     async def parts(self) -> AsyncIterator[bytes]:
         """Yield what comes of the body."""
         while True:
-            event = await self._event()
-            if isinstance(event, h11.Data):
-                yield bytes(event.data)
-            elif isinstance(event, h11.EndOfMessage):
-                return
-            else:
-                raise EOFError(f"{type(event).__name__} in place of a body")
+            match await self._event():
+                case h11.Data(data=data):
+                    yield bytes(data)
+                case h11.EndOfMessage():
+                    return
+                case other:
+                    raise EOFError(f"{type(other).__name__} in place of a body")
+
+    async def whole(self, bytes_max: int) -> bytes:
+        """Return the body; `errors.FrameError` once it is larger than ``bytes_max``."""
+        read = bytearray()
+        async for part in self.parts():
+            read += part
+            if len(read) > bytes_max:
+                raise errors.FrameError(f"an answer of more than {bytes_max} bytes", bytes=len(read))
+        return bytes(read)
 
     async def _event(self) -> h11.Event | type[h11.PAUSED]:
         while True:
@@ -127,11 +138,7 @@ class Server:
                 sent = True
                 await connection.send(target, [*self._headers, *headers], body)
                 status = await connection.status()
-                whole = bytearray()
-                async for part in connection.parts():
-                    whole += part
-                    if len(whole) > bytes_max:
-                        raise errors.FrameError(f"{self.address} sent more than {bytes_max} bytes", bytes=len(whole))
+                whole = await connection.whole(bytes_max)
         except TimeoutError:
             self._drop(connection)
             if not sent:
@@ -147,7 +154,7 @@ class Server:
             self._idle.append(connection)
         else:
             connection.close()
-        return Answer(status, bytes(whole))
+        return Answer(status, whole)
 
     async def lines(
         self, target: str, body: bytes, *, headers: list[tuple[str, str]], bytes_max: int, timeout_s: float

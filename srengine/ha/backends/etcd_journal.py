@@ -26,10 +26,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple
 
 from srengine import errors, limits
-from srengine.clock import Clock, SystemClock
+from srengine.clock import Clock
 from srengine.ha.backends import etcd_client as ec
 from srengine.ha.backends.etcd_client import EtcdClient, TxnReply, prefix_end
 from srengine.ha.backends.etcd_keys import (
@@ -69,6 +70,17 @@ class EtcdEntry(NamedTuple):
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class EtcdPlace:
+    """What every part of the backend is given: the way to etcd, the cluster's keys, who this node is."""
+
+    client: EtcdClient
+    keys: Keys
+    node_id: str
+    name: str
+    clock: Clock
+
+
 class BelowFloor(errors.Error):
     """The entries asked for were trimmed; the state has to be copied from another node."""
 
@@ -78,10 +90,10 @@ class BelowFloor(errors.Error):
 class EtcdJournal:
     """Reads and appends. One appends at a time; see `append`."""
 
-    def __init__(self, client: EtcdClient, keys: Keys, *, clock: Clock | None = None) -> None:
-        self._client = client
-        self._keys = keys
-        self._clock = clock or SystemClock()
+    def __init__(self, place: EtcdPlace) -> None:
+        self._client = place.client
+        self._keys = place.keys
+        self._clock = place.clock
 
     # --- the cluster -------------------------------------------------------------------------------------------------
 
@@ -112,7 +124,7 @@ class EtcdJournal:
         return found.value.decode(errors="replace")
 
     async def check_cluster(self, *, timeout_s: float = 10.0) -> ClusterRecord:
-        """Return what etcd says of the cluster; `errors.NotFound`, `errors.ForeignData`, `errors.UnsupportedFeature`."""
+        """Return what etcd says of the cluster; `errors.NotFound`, `ForeignData`, `UnsupportedFeature`."""
         found = (await self._client.range(self._keys.cluster, timeout_s=timeout_s)).first
         if found is None:
             raise errors.NotFound(f"etcd knows no cluster {self._keys.cluster_id}", cluster_id=self._keys.cluster_id)
@@ -198,10 +210,9 @@ class EtcdJournal:
         if election is None or election.mod_revision != term:
             raise errors.StaleEpoch("this node does not hold the election any more", term=term)
         if head is None or head.value != number(before):
+            end = "nothing" if head is None else read_number(head.value)
             raise errors.Diverged(
-                f"the journal in etcd ends at {'nothing' if head is None else read_number(head.value)}, not at {before},"
-                " though nobody else leads",
-                index=before,
+                f"the journal in etcd ends at {end}, not at {before}, though nobody else leads", index=before
             )
         raise errors.Conflict("a condition of the transaction does not hold", index=before + 1)
 

@@ -1,7 +1,7 @@
 """Where things are in etcd, and what their values look like. The table in docs/ha-etcd.md is this module in words.
 
-All keys of a cluster begin with ``srengine/<cluster id>/`` and are watched as one range, so that what a node hears has
-one order. Parts of large commands lie under ``srengine-parts/<cluster id>/``, outside of it: a node fetches them when it
+All keys of a cluster begin with ``srengine/<cluster id>/`` and are watched as one range: what a node hears has one
+order. Parts of large commands lie under ``srengine-parts/<cluster id>/``, outside of it: a node fetches them when it
 applies the command. ``srengine-names/<cluster name>`` says which cluster id a name has.
 
 Numbers in keys and plain values are decimal with 20 digits where order matters, so that ``etcdctl get --prefix`` can be

@@ -25,15 +25,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from srengine import errors
-from srengine.clock import Clock
 from srengine.ha.backends import etcd_client as ec
-from srengine.ha.backends.etcd_client import EtcdClient, Event, KeyValue, prefix_end
-from srengine.ha.backends.etcd_journal import BelowFloor, EtcdEntry, EtcdJournal
+from srengine.ha.backends.etcd_client import Event, KeyValue, prefix_end
+from srengine.ha.backends.etcd_journal import BelowFloor, EtcdEntry, EtcdJournal, EtcdPlace
 from srengine.ha.backends.etcd_keys import (
     Candidacy,
     CopyRecord,
     FloorRecord,
-    Keys,
     SessionRecord,
     decode,
     read_number,
@@ -64,20 +62,18 @@ class EtcdMirror:
 
     def __init__(
         self,
-        client: EtcdClient,
-        keys: Keys,
+        place: EtcdPlace,
         journal: EtcdJournal,
         *,
-        clock: Clock,
         delivered: int,
         deliver: Callable[[Sequence[EtcdEntry]], Awaitable[None]],
         fetch: Callable[[], Awaitable[int]],
         changed: Callable[[], None],
     ) -> None:
-        self._client = client
-        self._keys = keys
+        self._client = place.client
+        self._keys = place.keys
         self._journal = journal
-        self._clock = clock
+        self._clock = place.clock
         self._deliver = deliver
         self._fetch = fetch
         self._changed = changed

@@ -21,10 +21,9 @@ from collections.abc import Callable
 from typing import Final
 
 from srengine import errors
-from srengine.clock import Clock
 from srengine.ha.backends import etcd_client as ec
-from srengine.ha.backends.etcd_client import EtcdClient
-from srengine.ha.backends.etcd_keys import Keys, SessionRecord, encode
+from srengine.ha.backends.etcd_journal import EtcdPlace
+from srengine.ha.backends.etcd_keys import SessionRecord, encode
 
 _logger = logging.getLogger(__name__)
 
@@ -43,22 +42,18 @@ class EtcdSession:
 
     def __init__(
         self,
-        client: EtcdClient,
-        keys: Keys,
+        place: EtcdPlace,
         *,
-        node_id: str,
-        name: str,
         lease_s: int,
-        clock: Clock,
         applied: Callable[[], int],
         changed: Callable[[], None],
     ) -> None:
-        self._client = client
-        self._keys = keys
-        self._node_id = node_id
-        self._name = name
+        self._client = place.client
+        self._keys = place.keys
+        self._node_id = place.node_id
+        self._name = place.name
         self._lease_s = lease_s
-        self._clock = clock
+        self._clock = place.clock
         self._applied = applied
         self._changed = changed
         self._lease = 0

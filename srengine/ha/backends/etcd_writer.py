@@ -178,7 +178,7 @@ class EtcdWriter:
         for waiting in self._queue:
             _refuse(waiting.outcome, errors.StaleEpoch(f"epoch {self.epoch} is over here: {reason}", epoch=self.epoch))
         self._queue.clear()
-        asyncio.get_running_loop().create_task(self._tell_closed())  # noqa: RUF006  (it only wakes who waits)
+        asyncio.get_running_loop().create_task(self._tell_closed())
 
     async def _tell_closed(self) -> None:
         async with self._moved:

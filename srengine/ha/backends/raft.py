@@ -215,6 +215,11 @@ class RaftBackend:
         if not self._stopped:
             self.driver.receive(peer, message)
 
+    @property
+    def removed(self) -> errors.Removed | None:
+        """See `HAProtocol.removed`."""
+        return None if self._removed is None else m.was_removed(self._removed)
+
     # --- what the election says --------------------------------------------------------------------------------------
 
     def _on_role(self, role: effects.RoleChanged) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from tests.ha.etcd.parts import FakeClock, until
 
 from srengine import errors
 from srengine.ha.backends import HAOptions, Surroundings
@@ -25,6 +24,7 @@ from srengine.ha.registers import RegistersApplier, put_register, read_register
 from srengine.metrics import Metrics
 from srengine.storage import MetadataStore
 from srengine.types import NodeId
+from tests.ha.etcd.parts import FakeClock, until
 
 
 class Wires:

@@ -12,7 +12,7 @@ from typing import Any
 from srengine.clock import SystemClock
 from srengine.ha.backends import etcd_client as ec
 from srengine.ha.backends.etcd_client import EtcdClient, EtcdOptions
-from srengine.ha.backends.etcd_journal import EtcdEntry, EtcdJournal
+from srengine.ha.backends.etcd_journal import EtcdEntry, EtcdJournal, EtcdPlace
 from srengine.ha.backends.etcd_keys import Candidacy, Keys, encode
 from srengine.ha.backends.etcd_mirror import EtcdMirror
 from srengine.ha.backends.etcd_session import EtcdSession
@@ -35,7 +35,12 @@ class Cluster:
         self.options = options
         self.keys = Keys(secrets.token_hex(16))
         self.client = EtcdClient(options)
-        self.journal = EtcdJournal(self.client, self.keys)
+        self.journal = EtcdJournal(self.place())
+
+    def place(
+        self, client: EtcdClient | None = None, *, name: str = "n", clock: SystemClock | None = None
+    ) -> EtcdPlace:
+        return EtcdPlace(client or self.client, self.keys, name, name, clock or SystemClock())
 
     async def elect(self, name: str = "n", lease: int = 0) -> int:
         """Make somebody leader by force; return the term."""
@@ -51,12 +56,8 @@ class Cluster:
 
     def session(self, name: str, *, lease_s: int = 2, clock: SystemClock | None = None) -> EtcdSession:
         return EtcdSession(
-            self.client,
-            self.keys,
-            node_id=name,
-            name=name,
+            self.place(name=name, clock=clock),
             lease_s=lease_s,
-            clock=clock or SystemClock(),
             applied=lambda: 0,
             changed=lambda: None,
         )
@@ -101,11 +102,10 @@ class Follower:
         self.entries: list[EtcdEntry] = []
         self.client = client or cluster.client
         self.fetched = 0
+        place = cluster.place(self.client, clock=clock)
         self.mirror = EtcdMirror(
-            self.client,
-            cluster.keys,
-            EtcdJournal(self.client, cluster.keys),
-            clock=clock or SystemClock(),
+            place,
+            EtcdJournal(place),
             delivered=0,
             deliver=self.deliver,
             fetch=self.fetch,

@@ -194,7 +194,7 @@ def test_servers_of_two_clusters_are_refused(one_etcd: Etcd, tmp_path: Path) -> 
 
 @needs_etcd
 def test_user_and_password(tmp_path: Path) -> None:
-    """With authentication on, the right user works, a lost token is renewed, a wrong password and no user are refused."""
+    """With authentication the right user works, a lost token is renewed, a wrong password and no user are refused."""
 
     async def run(etcd: Etcd) -> None:
         async with client_of(EtcdOptions(etcd.urls)) as plain:
@@ -227,11 +227,11 @@ def test_a_silent_server_is_passed_over(tmp_path: Path) -> None:
     async def run(etcd: Etcd) -> None:
         async with client_of(EtcdOptions(etcd.urls)) as client:
             leader = (await client.status()).leader
-            for place, server in enumerate(etcd.servers):
+            for place in range(3):
                 client._preferred = place
                 if (await client.status()).header.member_id != leader:
                     break
-            server.pause()
+            etcd.servers[place].pause()
             assert (await client.range(b"k", timeout_s=2.0)).count == 0
             assert client._preferred != place
 
@@ -351,12 +351,15 @@ def test_a_change_is_not_repeated_when_the_answer_is_lost() -> None:
     """A transaction that was sent and not answered is TimedOut (unknown), and no other server gets it."""
 
     async def run() -> None:
-        async with impostor(b"") as (first, asked), impostor(ok(b'{"succeeded": true}')) as (second, others):
-            async with client_of(EtcdOptions((first, second))) as client:
-                with pytest.raises(errors.TimedOut):
-                    await client.txn([], [ec.put(b"k", b"")], timeout_s=5)
-                assert (len(asked), len(others)) == (1, 0)
-                assert (await client.txn([], [ec.put(b"k", b"")], timeout_s=5)).succeeded
+        async with (
+            impostor(b"") as (first, asked),
+            impostor(ok(b'{"succeeded": true}')) as (second, others),
+            client_of(EtcdOptions((first, second))) as client,
+        ):
+            with pytest.raises(errors.TimedOut):
+                await client.txn([], [ec.put(b"k", b"")], timeout_s=5)
+            assert (len(asked), len(others)) == (1, 0)
+            assert (await client.txn([], [ec.put(b"k", b"")], timeout_s=5)).succeeded
 
     asyncio.run(run())
 

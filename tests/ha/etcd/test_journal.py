@@ -7,13 +7,13 @@ import secrets
 from typing import Any
 
 import pytest
-from tests.ha.etcd.parts import Cluster, founded
 
 from srengine import errors
 from srengine.ha.backends import etcd_client as ec
 from srengine.ha.backends.etcd_client import EtcdClient, EtcdOptions
 from srengine.ha.backends.etcd_journal import PART_BYTES, BelowFloor, EtcdEntry, EtcdJournal
 from srengine.ha.backends.etcd_keys import FloorRecord, Keys, decode_entry, encode_entry, number, read_number
+from tests.ha.etcd.parts import Cluster, Follower, founded, running, until
 
 pytestmark = pytest.mark.requires_tool("etcd")
 
@@ -64,9 +64,10 @@ def test_a_lease_that_ended_takes_the_right_to_append(options: EtcdOptions) -> N
             lease = await cluster.client.grant(2)
             term = await cluster.elect("a", lease.ID)
             await cluster.append(1, term, b"in time")
-            async with asyncio.timeout(30):
-                while (await cluster.client.range(cluster.keys.election)).first is not None:
-                    await asyncio.sleep(0.05)
+            follower = Follower(cluster)
+            async with running(follower.mirror.run()):
+                await until(lambda: follower.mirror.term == term, "the leader")
+                await until(lambda: follower.mirror.election is None, "the end of the lease")
             with pytest.raises(errors.StaleEpoch):
                 await cluster.append(2, term, b"late")
 
@@ -96,7 +97,7 @@ def test_a_lost_answer_neither_loses_nor_repeats(options: EtcdOptions, bytes_: i
         async with founded(options) as cluster:
             term = await cluster.elect()
             losing = _Losing(options, 3)
-            cluster.journal = EtcdJournal(losing, cluster.keys)
+            cluster.journal = EtcdJournal(cluster.place(losing))
             await cluster.append(1, term, secrets.token_bytes(bytes_))
             await cluster.append(2, term, b"next")
             assert [entry.index for entry in await cluster.read()] == [1, 2, 3]
@@ -112,7 +113,7 @@ def test_unknown_stays_unknown(options: EtcdOptions) -> None:
         async with founded(options) as cluster:
             term = await cluster.elect()
             losing = _Losing(options, 1000)
-            cluster.journal = EtcdJournal(losing, cluster.keys)
+            cluster.journal = EtcdJournal(cluster.place(losing))
             with pytest.raises(errors.TimedOut):
                 await cluster.append(1, term, b"perhaps", within_s=0.3)
             losing.close()
@@ -309,7 +310,7 @@ def test_of_sixteen_leaders_one_takes_the_epoch(options: EtcdOptions) -> None:
             clients = [EtcdClient(options) for _ in range(16)]
 
             async def contend(number_: int) -> bool:
-                journal = EtcdJournal(clients[number_], keys)
+                journal = EtcdJournal(cluster.place(clients[number_]))
                 mark = [ec.put(keys.epoch(1), b"%d" % number_)]
                 deadline = asyncio.get_running_loop().time() + 30
                 try:

@@ -6,13 +6,13 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tests.etcd import Etcd
-from tests.ha.etcd.parts import Cluster, Follower, founded, running, until
 
 from srengine import errors
 from srengine.ha.backends import etcd_client as ec
 from srengine.ha.backends.etcd_client import EtcdClient, EtcdOptions
 from srengine.ha.backends.etcd_keys import FloorRecord
+from tests.etcd import Etcd
+from tests.ha.etcd.parts import Cluster, Follower, founded, running, until
 
 pytestmark = pytest.mark.requires_tool("etcd")
 

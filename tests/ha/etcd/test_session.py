@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.etcd import Etcd
-from tests.ha.etcd.parts import FakeClock, founded, running, until
 
 from srengine.ha.backends.etcd_client import EtcdClient, EtcdOptions
 from srengine.ha.backends.etcd_keys import SessionRecord, decode
+from tests.etcd import Etcd
+from tests.ha.etcd.parts import FakeClock, founded, running, until
 
 pytestmark = pytest.mark.requires_tool("etcd")
 
