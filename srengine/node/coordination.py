@@ -15,11 +15,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from srengine import errors
+from srengine.consensus.effects import Persist
+from srengine.consensus.entries import HardState
 from srengine.consensus.log import LOG_NAME, NodeLog
 from srengine.ha import backends
 from srengine.ha.backends.raft import RaftBackend, first_entry
@@ -96,18 +100,40 @@ class Coordination:
             node.endpoint.serve(ClaimVote, self.claims.answer, ports=("peer",))
 
     def _begin_log(self) -> None:
-        """Let the journal begin with the cluster's first entry; find out whether the log is an older state. Blocks."""
+        """Make the log fit the state and the identity: begun with the cluster's first entry, not older than either.
+
+        What is older than it should be (put back, lost, or beside a state that was) is not refused: the node is
+        distrusted, so it promises nothing before it has caught up, and fetches what it lacks. Blocks.
+        """
         node = self._node
         if node.options.ha != "raft":
             return
-        body = node.settling.first_entry()
-        with NodeLog.open(
-            node.options.data / LOG_NAME, insecure=node.options.insecure, allow_remote_fs=node.options.allow_remote_fs
-        ) as log:
+        path = node.options.data / LOG_NAME
+        index, term = node.machine.applied
+        with self._open_log(path) as log:
             node.trust.compare_log(log.boot_number)
+            group = log.group(JOURNAL_GROUP) if JOURNAL_GROUP in log.groups() else None
+            promised = HardState() if group is None else group.hard_state
+            gap = group is not None and group.floor.index > index
+        if gap:
+            # The state was lost or put back, and the log does not reach back to it: the leader sends a whole state.
+            node.trust.distrust_state(f"the state ends at {index}, the log begins behind it")
+            shutil.rmtree(path)
+        if term > promised.term:
+            node.trust.distrust_state(f"the state is of term {term}, the log of {promised.term}")
+            promised = HardState(term)
+        body = node.settling.first_entry()
+        with self._open_log(path) as log:
             if JOURNAL_GROUP not in log.groups():
-                log.bootstrap(JOURNAL_GROUP, first_entry(Command(BOOTSTRAP, body)) if body else None)
+                whole = first_entry(Command(BOOTSTRAP, body)) if body and not gap else None
+                log.bootstrap(JOURNAL_GROUP, whole)
+            if log.group(JOURNAL_GROUP).hard_state.term < promised.term:
+                log.append({JOURNAL_GROUP: Persist(promised)})
             log.note_boot(node.identity.boot_number)
+
+    def _open_log(self, path: Path) -> NodeLog:
+        options = self._node.options
+        return NodeLog.open(path, insecure=options.insecure, allow_remote_fs=options.allow_remote_fs)
 
     async def _found_in_etcd(self) -> None:
         node = self._node

@@ -62,10 +62,16 @@ class Trust:
 
     def compare_log(self, written: int) -> None:
         """Take note of the boot number that the log of groups carries: one below the stamped is an older state."""
+        stamped = self._node.identity.stamped
+        if written < stamped:
+            self.distrust_state(f"log/ is of start {written}, the node of {stamped}")
+
+    def distrust_state(self, reason: str) -> None:
+        """Take note, before coordination starts, that log and state are not what this node last wrote."""
         node = self._node
-        if written >= node.identity.stamped or self.standing.distrusted:
+        if self.standing.distrusted:
             return
-        node.alarm("log_restored", f"log/ is of start {written}, the node of {node.identity.stamped}: an older state")
+        node.alarm("log_restored", f"{node.options.data} is an older state: {reason}")
         node.adopt(replace(node.identity, stamped=node.identity.boot_number, distrusted=True))
         self.standing.stamped = node.identity.stamped
         self.standing.distrusted = True

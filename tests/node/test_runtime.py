@@ -104,7 +104,7 @@ def test_an_alarm_is_said_once_a_minute_and_kept(tmp_path: Path) -> None:
         try:
             for _ in range(3):
                 runtime.alarm("test_event", "the same")
-            assert list(runtime.alarms) == ["test_event: the same"]
+            assert list(runtime.alarm.kept) == ["test_event: the same"]
             assert runtime.metrics.value("srengine_node_alarms_total", event="test_event") == 3
         finally:
             await runtime.stop()
