@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 HAND_OVER_S: Final = 5.0
-REMOVED_LOOK_S: Final = 0.1
 
 
 class Coordination:
@@ -163,9 +162,10 @@ class Coordination:
 
     async def _end_when_removed(self) -> None:
         """Stop the node once the cluster has removed it."""
-        while self.backend.removed is None:
-            await asyncio.sleep(REMOVED_LOOK_S)
-        self._node.supervisor.fail(self.backend.removed)
+        async for _ in self.backend.observe():
+            if self.backend.removed is not None:
+                self._node.supervisor.fail(self.backend.removed)
+                return
 
     @property
     def role(self) -> Role:
