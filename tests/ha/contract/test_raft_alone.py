@@ -256,7 +256,7 @@ def test_a_joiner_that_applies_nothing_stays_unstable(on, monkeypatch):
             await leader.protocol.add_node("n3", node_id(9), address(9))
             joined = await cluster.start_node("n3", 9)
             await until(lambda: leader.protocol.machine.progress[joined.id].match_index >= leader.machine.applied_index)
-            assert joined.id in leader.protocol._alive()
+            assert joined.id in leader.protocol.leading.alive()
             with pytest.raises(errors.NotReady):
                 await leader.protocol.remove_unstable_node("n3")
             assert not leader.member("n3").stable
