@@ -49,7 +49,7 @@ from srengine.ha.backends.raft_leading import Leading
 from srengine.ha.backends.raft_options import raft_options
 from srengine.ha.backends.raft_standing import Standing
 from srengine.ha.backends.raft_state import COPIES_NAME, JournalState, StateCopies
-from srengine.ha.epochs import newest_epoch
+from srengine.ha.epochs import check_epochs, newest_epoch
 from srengine.ha.fencing import fence
 from srengine.ha.journal import Command, decode_command, encode_command
 from srengine.ha.membership import configuration_of
@@ -121,7 +121,13 @@ class RaftBackend:
     async def start(self) -> None:
         """See `HAProtocol.start`. `CorruptionError` when the epochs are no chain, or the log promised what is lost."""
         around = self._around
-        self._log = log = await asyncio.to_thread(NodeLog.open, around.data_dir / LOG_NAME)
+        await asyncio.to_thread(check_epochs, self._store)
+        self._log = log = await asyncio.to_thread(
+            NodeLog.open,
+            around.data_dir / LOG_NAME,
+            insecure=around.insecure,
+            allow_remote_fs=around.allow_remote_fs,
+        )
         if JOURNAL_GROUP not in log.groups():
             # A node that joins: its log begins when the leader sends something.
             await asyncio.to_thread(log.bootstrap, JOURNAL_GROUP)
@@ -341,6 +347,9 @@ class RaftBackend:
             except TimeoutError:
                 unknown = True
                 attempt_s *= 2
+            except errors.Removed as error:
+                self._hear_removed(error)
+                raise
             except errors.Error as error:
                 if not _is_passing(error):
                     raise
@@ -367,19 +376,16 @@ class RaftBackend:
                 try:
                     await self._around.wire.request(node, Belongs(), timeout_s=ASK_S)
                 except errors.Removed as error:
-                    facts = error.details
-                    self._standing.become_removed(
-                        m.RemovedMember(
-                            self._around.name,
-                            self._around.node_id,
-                            0,
-                            int(facts.get("epoch", 0)),
-                            int(facts.get("index", 0)),
-                        )
-                    )
-                    return
+                    self._hear_removed(error)
                 except errors.Error:
                     continue
+
+    def _hear_removed(self, error: errors.Removed) -> None:
+        """Believe a member that says that this node was removed; another id that was is somebody else's business."""
+        facts = error.details
+        if facts.get("node_id") == self._around.node_id:
+            epoch, index = int(facts.get("epoch", 0)), int(facts.get("index", 0))
+            self._standing.become_removed(m.RemovedMember(self._around.name, self._around.node_id, 0, epoch, index))
 
     # --- membership --------------------------------------------------------------------------------------------------
 

@@ -114,12 +114,17 @@ class Leading:
     async def propose(
         self, command: Command, acknowledge: Acknowledge, timeout_s: float, *, force: bool = False
     ) -> int:
-        """Put a command into the journal as the acting leader; return its index once it is applied here."""
+        """Put a command into the journal as the acting leader; return its index once it is applied here.
+
+        One that was decided before is answered with its outcome.
+        """
         epoch = self.epoch
         if epoch == 0:
             raise errors.NotReady(f"{self._around.name} was elected and has no epoch yet", leader=self._around.name)
         stamped = command if command.epoch else msgspec.structs.replace(command, epoch=epoch)
-        if is_membership(command.kind):
+        if find_outcome(self._store, command.request) is not None:
+            pass
+        elif is_membership(command.kind):
             await self._change_membership(stamped, timeout_s, force=force)
         elif acknowledge is Acknowledge.NONE:
             self._spawn(self._in_the_background(stamped, timeout_s), f"propose {command.kind}")
@@ -170,7 +175,6 @@ class Leading:
                 raise errors.TimedOut(
                     f"the command stands at {index}, and {name} has not applied it: {answer.message}",
                     index=index,
-                    final=True,
                 ) from answer
             if isinstance(answer, BaseException):
                 raise answer
@@ -250,12 +254,23 @@ class Leading:
             if self.epoch == 0:
                 self._unstable_since.clear()
                 continue
+            self._measure_lag()
             try:
                 await self._look_at_unstable()
                 for command in self._tickets.due(self._around.clock.boottime_s(), m.read_tickets(self._store)):
                     await self._propose_own(command)
             except errors.Error as error:
                 _logger.info("looking after members: %s", error.message, extra={"event": "look_after"})
+
+    def _measure_lag(self) -> None:
+        """Say how many entries each living node lacks; a dead one keeps the last figure, and is named by `alive`."""
+        alive = self.alive()
+        for node, peer in self._machine.progress.items():
+            name = self._standing.name_of(node) or node
+            self._around.metrics.set("srengine_ha_node_alive", node in alive, node=name)
+            if node in alive:
+                lag = max(0, self._machine.last_index - peer.match_index)
+                self._around.metrics.set("srengine_ha_replication_lag_entries", lag, node=name)
 
     async def _look_at_unstable(self) -> None:
         now = self._around.clock.boottime_s()

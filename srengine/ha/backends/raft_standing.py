@@ -16,11 +16,14 @@ from srengine import errors
 from srengine.consensus import effects
 from srengine.ha import members as m
 from srengine.ha.backends import Surroundings
+from srengine.ha.membership import group_size
 from srengine.ha.protocol import Observed, Role
 from srengine.types import NodeId
 
 _logger = logging.getLogger(__name__)
 
+VOTERS_MIN: Final = 3
+"""With fewer, the loss of one node is the loss of the majority (or of everything)."""
 OBSERVED_MAX: Final = 4096
 """Changes that one reader of `observe` may lag behind; the oldest are left out then."""
 
@@ -109,10 +112,23 @@ class Standing:
         for node_id in before.keys() - self.members.keys():
             if node_id != around.node_id:
                 around.wire.forget(node_id)
+        self._measure()
         if self.removed is None:
             removed = m.find_removed(self._store, around.node_id)
             if removed is not None:
                 self.become_removed(removed)
+
+    def _measure(self) -> None:
+        size = group_size(list(self.members.values()))
+        for what, count in size._asdict().items():
+            self._around.metrics.set("srengine_ha_members", count, what=what)
+        if 0 < size.voters < VOTERS_MIN:
+            _logger.warning(
+                "only %d nodes are electable: with fewer than %d no node may fail",
+                size.voters,
+                VOTERS_MIN,
+                extra={"event": "few_electable", "voters": size.voters},
+            )
 
     def become_removed(self, row: m.RemovedMember) -> None:
         """Take note that this node belongs to the cluster no more."""
