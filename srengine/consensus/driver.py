@@ -381,12 +381,12 @@ class Driver:
     def _carry_out(self, group: _Group, effects: Effects) -> None:
         """Do what comes after the persist, in the order of the duties."""
         waiting = group.waiting
-        for role in effects.roles:
-            self._publish(group, role)
         for accepted in effects.accepted:
             waiting.accepted(accepted)
         for refused in effects.refused:
             waiting.refused(refused)
+        for role in effects.roles:
+            self._publish(group, role)
         for read in effects.reads:
             waiting.read_ready(read, group.visible, group.role.leader)
         for outgoing in effects.send:

@@ -22,7 +22,7 @@ from srengine.transport.memory import Network
 from tests.consensus.logs import FIRST, NODES
 
 GROUP = "journal"
-TIMING = Timing(heartbeat_s=0.03, lease_s=0.15, election_s_min=0.3, election_s_max=0.6)
+TIMING = Timing(heartbeat_s=0.05, lease_s=0.4, election_s_min=0.8, election_s_max=1.6)
 
 
 class State:
@@ -127,7 +127,8 @@ class Member:
         address = self.address if self.address is not None else "tcp://127.0.0.1:0"
         self.address = await self.endpoint.listen("peer", address)
         for name in groups:
-            self.log.bootstrap(name, FIRST)
+            if name not in self.log.groups():
+                self.log.bootstrap(name, FIRST)
             state = self.states.setdefault(name, State())
             log = prepare(self.log, name, state)
             machine = RaftMachine(
