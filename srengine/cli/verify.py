@@ -20,9 +20,11 @@ def verify(settings: Settings, context: click.Context, *, directory: str) -> Non
 
     The directory must not be in use. Nothing is changed.
     """
+    from srengine.consensus.log import LOG_NAME
+    from srengine.consensus.log_check import check_log
     from srengine.storage import verify_directory
 
-    report = verify_directory(directory)
+    report = verify_directory(directory, {LOG_NAME: check_log})
     values = report.as_dict()
     out = settings.out
     if out.format == "text":

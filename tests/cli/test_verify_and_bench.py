@@ -6,6 +6,7 @@ import pytest
 
 import srengine
 from srengine.cli import bench
+from tests.consensus.logs import Raw, filled
 
 
 @pytest.fixture
@@ -40,6 +41,18 @@ def test_damage_is_exit_code_7(run, directory):
     as_text = run("verify", directory)
     assert as_text.code == 7
     assert "damage\tkind=" in as_text.text
+
+
+def test_damage_of_the_log_is_exit_code_7(run, directory):
+    """H28: an entry that is missing in a node's log is named by its key."""
+    filled(directory / "log", last=9)
+    assert run("verify", directory).code == 0
+    key = b"journal\0" + (5).to_bytes(8, "big")
+    with Raw(directory / "log") as raw:
+        raw.delete("entries", key)
+    result = run("verify", directory, "--json")
+    assert result.code == 7
+    assert [(damage["kind"], damage["key"]) for damage in result.json["damages"]] == [("missing-entry", key.hex())]
 
 
 def test_no_directory(run, tmp_path):
