@@ -83,7 +83,10 @@ class Core:
         """How many messages of each fault were dropped, by reason: for the metrics and the simulator."""
 
         self._random = random
-        self._durable_state = self.hard_state if self.hard_state == hard_state else hard_state
+        self._durable_state = hard_state
+        """The hard state that was handed out last, durable once ``persisting_since`` is None."""
+        self._state_on_way = False
+        """Whether it is not durable yet: until then no message of its term may leave."""
         self._send: list[Outgoing] = []
         self._accepted: list[Accepted] = []
         self._refused: list[Refused] = []
