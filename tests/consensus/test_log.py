@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -544,6 +546,16 @@ def test_an_entry_damaged_while_the_log_is_open_is_an_error(path):
             writer.put(key_of(5), b"damaged bytes", db=log._store._tables["entries"])
         with pytest.raises(errors.CorruptionError):
             log.group(GROUP).entries(4, 7, 1000)
+
+
+def test_documented_vectors():
+    """The byte vectors in docs/formats-log.md are what is written."""
+    text = (Path(__file__).parents[2] / "docs" / "formats-log.md").read_text()
+    found = dict(re.findall(r"<!-- vector: ([a-z-]+) -->\n```\n(.*?)\n```", text))
+    chain = rows.first_chain(GROUP, Floor())
+    value, after = rows.encode_entry(Entry(1, 3, EntryKind.COMMAND, b"data"), chain)
+    assert found == {"chain": chain.hex(), "entry": value.hex()}
+    assert rows.chain_of(value) == after
 
 
 # --- any history -----------------------------------------------------------------------------------------------------
