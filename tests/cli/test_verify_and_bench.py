@@ -8,6 +8,7 @@ import srengine
 from srengine.cli import bench
 from srengine.storage import MetadataStore
 from tests.ha.agreed import agreed, bootstrap
+from tests.consensus.logs import Raw, filled
 
 
 @pytest.fixture
@@ -61,6 +62,18 @@ def test_a_broken_chain_of_epochs_is_exit_code_7(run, tmp_path):
     (damage,) = result.json["damages"]
     assert (damage["kind"], damage["file"]) == ("epoch", "meta/data.mdb")
     assert damage["detail"] == "epoch 1 is followed by 3"
+
+
+def test_damage_of_the_log_is_exit_code_7(run, directory):
+    """H28: an entry that is missing in a node's log is named by its key."""
+    filled(directory / "log", last=9)
+    assert run("verify", directory).code == 0
+    key = b"journal\0" + (5).to_bytes(8, "big")
+    with Raw(directory / "log") as raw:
+        raw.delete("entries", key)
+    result = run("verify", directory, "--json")
+    assert result.code == 7
+    assert [(damage["kind"], damage["key"]) for damage in result.json["damages"]] == [("missing-entry", key.hex())]
 
 
 def test_no_directory(run, tmp_path):
