@@ -7,8 +7,8 @@ import pytest
 import srengine
 from srengine.cli import bench
 from srengine.storage import MetadataStore
-from tests.ha.agreed import agreed, bootstrap
 from tests.consensus.logs import Raw, filled
+from tests.ha.agreed import agreed, bootstrap
 
 
 @pytest.fixture
