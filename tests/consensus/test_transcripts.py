@@ -141,7 +141,9 @@ class Told(Group):
         floor = f"[{node.log.floor.index}@{node.log.floor.term}] " if node.log.floor.index else ""
         role = "pre-candidate" if isinstance(machine.state, PreCandidate) else machine.role.value
         trust = "" if machine.trusted else " untrusted"
-        dropped = "".join(f", {count} {reason}" for reason, count in sorted(machine.dropped.items()) if reason != "late")
+        dropped = "".join(
+            f", {count} {reason}" for reason, count in sorted(machine.dropped.items()) if reason != "late"
+        )
         return (
             f"= {name} {role}{trust} {machine.term} of {told_configuration(machine.configuration) or 'nobody'}: "
             f"{floor}{log or '-'}; commit {machine.commit_index}{dropped}"
