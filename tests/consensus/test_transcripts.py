@@ -20,7 +20,9 @@ lose a>b [2] · repeat a>b              throw them away · deliver the next one,
 cut a>b · cut a · mend                 nothing arrives in that direction · nothing from and to a · heal
 crash a [untrusted] [empty]            start it anew from its disk (untrusted: it may be an old one; empty: it is new)
 hang a · wake a                        its disk does not answer · answers
-inject a append term=9 … · state       a message that no honest node sends · how all nodes stand
+stop a · go a                          its process does not run · goes on; what was sent to it is waiting
+jump a 3600                            its clock alone jumps
+inject a append term=9 … · state       a message out of nowhere arrives · how all nodes stand
 =====================================  ==============================================================================
 
 Said: ``a>b append 2 after 1@1: 2@2 noop (commit 1, round 1)`` is a message of term 2; ``1@1`` is index@term. ``a persists``,
@@ -142,9 +144,11 @@ class Told(Group):
         role = "pre-candidate" if isinstance(machine.state, PreCandidate) else machine.role.value
         trust = "" if machine.trusted else " untrusted"
         dropped = "".join(f", {count} {reason}" for reason, count in sorted(machine.dropped.items()) if reason != "late")
+        lease = machine.lease_until
+        leased = f", lease for {lease - self.now:.2f} s" if self.timing.lease_reads and lease > self.now else ""
         return (
             f"= {name} {role}{trust} {machine.term} of {told_configuration(machine.configuration) or 'nobody'}: "
-            f"{floor}{log or '-'}; commit {machine.commit_index}{dropped}"
+            f"{floor}{log or '-'}; commit {machine.commit_index}{leased}{dropped}"
         )
 
 
@@ -282,6 +286,16 @@ class Story:
             group.add(words[0], MemoryLog(), trusted="untrusted" not in words)
         else:
             group.restart(words[0], trusted="untrusted" not in words)
+
+    def do_stop(self, group, words, options):
+        group.stopped.add(words[0])
+
+    def do_go(self, group, words, options):
+        group.stopped.discard(words[0])
+
+    def do_jump(self, group, words, options):
+        group[words[0]].tick(group.now + float(words[1]))
+        group.settle(words[0])
 
     def do_hang(self, group, words, options):
         group.blocked.add(words[0])
