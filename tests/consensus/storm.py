@@ -117,9 +117,11 @@ class Storm(Group):
     def check_decided(self, name: str) -> None:
         node = self.nodes[name]
         machine = node.machine
-        for entry in machine.view.entries(machine.view.floor.index + 1, machine.commit_index + 1, 1 << 30) if (
-            machine.commit_index > machine.view.floor.index
-        ) else ():
+        for entry in (
+            machine.view.entries(machine.view.floor.index + 1, machine.commit_index + 1, 1 << 30)
+            if (machine.commit_index > machine.view.floor.index)
+            else ()
+        ):
             if entry.index > machine.commit_index:
                 break
             known = self.decided.setdefault(entry.index, (entry, machine.term))
@@ -420,5 +422,3 @@ def weather(seed: int, machine_type: type[RaftMachine] = RaftMachine, steps: int
     storm.blow(steps)
     storm.calm()
     return storm
-
-

@@ -143,7 +143,9 @@ class Told(Group):
         floor = f"[{node.log.floor.index}@{node.log.floor.term}] " if node.log.floor.index else ""
         role = "pre-candidate" if isinstance(machine.state, PreCandidate) else machine.role.value
         trust = "" if machine.trusted else " untrusted"
-        dropped = "".join(f", {count} {reason}" for reason, count in sorted(machine.dropped.items()) if reason != "late")
+        dropped = "".join(
+            f", {count} {reason}" for reason, count in sorted(machine.dropped.items()) if reason != "late"
+        )
         lease = machine.lease_until
         leased = f", lease for {lease - self.now:.2f} s" if self.timing.lease_reads and lease > self.now else ""
         return (
@@ -164,6 +166,7 @@ class Story:
         parts = line.removeprefix("quietly ").split()
         options = dict(part.split("=", 1) for part in parts[1:] if "=" in part)
         words = [part for part in parts if "=" not in part]
+        before = list(self.group.said) if self.group is not None else []
         if words[0] == "group":
             names = tuple(word for word in words[1:] if word != "lease")
             learners = tuple(filter(None, options.get("learners", "").split(",")))
@@ -173,7 +176,7 @@ class Story:
             assert self.group is not None
             getattr(self, f"do_{words[0]}")(self.group, words[1:], options)
         if quietly:
-            self.group.said.clear()
+            self.group.said = before
 
     def do_alone(self, group, words, options):
         group.add(words[0], MemoryLog())
@@ -318,6 +321,9 @@ class Story:
                 message = Vote(GROUP, sender=sender, pre="pre" in words, transfer="transfer" in words, **numbers)
             case "yes":
                 message = VoteReply(GROUP, sender=sender, granted=True, **numbers)
+            case "install":
+                configuration = Configuration(group.names, group.learners)
+                message = Install(GROUP, sender=sender, configuration=configuration, **numbers)
             case "timeout":
                 message = TimeoutNow(GROUP, sender=sender, **numbers)
             case _:
