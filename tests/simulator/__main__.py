@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,7 +15,8 @@ import time
 from pathlib import Path
 
 from tests.simulator.breakages import BREAKAGES, NONE
-from tests.simulator.story import Failure, Report, run
+from tests.simulator.story import Failure, run
+from tests.simulator.workers import results
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,16 +47,6 @@ def told(failure: Failure, breakage: str) -> str:
         f"seed {failure.seed} at commit {revision()} failed\n  {failure}\n  the last of its trace:\n    {last}\n"
         f"  play it again: make sim SEED={failure.seed} SEEDS=1{broken}"
     )
-
-
-def one(task: tuple[int, str]) -> Report | Failure:
-    """Run one seed in a worker."""
-    seed, breakage = task
-    try:
-        return run(seed, breakage=BREAKAGES.get(breakage, NONE))
-    except Failure as failure:
-        # NB: by hand, an exception with four arguments does not survive the way between processes.
-        return Failure(failure.seed, failure.rule, str(failure), failure.last)
 
 
 def main() -> int:
@@ -98,28 +88,27 @@ def many(parsed: argparse.Namespace) -> int:
     healed = [0.0]
     failed: list[int] = []
     jobs = max(1, min(parsed.jobs, parsed.seeds))
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for result in pool.imap(one, tasks, chunksize=min(8, max(1, parsed.seeds // (4 * jobs)))):
-            if isinstance(result, Failure):
-                failed.append(result.seed)
-                sys.stdout.write(told(result, parsed.breakage) + "\n")
-                sys.stdout.flush()
-                if not parsed.keep_going:
-                    break
-                continue
-            totals.update(
-                seeds=1,
-                steps=result.steps,
-                elections=result.elections,
-                applied=result.applied,
-                acknowledged=result.acknowledged,
-                answered=result.answered,
-            )
-            faults.update(dict(result.faults))
-            healed.append(result.healed_s)
-            if totals["seeds"] % 1000 == 0:
-                sys.stdout.write(f"{totals['seeds']} seeds, {time.monotonic() - began:.0f} s\n")
-                sys.stdout.flush()
+    for result in results(tasks, parsed.seeds, jobs):
+        if isinstance(result, Failure):
+            failed.append(result.seed)
+            sys.stdout.write(told(result, parsed.breakage) + "\n")
+            sys.stdout.flush()
+            if not parsed.keep_going:
+                break
+            continue
+        totals.update(
+            seeds=1,
+            steps=result.steps,
+            elections=result.elections,
+            applied=result.applied,
+            acknowledged=result.acknowledged,
+            answered=result.answered,
+        )
+        faults.update(dict(result.faults))
+        healed.append(result.healed_s)
+        if totals["seeds"] % 1000 == 0:
+            sys.stdout.write(f"{totals['seeds']} seeds, {time.monotonic() - began:.0f} s\n")
+            sys.stdout.flush()
     sys.stdout.write(
         f"seeds {parsed.seed} to {parsed.seed + parsed.seeds - 1} at commit {revision()}: {totals['seeds']} passed, "
         f"{len(failed)} failed {failed[:20]}, {time.monotonic() - began:.0f} s in {jobs} processes\n"

@@ -41,7 +41,9 @@ class Host:
     def empty(self) -> None:
         """The disk holds nothing."""
         self.disk.image = Image(
-            0, {group: GroupLog() for group in self.world.groups}, {group: Registers() for group in self.world.groups}
+            0,
+            {group: GroupLog() for group in self.world.groups},
+            {group: self.world.new_state() for group in self.world.groups},
         )
         self.backup = None
 

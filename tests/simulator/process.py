@@ -1,7 +1,8 @@
 """One run of a node: the driver of its machines, as `effects` demands it, and the service above them.
 
 Turn of the loop: take what arrived, tick, step, drain; *persist* in one transaction; `Persisted`, *send*; *apply*
-later, in order. A process can end between any two of these (`crash_point`); a stopped one does nothing until it goes on.
+later, in order. A process can end between any two of these (`crash_point`); a stopped one does nothing until it goes
+on.
 
 The service is what `ha/` does with a group: a new leader waits for the first entry of its term to be applied, fences
 (epoch = newest + 1), and serves only then; every command carries the epoch; what was accepted is answered when an entry
@@ -337,6 +338,7 @@ class Process:
         if judges.application.applied(run.group, self.id, state.index, entry.index, entry.term, digest):
             judges.completeness.committed(run.group, entry.index, entry.term, run.machine.term)
         decided = state.apply(entry)
+        state.chain = self.host.log(run.group).chain_at(entry.index)
         outcome = None
         if decided is not None:
             command, outcome = decided
@@ -416,7 +418,10 @@ class Process:
         if not term or run.fenced_term == term or state.term != term:
             return
         run.fenced_term = term
-        epoch = state.epoch + 1
+        if self.world.breakage.acts_unfenced and state.epoch:
+            run.epoch = state.epoch
+            return
+        epoch = state.epoch + 1 if not self.world.breakage.reuses_epochs else max(state.epoch, 1)
 
         def decided(outcome: Outcome | None) -> None:
             if outcome is not None and outcome.result is Result.DONE and run.leading_term == term:

@@ -69,6 +69,10 @@ class Registers:
     ``digest``: of all outcomes and values, chained. ``chain``: of the log up to ``index``, for the checker of logs.
     """
 
+    repeats_requests = False
+    reuses_epochs = False
+    """Deliberate breakages, see breakages.py."""
+
     __slots__ = ("chain", "configuration", "digest", "epoch", "index", "outcomes", "owner", "term", "values")
 
     def __init__(self) -> None:
@@ -99,11 +103,11 @@ class Registers:
 
     def _decide(self, command: Command) -> Outcome:
         if command.verb is Verb.FENCE:
-            if command.epoch != self.epoch + 1:
+            if command.epoch != self.epoch + 1 and not self.reuses_epochs:
                 return Outcome(Result.KEY_EXISTS, self.index)
             self.epoch, self.owner = command.epoch, command.proposer
             return Outcome(Result.DONE, self.index)
-        if command.request in self.outcomes:
+        if command.request in self.outcomes and not self.repeats_requests:
             return self.outcomes[command.request]
         if command.epoch != self.epoch:
             return Outcome(Result.STALE_EPOCH, self.index)
@@ -115,8 +119,8 @@ class Registers:
         return outcome
 
     def copy(self) -> Registers:
-        other = Registers()
-        for name in self.__slots__:
+        other = type(self)()
+        for name in Registers.__slots__:
             setattr(other, name, getattr(self, name))
         other.values, other.outcomes = dict(self.values), dict(self.outcomes)
         return other

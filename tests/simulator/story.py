@@ -51,6 +51,10 @@ class Failure(AssertionError):
         self.rule = rule
         self.last = last
 
+    def __reduce__(self) -> tuple[type, tuple[int, str, str, list[str]]]:
+        """Survive the way between two processes."""
+        return Failure, (self.seed, self.rule, str(self), self.last)
+
 
 def run(
     seed: int,

@@ -22,7 +22,7 @@ class Trace:
     def note(self, text: str) -> None:
         """Something happened now."""
         line = f"{self._schedule.now_s:11.6f} {text}"
-        self._digest.update(line)
+        self._digest.update(line.encode())
         self.last.append(line)
         if self._show is not None:
             self._show(line)

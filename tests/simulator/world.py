@@ -56,6 +56,8 @@ class World:
         self.trace = Trace(self.schedule, show)
         self.regime = regime or draw(random.Random(f"{seed} regime"))
         self.judges = Judges()
+        broken = {"repeats_requests": breakage.repeats_requests, "reuses_epochs": breakage.reuses_epochs}
+        self._state_kind: type[Registers] = type("Registers", (Registers,), {"__slots__": (), **broken})
         self.network = Network(self.schedule, random.Random(f"{seed} network"), replace(self.regime.weather))
         self.groups = [f"g{number}" for number in range(self.regime.groups)]
         self.hosts: dict[str, Host] = {}
@@ -135,6 +137,10 @@ class World:
     def open_machine(self, process: Process, group: str) -> Any:
         """Return the machine of a group that starts."""
         return open_machine(process, group, self.breakage)
+
+    def new_state(self) -> Registers:
+        """Return the state of a group before its first entry."""
+        return self._state_kind()
 
     def floor_of(self, state: Registers) -> Floor:
         """Return the floor that stands for an applied state."""
