@@ -175,6 +175,27 @@ TABLETS_PER_TABLE_MAX: Final = 1024
 JOURNAL_ENTRY_BYTES_MAX: Final = 4 * MIB
 JOURNAL_PULL_BYTES_MAX: Final = 4 * MIB
 
+# --- consensus -------------------------------------------------------------------------------------------------------
+GROUP_NODES_MAX: Final = 256
+"""Voters and learners of one group; a leader writes to each of them at every heartbeat."""
+APPEND_BYTES_MAX: Final = 256 * KIB
+"""Entries of one message, at least one: so that no message delays a heartbeat."""
+IN_FLIGHT_MESSAGES_MAX: Final = 64
+"""Messages with entries on their way to one follower, unanswered."""
+IN_FLIGHT_BYTES_MAX: Final = 4 * MIB
+UNCOMMITTED_BYTES_MAX: Final = 64 * MIB
+"""Proposals in a leader's log that are not committed; one larger entry is taken when there is no other."""
+APPLY_BYTES_MAX: Final = 16 * MIB
+"""Committed entries handed out and not applied yet; one larger entry is handed out alone."""
+READS_WAITING_MAX: Final = 16_384
+ROUNDS_KEPT_MAX: Final = 1024
+"""Heartbeats whose time of sending is remembered; an answer to an older one renews nothing."""
+EARLY_CAMPAIGNS_MAX: Final = 8
+"""Campaigns in quick succession after a hint that the leader is dead; after them the usual time-out."""
+DEPARTING_S_MAX: Final = 10.0
+"""How long a leader goes on telling a removed node that it was removed."""
+
+assert APPEND_BYTES_MAX <= IN_FLIGHT_BYTES_MAX <= UNCOMMITTED_BYTES_MAX, (APPEND_BYTES_MAX, IN_FLIGHT_BYTES_MAX)
 assert PULL_HOLD_S < PULL_TIMEOUT_S < CONTACT_S, (PULL_HOLD_S, PULL_TIMEOUT_S, CONTACT_S)
 assert PULL_HOLD_S < STALENESS_S_MAX / 2, (PULL_HOLD_S, STALENESS_S_MAX)
 assert DUPLICATE_PATIENCE_S >= 2 * CONTACT_S, (DUPLICATE_PATIENCE_S, CONTACT_S)

@@ -1,6 +1,9 @@
 """What goes into a group's machine and what comes out: the contract between `machine.RaftMachine` and its driver.
 
-The driver's duties, in this order, for every `Effects`::
+Time: the driver calls ``tick(now)`` (CLOCK_BOOTTIME) before each turn of `step`, with the time read *after* the turn's
+inputs arrived, and again at ``next_deadline``. A voter counts its promises from there.
+
+The driver's duties, in this order, for every `Effects`, until `drain` has nothing more (``while effects := drain()``)::
 
     receive -> step -> persist -> send -> apply
 
@@ -10,10 +13,13 @@ The driver's duties, in this order, for every `Effects`::
    *send*. Messages may be lost.
 3. *apply*: committed entries in order, each once, whoever leads then. The driver tells ``step(Applied(index))`` once
    they are durable in the state machine.
-4. *install*: fetch the state, put it in place durably, reset the log to its floor, then ``step(Installed(...))``, or
-   ``step(InstallFailed(...))``.
+4. *install*: after everything that was handed to *apply*: fetch the state, put it in place durably, reset the log to
+   its floor, then ``step(Installed(...))``, or ``step(InstallFailed(...))`` (after a pause: the leader offers it again
+   at its next heartbeat). Nothing is handed to *apply* between the two.
 
-Between a `drain` and the end of its *persist* the driver steps nothing into that group.
+Between a `drain` with something to persist and its ``Persisted`` the driver steps nothing into that group; it goes on
+to `tick` and `drain` it, so that a leader beats on, and gives up when its own disk hangs. What such a drain says may be
+sent at once: it depends on nothing that is being persisted.
 """
 
 from __future__ import annotations
@@ -40,8 +46,9 @@ class Received:
 class Propose:
     """Append ``data`` if this node leads; answered by `Accepted` or `Refused` with the token.
 
-    With ``configuration`` it is a change of membership: single-step (one voter more or less, or learners), refused
-    while another is not committed or before an entry of the own term is committed (`Why.BUSY`).
+    With ``configuration`` it is a change of membership: single-step (one voter more or less, any learners), refused
+    while another is not committed or before an entry of the own term is committed (`Why.BUSY`). Whether those who are
+    left are alive and caught up is the caller's question: see `RaftMachine.progress`.
     """
 
     token: int
@@ -72,7 +79,9 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """The state at ``floor`` is in place, durably, and the log begins behind it (entries after it that match stay)."""
+    """The state at ``floor`` is in place, durably, and the log begins behind it: entries after it stay if the entry at
+    it has its term or it lies below the log's former floor. It may be later than what `InstallState` offered.
+    """
 
     floor: Floor
 
@@ -86,14 +95,21 @@ class InstallFailed:
 
 @dataclass(frozen=True, slots=True)
 class Trimmed:
-    """The log was trimmed to this floor."""
+    """The log was trimmed to this floor, which the machine named by `RaftMachine.floor_at`: applied durably.
+
+    ``reference``: where followers that need what is gone fetch the state (`messages.Install`); None: as before. At its
+    start the driver of a log with a floor steps one with that floor, to say the reference.
+    """
 
     floor: Floor
+    reference: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Hand leadership to ``target`` (None: to the voter that holds most), or say why not by `Refused`."""
+    """Hand leadership to ``target`` (None: to the voter that holds most). It worked when `RoleChanged` says so; else
+    `Refused` says why, also when the time for it is over (then this node goes on to lead, without leases in this term).
+    """
 
     token: int
     target: NodeId | None = None
@@ -174,7 +190,7 @@ class Why(enum.Enum):
     BUSY = "busy"
     """A change of membership or a transfer is going on, or the term has no committed entry yet: try again."""
     INVALID = "invalid"
-    """The configuration is not one step away, or would lose the quorum; the target is no voter."""
+    """The configuration is not one step away, or has no voter; the entry is too large; the target is no voter."""
     FULL = "full"
     """Too much is not committed yet."""
 
@@ -238,6 +254,19 @@ class Effects:
     install: InstallState | None = None
     roles: tuple[RoleChanged, ...] = ()
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(
+            self.persist
+            or self.send
+            or self.apply
+            or self.accepted
+            or self.refused
+            or self.reads
+            or self.install
+            or self.roles
+        )
+
 
 # --- what a machine is given -----------------------------------------------------------------------------------------
 
@@ -270,7 +299,7 @@ class Timing:
 
     ``lease_s``: a voter promises, with every answer to a heartbeat, to vote for nobody for so long from receipt; the
     leader counts it from sending, less ``drift`` (a fraction). A voter that has just started promises it to whoever may
-    have had its word.
+    have had its word. ``lease_reads``: whether a leader with a lease answers reads without asking the others.
     """
 
     heartbeat_s: float = 0.1
@@ -278,6 +307,7 @@ class Timing:
     election_s_min: float = 1.0
     election_s_max: float = 2.0
     drift: float = 0.01
+    lease_reads: bool = False
 
     def __post_init__(self) -> None:
         assert 0 < self.heartbeat_s < self.lease_s <= self.election_s_min < self.election_s_max, self

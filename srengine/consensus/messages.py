@@ -22,39 +22,48 @@ import msgspec
 
 from srengine.codec import registry
 from srengine.consensus.entries import Configuration, Entry
+from srengine.types import NodeId
 
 
 class Append(msgspec.Struct, frozen=True, tag="append"):
     """Entries or a heartbeat. ``commit_index``: of the leader, the receiver takes the part of it that it holds.
 
     ``round``: grows with each heartbeat of this leadership; echoed, so that a late answer renews nothing newer.
+    ``nonce``, ``barrier``: an entry of this term, made after the leader heard this nonce of the receiver, stands at
+    ``barrier`` and is committed without counting the receiver (`machine`, "Trust"); 0: no such thing is said.
     """
 
     group: str
     term: int
-    sender: str
+    sender: NodeId
     previous_index: int
     previous_term: int
     commit_index: int
     round: int
     entries: tuple[Entry, ...] = ()
+    nonce: int = 0
+    barrier: int = 0
 
 
 class AppendReply(msgspec.Struct, frozen=True, tag="append_reply"):
-    """``success``: the log is equal to the leader's up to ``match_index``, durably. Else ``match_index`` is where to
-    try next at most, and ``conflict_term`` the term of the entry that does not fit (0: the log is too short).
+    """``success``: the log is equal to the leader's up to ``match_index``, durably. Else ``previous_index`` is what did
+    not fit of the request, and ``match_index`` the last place at or before it whose term, ``conflict_term``, is not
+    above the request's: nothing between the two can fit.
 
-    ``votes``: this node is a voter that may vote: only then its promise counts for the leader's lease and contact.
+    ``votes``: this node may vote (`effects.Trust`): only then its promise counts for the leader's lease and contact and
+    its entries for commitment. ``nonce``: 0 exactly when it may; else random for each start, see `Append`.
     """
 
     group: str
     term: int
-    sender: str
+    sender: NodeId
     success: bool
     match_index: int
     round: int
+    previous_index: int = 0
     conflict_term: int = 0
     votes: bool = True
+    nonce: int = 0
 
 
 class Vote(msgspec.Struct, frozen=True, tag="vote"):
@@ -64,7 +73,7 @@ class Vote(msgspec.Struct, frozen=True, tag="vote"):
 
     group: str
     term: int
-    sender: str
+    sender: NodeId
     last_index: int
     last_term: int
     pre: bool = False
@@ -72,11 +81,11 @@ class Vote(msgspec.Struct, frozen=True, tag="vote"):
 
 
 class VoteReply(msgspec.Struct, frozen=True, tag="vote_reply"):
-    """``term``: the voter's own, or for a granted pre-vote the one asked for."""
+    """``term``: the voter's own, or for a granted pre-vote the one asked for. A refused pre-vote says ``pre``, too."""
 
     group: str
     term: int
-    sender: str
+    sender: NodeId
     granted: bool
     pre: bool = False
 
@@ -86,17 +95,18 @@ class TimeoutNow(msgspec.Struct, frozen=True, tag="timeout_now"):
 
     group: str
     term: int
-    sender: str
+    sender: NodeId
 
 
 class Install(msgspec.Struct, frozen=True, tag="install"):
     """Entries up to ``index`` are gone at the leader. ``reference`` is opaque here: what the receiver's service needs
-    to fetch the state at (index, index_term).
+    to fetch the state at (index, index_term) or later. It is the heartbeat of a receiver that needs it, too: repeated
+    until the receiver holds ``index``, answered by an `AppendReply` each time.
     """
 
     group: str
     term: int
-    sender: str
+    sender: NodeId
     round: int
     index: int
     index_term: int
@@ -109,7 +119,7 @@ class ReadIndex(msgspec.Struct, frozen=True, tag="read_index"):
 
     group: str
     term: int
-    sender: str
+    sender: NodeId
     token: int
 
 
@@ -118,7 +128,7 @@ class ReadIndexReply(msgspec.Struct, frozen=True, tag="read_index_reply"):
 
     group: str
     term: int
-    sender: str
+    sender: NodeId
     token: int
     index: int
 

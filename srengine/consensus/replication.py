@@ -1,0 +1,179 @@
+"""A leader's log on its way to the others: rounds of heartbeats, entries, offers of state, and the answers to them.
+
+Entries leave once they are durable here, so a message never says what this disk might forget. `progress` says how much
+may be on its way; a heartbeat carries no entries and asks at the same time whether everything sent so far has arrived:
+its ``previous_index`` is the last entry sent.
+"""
+
+from __future__ import annotations
+
+from srengine import limits
+from srengine.consensus import quorum
+from srengine.consensus.entries import EntryKind
+from srengine.consensus.messages import Append, AppendReply, Install
+from srengine.consensus.progress import Flow, Progress
+from srengine.consensus.reading import Reading
+from srengine.consensus.roles import Leader
+from srengine.consensus.view import size_of
+from srengine.types import NodeId
+
+
+class Replication(Reading):
+    """The leader's side of `Append`, `Install` and `AppendReply`."""
+
+    # --- sending -----------------------------------------------------------------------------------------------------
+
+    def _begin_round(self, leader: Leader) -> None:
+        leader.round += 1
+        leader.rounds.append((leader.round, self.now))
+        if len(leader.rounds) > limits.ROUNDS_KEPT_MAX:
+            leader.rounds.popleft()
+        leader.heartbeat_at = self.now + self.timing.heartbeat_s
+        self._join_round(leader)
+        for target, peer in sorted(leader.peers.items()):
+            peer.probing = False
+            self._beat(leader, target, peer)
+        self._count_contact(leader)
+
+    def _beat(self, leader: Leader, target: NodeId, peer: Progress) -> None:
+        """Send a heartbeat, in the form that the peer can answer."""
+        if self._needs_state(peer):
+            self._offer_state(leader, target, peer)
+        else:
+            self._send_append(leader, target, peer, bytes_max=0)
+
+    def _replicate(self, leader: Leader) -> None:
+        """Send to everybody what may be sent."""
+        for target, peer in sorted(leader.peers.items()):
+            while peer.may_send() and peer.next_index <= self.view.durable_index:
+                if self._needs_state(peer):
+                    self._offer_state(leader, target, peer)
+                    break
+                self._send_append(leader, target, peer, bytes_max=limits.APPEND_BYTES_MAX)
+            if peer.flow is Flow.REPLICATE and peer.commit_sent < self.commit_index:
+                # Nothing to send but the news that more is committed: followers answer reads, too.
+                self._send_append(leader, target, peer, bytes_max=0)
+
+    def _needs_state(self, peer: Progress) -> bool:
+        """Whether the entries that the peer needs are gone here."""
+        return peer.next_index - 1 < self.view.floor.index
+
+    def _send_append(self, leader: Leader, target: NodeId, peer: Progress, *, bytes_max: int) -> None:
+        """Send one message with entries up to ``bytes_max``; 0: none."""
+        previous_index = peer.next_index - 1
+        previous_term = self.view.term_at(previous_index)
+        assert previous_term is not None, (previous_index, self.view.floor, self.view.last_index)
+        entries = (
+            self.view.entries(peer.next_index, self.view.durable_index + 1, bytes_max)
+            if bytes_max and peer.next_index <= self.view.durable_index
+            else ()
+        )
+        confirmed = peer.barrier if 0 < peer.barrier <= self.commit_index else 0
+        message = Append(
+            group=self.group,
+            term=self.term,
+            sender=self.node_id,
+            previous_index=previous_index,
+            previous_term=previous_term,
+            commit_index=self.commit_index,
+            round=leader.round,
+            entries=entries,
+            nonce=peer.nonce if confirmed else 0,
+            barrier=confirmed,
+        )
+        self._say(target, message)
+        peer.commit_sent = self.commit_index
+        if entries:
+            peer.sent(entries[-1].index, sum(map(size_of, entries)))
+
+    def _offer_state(self, leader: Leader, target: NodeId, peer: Progress) -> None:
+        floor = self.view.floor
+        if peer.flow is not Flow.INSTALL:
+            peer.install(floor.index)
+        message = Install(
+            group=self.group,
+            term=self.term,
+            sender=self.node_id,
+            round=leader.round,
+            index=floor.index,
+            index_term=floor.term,
+            configuration=floor.configuration,
+            reference=self.reference,
+        )
+        self._say(target, message)
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+
+    def _on_append_reply(self, message: AppendReply) -> None:
+        leader = self.state
+        if message.term != self.term or not isinstance(leader, Leader):
+            self._drop("late")
+            return
+        peer = leader.peers.get(message.sender)
+        if peer is None:
+            self._drop("stranger")
+            return
+        if message.round > leader.round or message.match_index > self.view.last_index:
+            self._drop("malformed")
+            return
+        peer.heard_at = self.now
+        self._hear_trust(leader, peer, message)
+        if message.success:
+            self._hear_match(peer, message)
+        else:
+            peer.refused(message.previous_index, self._next_to_try(message))
+        self._advance(leader)
+
+    def _hear_trust(self, leader: Leader, peer: Progress, message: AppendReply) -> None:
+        """Count the answer as contact if its sender may vote; otherwise see to it that it may again."""
+        peer.trusted = message.votes
+        if message.votes:
+            self._hear_round(leader, peer, message.round)
+        elif message.nonce != peer.nonce:
+            peer.forget(message.nonce)
+            # Made after its start, so that nobody who has its forgotten vote can hold it (see `machine`, "Trust").
+            peer.barrier = self._append_own(leader, EntryKind.NOOP)
+
+    def _hear_round(self, leader: Leader, peer: Progress, number: int) -> None:
+        """Note that the peer promised to vote for nobody, from a moment after round ``number`` began."""
+        if number > peer.acked_round and leader.rounds and number >= leader.rounds[0][0]:
+            peer.acked_round = number
+            peer.acked_at = leader.rounds[number - leader.rounds[0][0]][1]
+
+    def _hear_match(self, peer: Progress, message: AppendReply) -> None:
+        match_index = min(message.match_index, self.view.durable_index)
+        peer.matched(match_index)
+        if message.votes:
+            peer.counted_index = max(peer.counted_index, match_index)
+
+    def _next_to_try(self, message: AppendReply) -> int:
+        """Find the last place that may be common, from the last place of the follower's log that may be."""
+        if message.match_index < self.view.floor.index:
+            return message.match_index + 1
+        return self.view.fitting(message.match_index, message.conflict_term) + 1
+
+    def _append_own(self, leader: Leader, kind: EntryKind, data: bytes = b"") -> int:
+        """Add an entry of the own term to the log and return its index."""
+        raise NotImplementedError
+
+    def _advance(self, leader: Leader) -> None:
+        """Draw the conclusions from what was heard."""
+        raise NotImplementedError
+
+    # --- what a majority has done ------------------------------------------------------------------------------------
+
+    def _count_contact(self, leader: Leader) -> None:
+        """Find the newest moment after which a majority is known to have followed."""
+
+        def acked(voter: NodeId) -> float:
+            return self.now if voter == self.node_id else leader.peers[voter].acked_at
+
+        leader.contact_at = max(leader.contact_at, quorum.agreed(self.configuration.voters, acked))
+
+    def _held_by_majority(self, leader: Leader) -> int:
+        """Return the highest index that a majority of voters holds durably."""
+
+        def held(voter: NodeId) -> int:
+            return self.view.durable_index if voter == self.node_id else leader.peers[voter].counted_index
+
+        return quorum.agreed(self.configuration.voters, held)
