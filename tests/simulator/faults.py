@@ -283,7 +283,7 @@ class Faults:
         assert host is not None
         spread = self.world.regime.clock_drift * 0.49
         # NB: a jump of one clock alone is drift without bound: leases cannot survive it, read index does.
-        ahead_s = self.source.choice((0.0, 0.5, 5.0, 3600.0)) if not self.world.regime.lease_reads else 0.0
+        ahead_s = self.source.choice((0.0, 0.5, 5.0, 3600.0)) if not self.world.regime.timing.lease_reads else 0.0
         host.clock.change(rate=1.0 + self.source.uniform(-spread, spread), ahead_s=ahead_s)
         self._note(f"clock of {host.id}: {host.clock.rate:.4f}, {ahead_s:g} s ahead")
 

@@ -26,8 +26,6 @@ def open_machine(process: Process, group: str, breakage: Breakage) -> RaftMachin
         random=random.Random(f"{world.seed} machine {host.id} {group} {host.disk.image.boot}"),
         now=host.clock.now_s(),
         trusted=False,
-        lease_reads=world.regime.lease_reads,
-        reference=host.id.encode(),
     )
     if breakage.machine is not None:
         breakage.machine(machine)

@@ -368,10 +368,12 @@ class Process:
             return
 
         def trim() -> Input | None:
-            log, index = self.host.log(run.group), self.host.state(run.group).index - kept
-            if index <= log.floor.index or index > log.last_index:
+            log, index = self.host.log(run.group), run.machine.applied_index - kept
+            if index <= log.floor.index:
                 return None
-            return Trimmed(log.trim(index), self.id.encode())
+            floor = run.machine.floor_at(index)
+            assert log.trim(index) == floor, (log.floor, floor)
+            return Trimmed(floor, self.id.encode())
 
         self.post(run.group, trim)
 

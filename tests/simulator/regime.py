@@ -54,10 +54,10 @@ class Regime:
     think_s: float
     patience_s: float
     timing: Timing
-    lease_reads: bool
-    """Reads by the leader's lease; then clocks keep within ``Timing.drift``, which leases rely on."""
     clock_drift: float
-    """How far the rates of two clocks may be apart."""
+    """How far the rates of two clocks may be apart. With lease reads not more than ``Timing.drift``, which they rely
+    on.
+    """
     weather: Weather
     disk_s: tuple[float, float]
     apply_s: float
@@ -89,7 +89,7 @@ def draw(source: random.Random) -> Regime:
         delay_s_max=source.choice((0.001, 0.005, 0.04, 0.2)),
         in_order=source.random() < 0.6,
     )
-    timing = Timing()
+    timing = Timing(lease_reads=lease_reads)
     return Regime(
         hosts=hosts,
         voters=voters,
@@ -102,7 +102,6 @@ def draw(source: random.Random) -> Regime:
         think_s=source.choice((0.03, 0.1, 0.3)),
         patience_s=source.choice((0.5, 2.0)),
         timing=timing,
-        lease_reads=lease_reads,
         clock_drift=timing.drift if lease_reads else source.choice((0.0, timing.drift, 0.5)),
         weather=weather,
         disk_s=source.choice(((0.000_1, 0.000_5), (0.001, 0.01), (0.001, 0.08))),

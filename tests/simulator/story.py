@@ -7,8 +7,10 @@ a new write and bring every member to one state. At the end the history of all c
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from srengine.consensus.entries import Configuration
@@ -71,7 +73,8 @@ def run(
         raise Failure(seed, error.rule, str(error), list(story.world.trace.last)) from error
     except Exception as error:
         # A machine that fails by itself is a finding like any other: its assertions are judges too.
-        text = f"{type(error).__name__}: {error}"
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno}, {where.name})"
         raise Failure(seed, "assertion", text, list(story.world.trace.last)) from error
 
 
