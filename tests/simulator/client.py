@@ -55,7 +55,7 @@ class Client:
         self.calls: list[Call] = []
         self.stopped = False
         self._source = random.Random(f"{world.seed} client {name}")
-        self._leaders: dict[str, str] = {}
+        self.leaders: dict[str, str] = {}
         self._known: dict[tuple[str, str], int | None] = {}
         self._pause()
 
@@ -93,7 +93,7 @@ class Client:
             return
         call.attempt += 1
         attempt = call.attempt
-        host = self._leaders.get(call.group)
+        host = self.leaders.get(call.group)
         if host is None or self._source.random() < 0.1:
             host = self._source.choice(list(world.hosts))
         settled = False
@@ -111,10 +111,10 @@ class Client:
         def arrived(outcome: Outcome | None) -> None:
             if outcome is None:
                 if attempt == call.attempt and call.returned is None:
-                    self._leaders.pop(call.group, None)
+                    self.leaders.pop(call.group, None)
                     again(0.02 + 0.1 * self._source.random())
             elif call.returned is None:
-                self._leaders[call.group] = host
+                self.leaders[call.group] = host
                 self._return(call, outcome)
 
         world.network.send(self.name, host, call, lambda _to, _call: self._ask(host, call, answered))
@@ -122,7 +122,7 @@ class Client:
 
         def forget(client: Client) -> None:
             if not settled and call.returned is None:
-                client._leaders.pop(call.group, None)
+                client.leaders.pop(call.group, None)
                 again(0.0)
 
     def _ask(self, host: str, call: Call, answered: Any) -> None:

@@ -138,8 +138,9 @@ class Story:
         self.progress.reached(f"leader in {group}", now)
         probe = self._probes.get(group)
         if probe is None:
-            client = Client(self.world, f"probe.{group}")
+            client = Client(self.world, f"probe.{group}.{len(self.clients)}")
             client.stopped = True
+            client.leaders[group] = leader.name
             self.clients.append(client)
             self._probes[group] = client.call(group, "probe", Kind.WRITE)
         elif probe.returned is not None:
