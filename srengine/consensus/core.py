@@ -58,10 +58,13 @@ class Core:
         """Where others fetch the state that this node has applied; opaque. See `effects.Trimmed`."""
         self.now = now
         """Seconds, of the last tick."""
+        heard_of_terms = hard_state.term > 0
         self.view = LogView(log)
-        # A bootstrapped log begins with an entry of term 1 that nobody was elected for.
-        term = max(hard_state.term, self.view.last_term)
-        self.hard_state = hard_state if hard_state.term == term else HardState(term)
+        if hard_state.term < self.view.last_term:
+            # A bootstrapped log begins with an entry of term 1 that nobody was elected for.
+            hard_state = HardState(self.view.last_term)
+        self.hard_state = hard_state
+        """As of the last step; durable when nothing is being persisted."""
         assert applied_index >= self.view.floor.index, (applied_index, self.view.floor)
         self.applied_index = applied_index
         """Up to here the state machine holds everything durably."""
@@ -103,7 +106,7 @@ class Core:
         """Number of the last question; random at first, so that an answer to an earlier start fits none of this one."""
         if not trusted:
             self.nonce = self._draw_nonce()
-        if hard_state.term > 0:
+        if heard_of_terms:
             # Whoever heard a leader has persisted its term. So it may have promised, and does not know when.
             self.promise_until = now + timing.lease_s
         # Nobody is heard for a whole time-out only if nobody leads: the first campaign may be early (pre-vote).

@@ -16,6 +16,7 @@ from dataclasses import replace
 from srengine.consensus import effects as fx
 from srengine.consensus.entries import Configuration, Entry, Floor
 from srengine.consensus.machine import RaftMachine
+from srengine.consensus.messages import TimeoutNow
 from tests.consensus.groups import Group, MemoryLog, Node
 
 NAMES = ("a", "b", "c", "d", "e")
@@ -48,7 +49,8 @@ class Storm(Group):
         self.committed = 0
         self.asked: dict[int, int] = {}
         self.backups: dict[str, list[tuple]] = {name: [] for name in NAMES}
-        self.trust_lost = False
+        self.stopped: set[str] = set()
+        """Processes that do not run: nothing reaches them."""
 
     # --- clocks ------------------------------------------------------------------------------------------------------
 
@@ -151,6 +153,9 @@ class Storm(Group):
             self.hand_over: 0.5,
             self.hint: 2,
             self.resign: 0.3,
+            self.lose_power: 0.4,
+            self.isolate_leader: 0.8,
+            self.hand_over_slowly: 0.4,
         }
         for _ in range(steps):
             self.dice.choices(list(acts), list(acts.values()))[0]()
@@ -204,7 +209,9 @@ class Storm(Group):
             self.cut |= {pair for other in NAMES for pair in ((alone, other), (other, alone))}
 
     def crash(self) -> None:
-        name = self.victim()
+        self.crash_one(self.victim())
+
+    def crash_one(self, name: str) -> None:
         self.save(name)
         # What was handed to a hanging disk may have reached it or not.
         if name in self.held:
@@ -226,7 +233,6 @@ class Storm(Group):
         name = node.name
         if not self.backups[name] or name in self.held or not self.may_lose_trust(name):
             return
-        self.trust_lost = True
         log, node.hard_state, applied = self.dice.choice(self.backups[name])
         node.log, node.applied = MemoryLog(log.all, log.floor), list(applied)
         self.restart(name, trusted=False)
@@ -296,6 +302,64 @@ class Storm(Group):
     def resign(self) -> None:
         self.step(self.some_leader(), fx.StepDown("asked to"))
 
+    def lose_power(self) -> None:
+        """Several nodes stop at the same moment."""
+        for name in NAMES:
+            if self.dice.random() < 0.6:
+                self.crash_one(name)
+
+    def pass_shortly(self, rounds: int) -> None:
+        """Some time passes in small steps, and nearly everything arrives."""
+        for _ in range(rounds):
+            self.now += self.dice.choice((0.01, 0.03, 0.05))
+            for name in NAMES:
+                if name not in self.stopped:
+                    self.nodes[name].machine.tick(self.clock(name))
+                    self.settle(name)
+            waiting, self.on_way = self.on_way, []
+            for out in waiting:
+                if out.target in self.stopped or self.dice.random() < 0.05:
+                    self.on_way.append(out)
+                else:
+                    self.deliver(out)
+
+    def isolate_leader(self) -> None:
+        """The leader is cut off, or stopped, and everybody notices at once; later it is asked to read and to write."""
+        old = self.some_leader()
+        if self.dice.random() < 0.5:
+            self.stopped.add(old)
+        else:
+            self.cut |= {pair for other in NAMES for pair in ((old, other), (other, old))}
+        for name in NAMES:
+            if self[name].leader == old and name != old and self.dice.random() < 0.8:
+                self.step(name, fx.Hint(old))
+        self.pass_shortly(self.dice.randint(1, 40))
+        for name in self.leaders:
+            self.propose(name, b"%d" % self.tokens)
+        self.pass_shortly(self.dice.randint(0, 4))
+        self.stopped.discard(old)
+        for name in (old, self.some_leader()):
+            self.tokens += 1
+            self.asked[self.tokens] = self.committed
+            self.step(name, fx.Read(self.tokens))
+
+    def hand_over_slowly(self) -> None:
+        """A leader's TimeoutNow is on its way for longer than the leader waits for it."""
+        old = self.some_leader()
+        self.hand_over()
+        late = [out for out in self.on_way if isinstance(out.message, TimeoutNow)]
+        self.on_way = [out for out in self.on_way if not isinstance(out.message, TimeoutNow)]
+        for _ in range(self.dice.randint(0, 30)):
+            self.pass_shortly(1)
+            late += [out for out in self.on_way if isinstance(out.message, TimeoutNow)]
+            self.on_way = [out for out in self.on_way if not isinstance(out.message, TimeoutNow)]
+        self.cut |= {pair for other in NAMES for pair in ((old, other), (other, old)) if self.dice.random() < 0.7}
+        for out in late[:1]:
+            self.deliver(out)
+        self.pass_shortly(6)
+        self.write()
+        self.pass_shortly(2)
+
     # --- afterwards --------------------------------------------------------------------------------------------------
 
     def calm(self) -> None:
@@ -311,8 +375,10 @@ class Storm(Group):
             self.run(1.0, step=0.05)
         newest = max((self[name] for name in NAMES), key=lambda machine: (machine.commit_index, machine.term))
         voters = newest.configuration.voters
-        if sum(self[name].trusted for name in voters) <= len(voters) // 2:
-            return  # A group that lost the trust of its majority needs `Trust`.
+        for name in {*voters, *newest.configuration.nodes}:
+            counted = self[name].configuration.voters
+            if sum(self[voter].trusted for voter in counted) <= len(counted) // 2:
+                return  # Whoever may have to lead needs a majority that is trusted; `Trust` is what helps here.
         if len(self.leaders) != 1:
             raise Violation(f"progress: {self.leaders} lead {voters} in calm weather")
         leader = self.leaders[0]
