@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
     parser.add_argument("--breakage", default=NONE.name, choices=[NONE.name, *BREAKAGES], metavar="NAME")
     parser.add_argument("--breakages", action="store_true", help="list the breakages and end")
+    parser.add_argument("--hunt", action="store_true", help="for each breakage, find the first seed that finds it")
     parser.add_argument("--trace", action="store_true", help="print everything that happens (one seed)")
     parser.add_argument("--keep-going", action="store_true", help="run all seeds though one failed")
     parsed = parser.parse_args()
@@ -63,6 +64,8 @@ def main() -> int:
         for breakage in BREAKAGES.values():
             sys.stdout.write(f"{breakage.name}: {breakage.text}\n")
         return 0
+    if parsed.hunt:
+        return hunt(parsed)
     if parsed.trace:
         return traced(parsed.seed, parsed.breakage)
     return many(parsed)
@@ -77,6 +80,26 @@ def traced(seed: int, breakage: str) -> int:
         return 1
     sys.stdout.write(f"{report}\n")
     return 0
+
+
+def hunt(parsed: argparse.Namespace) -> int:
+    """For one breakage or all of them, run seeds until one fails."""
+    names = [parsed.breakage] if parsed.breakage != NONE.name else list(BREAKAGES)
+    missed = 0
+    for name in names:
+        began = time.process_time()
+        for seed in range(parsed.seed, parsed.seed + parsed.seeds):
+            try:
+                run(seed, breakage=BREAKAGES[name])
+            except Failure as failure:
+                text = str(failure).splitlines()[0][:110]
+                sys.stdout.write(f"{name}: seed {seed}, {time.process_time() - began:.0f} s: {failure.rule}: {text}\n")
+                break
+        else:
+            missed += 1
+            sys.stdout.write(f"{name}: not found, {time.process_time() - began:.0f} s\n")
+        sys.stdout.flush()
+    return 1 if missed else 0
 
 
 def many(parsed: argparse.Namespace) -> int:

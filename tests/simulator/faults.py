@@ -84,6 +84,12 @@ class Faults:
         self._later(host.start)
         return None
 
+    def _crash_all(self) -> None:
+        """The power fails everywhere."""
+        self._note("crash all")
+        for host in self.world.hosts.values():
+            host.crash()
+
     def _crash_between(self) -> bool | None:
         """The process ends between two of the driver's duties, whenever it gets there."""
         host = self._any()

@@ -22,7 +22,7 @@ from tests.simulator.client import Call, Client
 from tests.simulator.faults import Faults
 from tests.simulator.host import Host
 from tests.simulator.network import Weather
-from tests.simulator.regime import Regime
+from tests.simulator.regime import Regime, shrunk
 from tests.simulator.world import World
 
 HEAL_S: Final = 20.0
@@ -68,7 +68,8 @@ def run(
     """Run one seed; raise a `Failure` when a promise is broken or a machine's own assertion fails."""
     story = Story(World(seed, breakage=breakage, regime=regime, show=show))
     try:
-        return story.tell()
+        with shrunk(story.world.regime):
+            return story.tell()
     except Violation as error:
         raise Failure(seed, error.rule, str(error), list(story.world.trace.last)) from error
     except Exception as error:
