@@ -49,8 +49,6 @@ class Storm(Group):
         self.committed = 0
         self.asked: dict[int, int] = {}
         self.backups: dict[str, list[tuple]] = {name: [] for name in NAMES}
-        self.stopped: set[str] = set()
-        """Processes that do not run: nothing reaches them."""
 
     # --- clocks ------------------------------------------------------------------------------------------------------
 
@@ -119,9 +117,11 @@ class Storm(Group):
     def check_decided(self, name: str) -> None:
         node = self.nodes[name]
         machine = node.machine
-        for entry in machine.view.entries(machine.view.floor.index + 1, machine.commit_index + 1, 1 << 30) if (
-            machine.commit_index > machine.view.floor.index
-        ) else ():
+        for entry in (
+            machine.view.entries(machine.view.floor.index + 1, machine.commit_index + 1, 1 << 30)
+            if (machine.commit_index > machine.view.floor.index)
+            else ()
+        ):
             if entry.index > machine.commit_index:
                 break
             known = self.decided.setdefault(entry.index, (entry, machine.term))
@@ -375,8 +375,8 @@ class Storm(Group):
             self.run(1.0, step=0.05)
         newest = max((self[name] for name in NAMES), key=lambda machine: (machine.commit_index, machine.term))
         voters = newest.configuration.voters
-        for name in {*voters, *newest.configuration.nodes}:
-            counted = self[name].configuration.voters
+        for machine in (newest, *(self[name] for name in newest.configuration.nodes)):
+            counted = machine.configuration.voters
             if sum(self[voter].trusted for voter in counted) <= len(counted) // 2:
                 return  # Whoever may have to lead needs a majority that is trusted; `Trust` is what helps here.
         if len(self.leaders) != 1:
@@ -422,5 +422,3 @@ def weather(seed: int, machine_type: type[RaftMachine] = RaftMachine, steps: int
     storm.blow(steps)
     storm.calm()
     return storm
-
-
