@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from benchmarks import coordination
-from benchmarks.coordination import Cluster, EtcdCluster, SrengineCluster, percentile
+from benchmarks.coordination import Cluster, EtcdCluster, JournalCluster, percentile
 from benchmarks.data import Sizes
 from benchmarks.table import Row, Target, at_least, at_most
 
@@ -66,8 +66,7 @@ def pair(place: Path) -> Iterator[Pair]:
     if shutil.which("etcd") is None:
         pytest.skip("there is no etcd on this machine (Debian: apt install etcd-server); nothing to compare with")
     directory = Path(tempfile.mkdtemp(prefix="coordination-", dir=place))
-    clusters = EtcdCluster(directory / "etcd"), SrengineCluster(directory / "srengine")
-    (directory / "srengine").mkdir()
+    clusters = EtcdCluster(directory / "etcd"), JournalCluster(directory / "srengine")
     try:
         for cluster in clusters:
             cluster.start()

@@ -18,10 +18,11 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tests.etcd import Etcd
-from tests.processes import Nodes, wait_for
+from tests.journal_process import JournalProcess
+from tests.processes import free_ports, wait_for
 
 NODES = 3
 PROBE_S = 0.01
@@ -179,35 +180,42 @@ class RegisterWriter:
         await self._endpoint.close()
 
 
-class SrengineCluster:
-    """Three ``srengine node start``, ``--ha raft``."""
+class JournalCluster:
+    """Three processes that are nothing but a node's journal (tests/journal_node.py)."""
 
     name = "srengine"
 
-    def __init__(self, directory: Path) -> None:
-        self._nodes = Nodes(directory, NODES)
-
-    def _node(self, node: int):
-        return self._nodes[f"node-{node + 1}"]
+    def __init__(self, directory: Path, backend: str = "raft", settings: dict[str, Any] | None = None) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        ports = [free_ports(3) for _ in range(NODES)]
+        self._nodes = [
+            JournalProcess(directory / f"node-{number + 1}", number, ports, backend, settings or {})
+            for number in range(NODES)
+        ]
 
     def start(self) -> None:
-        self._nodes.start_all()
+        for node in self._nodes:
+            node.start()
+        for node in self._nodes:
+            node.wait_ready()
 
     def stop(self) -> None:
-        self._nodes.__exit__()
+        for node in self._nodes:
+            if node.process is not None:
+                node.kill()
 
     def signal(self, node: int, number: int) -> None:
-        self._node(node).signal(number)
+        self._nodes[node].signal(number)
 
     def ended(self, node: int) -> bool:
-        return not self._node(node).alive
+        return not self._nodes[node].alive
 
     def restart(self, node: int) -> None:
-        self._node(node).wait()
-        self._node(node).start().wait_ready()
+        self._nodes[node].wait()
+        self._nodes[node].start().wait_ready()
 
     async def connect(self, node: int) -> RegisterWriter:
-        return RegisterWriter(self._node(node).address)
+        return RegisterWriter(self._nodes[node].address)
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

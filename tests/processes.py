@@ -90,8 +90,7 @@ class NodeProcess:
     def start(self, *more: str) -> Self:
         """Start the process; does not wait (see `wait_ready`)."""
         assert self.process is None or self.process.poll() is not None, (self.name, "is running")
-        command = [*self.before, *COMMAND, "--name", self.name, "--data", str(self.data), "--listen", self.address]
-        command += [*self.arguments, *more]
+        command = [*self.command(), *more]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -101,6 +100,11 @@ class NodeProcess:
         self._reader = threading.Thread(target=self._read, args=(self.process, self._lines), daemon=True)
         self._reader.start()
         return self
+
+    def command(self) -> list[str]:
+        """Return the words that start it."""
+        command = [*self.before, *COMMAND, "--name", self.name, "--data", str(self.data), "--listen", self.address]
+        return [*command, *self.arguments]
 
     @staticmethod
     def _read(process: subprocess.Popen[bytes], lines: queue.Queue[str | None]) -> None:

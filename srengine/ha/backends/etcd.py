@@ -78,9 +78,9 @@ from srengine.ha.messages import (
     AppliedAt,
     AwaitApplied,
     Belongs,
+    MemberStanding,
     Propose,
     Proposed,
-    Standing,
     TransferLeader,
     Transferred,
 )
@@ -969,7 +969,7 @@ class EtcdBackend:
     async def _serve_belongs(self, node: NodeId, message: msgspec.Struct, attachments: Attachments) -> Answer:
         del message, attachments
         self._check_sender(node)
-        return Standing(any(member.node_id == node for member in self._members), self._applying.index), ()
+        return MemberStanding(any(member.node_id == node for member in self._members), self._applying.index), ()
 
     def _check_sender(self, node: NodeId) -> None:
         """Refuse a node that was removed, and tell it so."""

@@ -221,6 +221,11 @@ class Cluster(ABC):
         )
         return next(node for node in self.nodes.values() if node.protocol.observed.role is Role.FOLLOWER)
 
+    async def take_quorum(self, leader: Node) -> None:
+        """Take away what the leader needs to lead: here the other nodes."""
+        for name in [name for name in self.nodes if name != leader.name]:
+            await self.stop_node(name)
+
     async def forgotten(self, name: str) -> None:
         """Return when the leader takes a node that was stopped for dead; here at once."""
         assert name not in self.nodes, name

@@ -6,14 +6,17 @@ import asyncio
 
 import pytest
 
-from tests.ha.contract.clusters import KINDS
+from tests.ha.contract.clusters import KINDS, Cluster
+from tests.ha.contract.etcd import EtcdCluster
+
+ALL: dict[str, type[Cluster]] = {**KINDS, "etcd": EtcdCluster}
 
 
 def pytest_generate_tests(metafunc) -> None:
     """Run a test on every backend, or on those that its mark ``backends`` names."""
     if "on" in metafunc.fixturenames:
         mark = metafunc.definition.get_closest_marker("backends")
-        metafunc.parametrize("kind", list(mark.args) if mark is not None else list(KINDS))
+        metafunc.parametrize("kind", list(mark.args) if mark is not None else list(ALL))
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def on(kind, tmp_path):
 
     def run(scenario, count: int = 3, **more) -> None:
         async def all_of_it() -> None:
-            cluster = KINDS[kind](tmp_path, **more)
+            cluster = ALL[kind](tmp_path, **more)
             try:
                 await cluster.begin(count)
                 await scenario(cluster)
