@@ -1,8 +1,7 @@
 """Drivers of the two machines of a group: they turn messages into steps, and effects into answers and I/O.
 
-`LeaderDriver` and `FollowerDriver` know nothing of what a group holds; the journal (`one_node`) and tablets (`sync`)
-give them that as callables. Everything here runs on the event loop's thread; what blocks is done by the callables in
-other threads.
+`LeaderDriver` and `FollowerDriver` know nothing of what a group holds; tablets (`sync`) give them that as callables.
+Everything here runs on the event loop's thread; what blocks is done by the callables in other threads.
 
 The order is the same everywhere: receive, step, persist, send, apply. The machines of this room have nothing to
 persist: a replica's position is durable before it is stepped.

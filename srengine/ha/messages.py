@@ -165,7 +165,7 @@ class Joined(msgspec.Struct, frozen=True):
 
 
 class Ping(msgspec.Struct, frozen=True):
-    """Ask for nothing but an answer: how long is the way?"""
+    """Ask for nothing but an answer, to see how long the way is."""
 
 
 class Pong(msgspec.Struct, frozen=True):
