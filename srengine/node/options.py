@@ -46,7 +46,7 @@ class NodeOptions:
     ``#HEXKEY`` off loopback; ``ticket``: what ``member add`` gave for this name. ``role``: follower, or observer
     (applies everything, never votes).
 
-    The rest is coordination (docs/ha.md). ``ha``: the backend. Seconds: ``heartbeat_s`` < ``lease_s`` <=
+    The rest is coordination (docs/running.md). ``ha``: the backend. Seconds: ``heartbeat_s`` < ``lease_s`` <=
     ``election_s_min`` < ``election_s_max``. ``fence_tries`` attempts, ``fence_delay_s`` apart, doubling when
     ``fence_exponential``. ``demotion``: what a leader that loses leadership does: ``in-place`` or ``exit``.
     ``unstable_grace_s``: how long a joiner must have been caught up before it votes. ``transition_s_max``: how long a
