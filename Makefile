@@ -15,7 +15,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 # cython-lint and others look for their helpers on the PATH.
 export PATH := $(abspath $(BIN)):$(PATH)
-KERNELS := $(wildcard ext/*.pyx ext/*.pxi srengine/_native/*.pxd) setup.py tools/vendor.py
+KERNELS := $(wildcard ext/*.pyx ext/*.pxi ext/*.c ext/*.h srengine/_native/*.pxd) setup.py tools/vendor.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
