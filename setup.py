@@ -19,6 +19,7 @@ import hashlib
 import os
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -130,36 +131,42 @@ class BuildKernels(build_ext):
             extension.extra_objects += lmdb_objects
             if self.system_libs:
                 extension.libraries += ["lmdb"]
+            else:
+                extension.define_macros += [("SR_LMDB_WALK", "1")]
 
     def widen(self, extension: Extension) -> None:
         """Add the code for wider vectors where the platform has any; it is called only if the processor has them too."""
         # NB: a universal build for macOS would hand the flag to the compiler of the other processor as well.
         if sysconfig.get_platform() != "linux-x86_64":
             return
-        objects = self.compile_once("xxh3-wide", ROOT / "ext", ["xxh3_wide.c"], [self.xxhash_dir], WIDE_FLAGS)
+        objects = self.compile_once("xxh3-wide", [ROOT / "ext" / "xxh3_wide.c"], [self.xxhash_dir], WIDE_FLAGS)
         extension.define_macros += [("SR_XXH3_WIDE", "1")]
         extension.extra_objects += objects
         extension.depends += objects
 
     def compile_lmdb(self) -> list[str]:
-        """Compile the vendored LMDB."""
-        return self.compile_once(self.lmdb_dir.name, self.lmdb_dir, ["mdb.c", "midl.c"], [self.lmdb_dir], LMDB_FLAGS)
+        """Compile the vendored LMDB: mdb.c as a part of ext/lmdb_walk.c."""
+        sources = [ROOT / "ext" / "lmdb_walk.c", self.lmdb_dir / "midl.c"]
+        return self.compile_once(self.lmdb_dir.name, sources, [self.lmdb_dir], LMDB_FLAGS, [self.lmdb_dir / "mdb.c"])
 
     def compile_once(
-        self, name: str, directory: Path, sources: list[str], includes: list[Path], flags: list[str]
+        self, name: str, sources: list[Path], includes: list[Path], flags: list[str], included: Sequence[Path] = ()
     ) -> list[str]:
-        """Compile C sources to objects, or take those of an earlier build: a kernel that changes does not wait for it."""
+        """Compile C sources to objects, or take those of an earlier build: a kernel that changes does not wait for them.
+
+        ``included``: files that the sources include, beside the headers next to them and in ``includes``.
+        """
         # NB: the compiler's command line comes from the interpreter and the environment, so it is part of the place.
         text = repr((self.compiler.compiler_so, flags, [str(include) for include in includes]))
         place = Path("build") / "objects" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        objects = [place / Path(source).with_suffix(".o") for source in sources]
-        headers = [header for include in {directory, *includes} for header in include.glob("*.h")]
-        newest = max(path.stat().st_mtime for path in [*(directory / s for s in sources), *headers, ROOT / "setup.py"])
+        objects = [place / source.with_suffix(".o").name for source in sources]
+        headers = [path for folder in {*includes, *(s.parent for s in sources)} for path in folder.glob("*.h")]
+        newest = max(path.stat().st_mtime for path in [*sources, *included, *headers, ROOT / "setup.py"])
         if not all(path.is_file() and path.stat().st_mtime >= newest for path in objects):
             place.mkdir(parents=True, exist_ok=True)
             for source, target in zip(sources, objects, strict=True):
                 made = self.compiler.compile(
-                    [os.path.relpath(directory / source, ROOT)],
+                    [os.path.relpath(source, ROOT)],
                     output_dir=str(place),
                     include_dirs=[str(include) for include in includes],
                     extra_postargs=flags,
