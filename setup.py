@@ -6,8 +6,8 @@ Metadata stands in pyproject.toml; the C sources of LMDB and xxHash come by way 
 ``SRENGINE_SYSTEM_LIBS``  1: build on the system's lmdb.h, liblmdb and xxhash.h, unpatched (``srengine --version`` says)
 
 LMDB is linked into the kernel `tablet` alone, with hidden symbols: a process has at most one LMDB of ours, and it never
-meets py-lmdb's. xxHash is a header that every kernel inlines. Instruction sets are the platform's portable ones, but for
-one function of the kernel `chunk` that asks the processor before it is called (ext/xxh3_wide.h).
+meets py-lmdb's. xxHash is a header that every kernel inlines. Instruction sets are the platform's portable ones, but
+for one function of the kernel `chunk` that asks the processor before it is called (ext/xxh3_wide.h).
 
 Generated C stands under build/cython/. Cython does not notice a changed header of the module itself in this arrangement
 (implementation in ext/, headers in srengine/_native/), so the C file is removed when any header is newer.
@@ -135,7 +135,7 @@ class BuildKernels(build_ext):
                 extension.define_macros += [("SR_LMDB_WALK", "1")]
 
     def widen(self, extension: Extension) -> None:
-        """Add the code for wider vectors where the platform has any; it is called only if the processor has them too."""
+        """Add the code for wider vectors where the platform has any; called only if the processor has them too."""
         # NB: a universal build for macOS would hand the flag to the compiler of the other processor as well.
         if sysconfig.get_platform() != "linux-x86_64":
             return
@@ -152,7 +152,7 @@ class BuildKernels(build_ext):
     def compile_once(
         self, name: str, sources: list[Path], includes: list[Path], flags: list[str], included: Sequence[Path] = ()
     ) -> list[str]:
-        """Compile C sources to objects, or take those of an earlier build: a kernel that changes does not wait for them.
+        """Compile C sources to objects, or take those of an earlier build, so that a changed kernel does not wait.
 
         ``included``: files that the sources include, beside the headers next to them and in ``includes``.
         """

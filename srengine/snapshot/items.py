@@ -101,8 +101,8 @@ def split(item: bytes | bytearray | memoryview) -> tuple[memoryview, memoryview]
 
 
 Room: TypeAlias = "Callable[[Head], memoryview | None]"
-"""Where to put the rows of a compressed chunk: ``head.raw_bytes`` + 1 bytes that nobody else uses until the rows are used,
-or None: the decompressor has to see for itself."""
+"""Where to put the rows of a compressed chunk: ``head.raw_bytes`` + 1 bytes that nobody else uses until the rows are
+used, or None: the decompressor has to see for itself."""
 
 
 def open_item(

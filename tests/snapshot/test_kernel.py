@@ -245,7 +245,7 @@ def test_the_byte_work_leaves_the_interpreter_to_others(only_given_up, what):
 
 @pytest.mark.parametrize("size", [0, 1, 128, 240, 241, 1023, 1024, 1025, 4096, 65_537, limits.MIB + 3])
 def test_digest_is_the_same_with_every_instruction_set(size):
-    """A head's digest does not depend on the vectors it was computed with: portable code, and this processor's widest."""
+    """A head's digest does not depend on the vectors it was computed with: none, or this processor's widest."""
     stored = random.Random(size).randbytes(size)
     found = {}
     try:
