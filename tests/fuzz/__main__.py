@@ -2,8 +2,8 @@
 
 Each file that has tests marked ``fuzz`` gets an equal share of the time. In its share those tests run with many
 examples, again and again with a new seed each time, until the share is over; the run that is then under way is
-interrupted, which is no failure. The first failure ends everything: it is printed with the seed, and ``--seed`` with the
-file runs that round again. Where the time was not enough for one whole round of a file, some of its tests were not
+interrupted, which is no failure. The first failure ends everything: it is printed with the seed, and ``--seed`` with
+the file runs that round again. Where the time was not enough for one whole round of a file, some of its tests were not
 reached; the line of the file says so.
 """
 
