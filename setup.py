@@ -6,7 +6,8 @@ Metadata stands in pyproject.toml; the C sources of LMDB and xxHash come by way 
 ``SRENGINE_SYSTEM_LIBS``  1: build on the system's lmdb.h, liblmdb and xxhash.h, unpatched (``srengine --version`` says)
 
 LMDB is linked into the kernel `tablet` alone, with hidden symbols: a process has at most one LMDB of ours, and it never
-meets py-lmdb's. xxHash is a header that every kernel inlines. Instruction sets are the platform's portable ones.
+meets py-lmdb's. xxHash is a header that every kernel inlines. Instruction sets are the platform's portable ones, but
+for one function of the kernel `chunk` that asks the processor before it is called (ext/xxh3_wide.h).
 
 Generated C stands under build/cython/. Cython does not notice a changed header of the module itself in this arrangement
 (implementation in ext/, headers in srengine/_native/), so the C file is removed when any header is newer.
@@ -17,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -38,6 +41,7 @@ KERNEL_FLAGS = [
     *("-Wno-unused-function", "-Wno-sign-compare", "-Wno-maybe-uninitialized", "-Wno-alloc-size-larger-than"),
 ]
 XXHASH_MACROS = [("XXH_INLINE_ALL", "1"), ("XXH_STATIC_LINKING_ONLY", "1")]
+WIDE_FLAGS = [*C_FLAGS, "-mavx2"]
 DIRECTIVES = {
     "language_level": 3,
     "boundscheck": False,
@@ -59,7 +63,7 @@ def relative(pattern: str) -> list[str]:
 
 def extensions() -> list[Extension]:
     """Return one extension for each kernel that is there, its sources still in Cython."""
-    headers = relative("ext/*.pxi") + relative("srengine/_native/*.pxd")
+    headers = relative("ext/*.pxi") + relative("ext/*.h") + relative("srengine/_native/*.pxd")
     return [Extension(f"srengine._native.{Path(p).stem}", [p], depends=[*headers]) for p in relative("ext/*.pyx")]
 
 
@@ -97,6 +101,8 @@ class BuildKernels(build_ext):
         lmdb_objects = [] if self.system_libs else self.compile_lmdb()
         for extension in self.extensions:
             self.complete(extension, lmdb_objects)
+            if extension.name == "srengine._native.chunk":
+                self.widen(extension)
         super().build_extensions()
 
     def complete(self, extension: Extension, lmdb_objects: list[str]) -> None:
@@ -125,23 +131,45 @@ class BuildKernels(build_ext):
             extension.extra_objects += lmdb_objects
             if self.system_libs:
                 extension.libraries += ["lmdb"]
+            else:
+                extension.define_macros += [("SR_LMDB_WALK", "1")]
+
+    def widen(self, extension: Extension) -> None:
+        """Add the code for wider vectors where the platform has any; called only if the processor has them too."""
+        # NB: a universal build for macOS would hand the flag to the compiler of the other processor as well.
+        if sysconfig.get_platform() != "linux-x86_64":
+            return
+        objects = self.compile_once("xxh3-wide", [ROOT / "ext" / "xxh3_wide.c"], [self.xxhash_dir], WIDE_FLAGS)
+        extension.define_macros += [("SR_XXH3_WIDE", "1")]
+        extension.extra_objects += objects
+        extension.depends += objects
 
     def compile_lmdb(self) -> list[str]:
-        """Compile the vendored LMDB once; a kernel that changes does not wait for it again."""
-        sources = [self.lmdb_dir / "mdb.c", self.lmdb_dir / "midl.c"]
+        """Compile the vendored LMDB: mdb.c as a part of ext/lmdb_walk.c."""
+        sources = [ROOT / "ext" / "lmdb_walk.c", self.lmdb_dir / "midl.c"]
+        return self.compile_once(self.lmdb_dir.name, sources, [self.lmdb_dir], LMDB_FLAGS, [self.lmdb_dir / "mdb.c"])
+
+    def compile_once(
+        self, name: str, sources: list[Path], includes: list[Path], flags: list[str], included: Sequence[Path] = ()
+    ) -> list[str]:
+        """Compile C sources to objects, or take those of an earlier build, so that a changed kernel does not wait.
+
+        ``included``: files that the sources include, beside the headers next to them and in ``includes``.
+        """
         # NB: the compiler's command line comes from the interpreter and the environment, so it is part of the place.
-        command = hashlib.sha256(repr((self.compiler.compiler_so, LMDB_FLAGS)).encode()).hexdigest()[:12]
-        place = Path("build") / "objects" / f"{self.lmdb_dir.name}-{command}"
-        objects = [place / f"{source.stem}.o" for source in sources]
-        newest = max(path.stat().st_mtime for path in [*sources, self.lmdb_header, ROOT / "setup.py"])
+        text = repr((self.compiler.compiler_so, flags, [str(include) for include in includes]))
+        place = Path("build") / "objects" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        objects = [place / source.with_suffix(".o").name for source in sources]
+        headers = [path for folder in {*includes, *(s.parent for s in sources)} for path in folder.glob("*.h")]
+        newest = max(path.stat().st_mtime for path in [*sources, *included, *headers, ROOT / "setup.py"])
         if not all(path.is_file() and path.stat().st_mtime >= newest for path in objects):
             place.mkdir(parents=True, exist_ok=True)
             for source, target in zip(sources, objects, strict=True):
                 made = self.compiler.compile(
                     [os.path.relpath(source, ROOT)],
                     output_dir=str(place),
-                    include_dirs=[str(self.lmdb_dir)],
-                    extra_postargs=LMDB_FLAGS,
+                    include_dirs=[str(include) for include in includes],
+                    extra_postargs=flags,
                 )
                 Path(made[0]).replace(target)
         return [str(path) for path in objects]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 
 from benchmarks.data import Sizes
 from benchmarks.race import race
-from benchmarks.shipping import Memory, Server
+from benchmarks.shipping import Server, Use
 from benchmarks.stores import Loaded
 from benchmarks.table import Row, at_least, at_most, rate
 from srengine import limits
@@ -65,6 +66,7 @@ def bench_together(
     stages: dict[str, list[float]] = {"write": [], "ship": [], "apply": []}
     together: list[float] = []
     grown: list[float] = []
+    processor: list[float] = []
 
     def write(_: int) -> None:
         start = time.perf_counter()
@@ -78,10 +80,12 @@ def bench_together(
             return child.ask(command, count, directory)
 
     def all_of_it(turn: int) -> None:
-        memory = Memory()
+        use = Use()
         said = alone("all", 0, scratch / f"all-{turn}")
+        here = use.stop()
         together.append(said["seconds"])
-        grown.append(max(said["memory"], memory.stop()))
+        processor.append(said["processor"] + here["processor"])
+        grown.append(max(said["memory"], here["memory"]))
 
     def ship(_: int) -> None:
         stages["ship"].append(alone("ship", len(items), scratch)["seconds"])
@@ -103,6 +107,7 @@ def bench_together(
             ratios[middle],
             f"{sorted(together)[middle]:.2f} s",
             f"{sorted(slowest)[middle]:.2f} s ({name})",
+            note=f"{sorted(processor)[middle]:.2f} s of processor time in all, {os.cpu_count()} processors.",
         )
     )
     report(

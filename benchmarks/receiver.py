@@ -1,7 +1,7 @@
 """The receiving process of the rows on shipping: ``python -m benchmarks.receiver ADDRESS RAW_ADDRESS KEY``.
 
 It connects, then reads commands, one a line on stdin, and answers each with a line of JSON: the seconds that it took,
-and by how much its memory, mapped pages aside, grew meanwhile.
+by how much its memory, mapped pages aside, grew meanwhile, and the seconds of processor time that it used.
 
     ship COUNT              read a stream of prepared items and drop them
     raw COUNT               read as many frames over a bare pyzmq socket
@@ -14,14 +14,13 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import zmq
 
-from benchmarks.shipping import STREAM_S_MAX, Made, Memory, Prepared, secure
+from benchmarks.shipping import STREAM_S_MAX, Made, Prepared, Use, secure
 from srengine.snapshot import InPlace, SnapshotSink
 from srengine.storage import Store
 from srengine.transport import Endpoint, Identity, new_key_pair
@@ -63,23 +62,23 @@ class Receiver:
     def work(self, command: str, count: str, directory: str = "") -> dict[str, float]:
         """Do one command."""
         if command in {"ship", "raw"}:
-            memory, start = Memory(), time.perf_counter()
+            use = Use()
             if command == "raw":
                 self.raw(int(count))
             else:
                 self.runner.run(self.read(Prepared(int(count)), None))
-            return {"seconds": time.perf_counter() - start, "memory": memory.stop()}
+            return use.stop()
         items: list[bytes] = []
         if command == "apply":
             self.runner.run(self.read(Prepared(int(count)), lambda item: items.append(bytes(item))))
         with Store(Path(directory)) as store, SnapshotSink(InPlace(store.tablet("copy"))) as sink:
-            memory, start = Memory(), time.perf_counter()
+            use = Use()
             if command == "all":
                 self.runner.run(self.read(Made(), sink.accept))
             for item in items:
                 sink.accept(item)
             sink.finish()
-            return {"seconds": time.perf_counter() - start, "memory": memory.stop()}
+            return use.stop()
 
 
 def main(address: str, raw_address: str, key: str) -> None:

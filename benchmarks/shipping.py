@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -63,6 +64,25 @@ class Memory:
         self._stop.set()
         self._thread.join()
         return self._highest - self._before
+
+
+class Use:
+    """What this process uses from now on until `stop`."""
+
+    def __init__(self) -> None:
+        """Begin."""
+        self._memory = Memory()
+        self._processor_s = time.process_time()
+        self._start = time.perf_counter()
+
+    def stop(self) -> dict[str, float]:
+        """Return seconds, growth of memory in bytes, and seconds of processor time."""
+        seconds = time.perf_counter() - self._start
+        return {
+            "seconds": seconds,
+            "processor": time.process_time() - self._processor_s,
+            "memory": self._memory.stop(),
+        }
 
 
 class Server:

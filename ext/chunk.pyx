@@ -19,6 +19,10 @@ from libc.string cimport memcmp, memcpy, memset
 
 from srengine._native.xxhash cimport XXH3_128bits, XXH128_hash_t
 
+cdef extern from "xxh3_wide.h" nogil:
+    XXH128_hash_t sr_xxh3_128(const void *data, size_t size)
+    bint sr_xxh3_choose(bint wide)
+
 from srengine.errors import SnapshotDamaged, UnsupportedFeature
 
 cdef enum:
@@ -52,6 +56,8 @@ cdef enum:                       # answers of read_fixed
     HEAD_SIZE = 4
 
 HEAD_BYTES = FIXED
+
+sr_xxh3_choose(True)
 
 from srengine import limits
 
@@ -156,7 +162,7 @@ cdef const char *walk_rows(Walk *walk) noexcept nogil:
 cdef void compute_digest(const uint8_t *fixed, const uint8_t *keys, size_t key_bytes, const uint8_t *stored,
                          size_t stored_bytes, uint8_t *out) noexcept nogil:
     cdef uint8_t joined[DIGEST_AT + 2 * KEY_MAX + 16]
-    cdef XXH128_hash_t hashed = XXH3_128bits(stored, stored_bytes)
+    cdef XXH128_hash_t hashed = sr_xxh3_128(stored, stored_bytes)
     memcpy(joined, fixed, DIGEST_AT)
     if key_bytes:
         memcpy(joined + DIGEST_AT, keys, key_bytes)
@@ -237,6 +243,11 @@ cdef object refuse(int answer, const uint8_t *data):
     if answer == HEAD_SIZE:
         raise SnapshotDamaged("an item of a snapshot declares sizes beyond their limits")
     raise SnapshotDamaged("an item of a snapshot has a field that no version writes")
+
+
+def choose_vectors(*, bint wide):
+    """Hash with the widest vectors, or without; see chunk.pyi."""
+    return sr_xxh3_choose(wide)
 
 
 def seal(int kind, int encoding, int flags, uint64_t ordinal, uint32_t raw_bytes, uint32_t row_count,

@@ -109,49 +109,15 @@ cdef int find_page(Environment env, MDB_txn *txn, const uint8_t *start, size_t s
     return rc
 
 
-cdef MDB_cursor *scout_open(MDB_txn *txn, MDB_dbi database, const MDB_val *key) noexcept nogil:
-    """Return a second cursor for a walk that begins at ``key``, or NULL: see `scout_on`."""
-    cdef MDB_cursor *scout = NULL
-    cdef MDB_val name = key[0]
-    if mdb_cursor_open(txn, database, &scout) != 0:
-        return NULL
-    if mdb_cursor_get(scout, &name, NULL, MDB_SET_KEY) != 0:
-        mdb_cursor_close(scout)
-        return NULL
-    sr_prefetch_page(key.mv_data)
-    return scout
-
-
-cdef inline void scout_on(MDB_cursor *scout, bint *going) noexcept nogil:
-    """Move the scout to the leaf behind its own and ask for all of that leaf; at the end it stops ``going``.
-
-    A walk calls this for each leaf that it enters. Only a leaf's neighbour knows where the leaf is, so without a scout a
-    walk stands still at each one until memory answers. What goes wrong here goes wrong in the walk too, and is told there.
-    """
-    cdef MDB_val key
-    cdef size_t page = 0
-    while going[0]:
-        if mdb_cursor_get(scout, &key, NULL, MDB_NEXT) != 0:
-            going[0] = False
-            return
-        if page == 0:
-            page = <size_t>key.mv_data >> 12
-        elif <size_t>key.mv_data >> 12 != page:
-            sr_prefetch_page(key.mv_data)
-            return
-
-
 cdef int rows_in_key_order(Environment env, MDB_txn *txn, const uint8_t *after, size_t after_bytes, uint8_t *out,
                            size_t room, size_t *used, size_t *count, uint8_t *last, size_t *last_bytes, size_t *needed,
                            bint *done, Failure *failure) noexcept nogil:
     """Write rows of all records after a key until the room is used; ``needed`` is set when not even one fits."""
     cdef MDB_cursor *cursor
     cdef MDB_val key, data
+    cdef sr_walk_t walk
     cdef Header header
     cdef size_t size
-    cdef size_t page = 0
-    cdef MDB_cursor *scout = NULL
-    cdef bint going
     cdef const uint8_t *last_key = NULL
     cdef size_t last_size = 0
     cdef int rc
@@ -168,13 +134,8 @@ cdef int rows_in_key_order(Environment env, MDB_txn *txn, const uint8_t *after, 
             rc = mdb_cursor_get(cursor, &key, &data, MDB_NEXT)
     else:
         rc = mdb_cursor_get(cursor, &key, &data, MDB_FIRST)
-    if rc == 0:
-        scout = scout_open(txn, env.records, &key)
-    going = scout is not NULL
+    sr_walk_begin(&walk, cursor)
     while rc == 0:
-        if <size_t>key.mv_data >> 12 != page:
-            page = <size_t>key.mv_data >> 12
-            scout_on(scout, &going)
         if not record_read(<const uint8_t *>key.mv_data, key.mv_size, <const uint8_t *>data.mv_data, data.mv_size,
                            &header):
             rc = fail(failure, CODE_CORRUPT, b"record", <const uint8_t *>key.mv_data, key.mv_size)
@@ -188,12 +149,10 @@ cdef int rows_in_key_order(Environment env, MDB_txn *txn, const uint8_t *after, 
         count[0] += 1
         last_key = <const uint8_t *>key.mv_data
         last_size = key.mv_size
-        rc = mdb_cursor_get(cursor, &key, &data, MDB_NEXT)
+        rc = sr_walk_next(&walk, &key, &data)
     if count[0]:
         memcpy(last, last_key, last_size)
         last_bytes[0] = last_size
-    if scout is not NULL:
-        mdb_cursor_close(scout)
     mdb_cursor_close(cursor)
     if rc == MDB_NOTFOUND:
         done[0] = True
@@ -477,11 +436,11 @@ cdef class Reader:
         cdef Environment env = self.environment
         cdef MDB_cursor *cursor
         cdef MDB_val key, data
+        cdef sr_walk_t walk
         cdef Header header
         cdef Failure failure
         cdef size_t count = 0
         cdef size_t size = 0
-        cdef size_t page = 0
         cdef int rc
         cdef MDB_txn *txn = self.begin()
         failure.code = 0
@@ -490,17 +449,15 @@ cdef class Reader:
                 rc = mdb_cursor_open(txn, env.records, &cursor)
                 if rc == 0:
                     rc = mdb_cursor_get(cursor, &key, &data, MDB_FIRST)
+                    sr_walk_begin(&walk, cursor)
                     while rc == 0:
-                        if <size_t>key.mv_data >> 12 != page:
-                            page = <size_t>key.mv_data >> 12
-                            sr_prefetch_page(key.mv_data)
                         if not record_read(<const uint8_t *>key.mv_data, key.mv_size, <const uint8_t *>data.mv_data,
                                            data.mv_size, &header):
                             rc = fail(&failure, CODE_CORRUPT, b"record", <const uint8_t *>key.mv_data, key.mv_size)
                             break
                         count += 1
                         size += key.mv_size + header.value_bytes
-                        rc = mdb_cursor_get(cursor, &key, &data, MDB_NEXT)
+                        rc = sr_walk_next(&walk, &key, &data)
                     mdb_cursor_close(cursor)
             if rc != MDB_NOTFOUND:
                 if failure.code == 0:

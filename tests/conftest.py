@@ -25,7 +25,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # NB: time decides nothing in a test: the machine may be busy with the other half of the suite.
 settings.register_profile("gate", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("fuzz", parent=settings.get_profile("gate"), max_examples=20_000)
+# Of one round: `python -m tests.fuzz` goes on with other seeds for as long as it is told.
+settings.register_profile("fuzz", parent=settings.get_profile("gate"), max_examples=300)
 settings.load_profile(os.environ.get("SRENGINE_HYPOTHESIS", "gate"))
 
 

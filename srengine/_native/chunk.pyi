@@ -13,6 +13,11 @@ _HeadFields: TypeAlias = tuple[int, int, int, int, int, int, int, bytes, bytes, 
 """kind, encoding, flags, ordinal, raw_bytes, stored_bytes, row_count, after_key, last_key, view_sequence,
 after_sequence, last_sequence, snapshot, source, digest."""
 
+def choose_vectors(*, wide: bool) -> bool:
+    """Compute digests with the widest vectors of this processor (as at import), or with portable code; the digests are
+    the same. Return whether wide ones are in use: this build and this processor have to know them. For tests.
+    """
+
 def seal(
     kind: int,
     encoding: int,

@@ -86,3 +86,9 @@ cdef extern from "lmdb.h" nogil:
     int mdb_cursor_put(MDB_cursor *cursor, MDB_val *key, MDB_val *data, unsigned int flags)
     int mdb_cursor_del(MDB_cursor *cursor, unsigned int flags)
     int mdb_reader_check(MDB_env *env, int *dead)
+
+cdef extern from "lmdb_walk.h" nogil:
+    ctypedef struct sr_walk_t:
+        pass
+    void sr_walk_begin(sr_walk_t *walk, MDB_cursor *cursor)
+    int sr_walk_next(sr_walk_t *walk, MDB_val *key, MDB_val *data)

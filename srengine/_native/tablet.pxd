@@ -184,8 +184,6 @@ cdef class Environment:
     cdef int enter(self) except -1
     cdef void leave(self) noexcept
     cdef int finish(self, Submission *job) except -1
-    cdef tuple one(self, Operation *operation)
-    cdef uint64_t many(self, Operation *operations, Py_ssize_t count) except? 0
 
 cdef class Reader:
     cdef readonly Environment environment

@@ -53,10 +53,13 @@ class Decompressor:
     def __init__(self) -> None:
         self._zstd = zstandard.ZstdDecompressor(max_window_size=limits.ZSTD_WINDOW_BYTES_MAX)
 
-    def decode(self, encoding: int, stored: bytes | memoryview, raw_bytes: int) -> memoryview:
+    def decode(
+        self, encoding: int, stored: bytes | memoryview, raw_bytes: int, room: memoryview | None = None
+    ) -> memoryview:
         """Return the rows behind ``stored``; raises `SnapshotDamaged` unless they are exactly ``raw_bytes`` long.
 
-        Allocates at most ``raw_bytes`` + 1, which the caller checked against its limit, and zstd's bounded window.
+        ``room``: ``raw_bytes`` + 1 bytes to decompress into. Without it as much is allocated, which the caller checked
+        against its limit; zstd's bounded window comes on top.
         """
         if encoding == Encoding.PLAIN:
             if len(stored) != raw_bytes:
@@ -76,10 +79,10 @@ class Decompressor:
             raise errors.SnapshotDamaged(
                 "a chunk's zstd frame declares another size than its head", frame=content_bytes, head=raw_bytes
             )
-        return self._read(stored, raw_bytes)
+        return self._read(stored, raw_bytes, memoryview(bytearray(raw_bytes + 1)) if room is None else room)
 
-    def _read(self, stored: bytes | memoryview, raw_bytes: int) -> memoryview:
-        out = memoryview(bytearray(raw_bytes + 1))
+    def _read(self, stored: bytes | memoryview, raw_bytes: int, out: memoryview) -> memoryview:
+        assert len(out) == raw_bytes + 1, (len(out), raw_bytes)
         filled = 0
         try:
             with self._zstd.stream_reader(stored, read_across_frames=False) as reader:

@@ -7,7 +7,7 @@ the machine's (transfer_machine.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from srengine import errors
 from srengine._native import chunk
@@ -16,6 +16,8 @@ from srengine.snapshot.format import HEAD_BYTES, Encoding, Head, Kind, Manifest,
 from srengine.snapshot.transfer_machine import ChunkRead, ManifestRead, Message, TrailerRead
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from srengine.snapshot.compression import Compressor, Decompressor
     from srengine.snapshot.transfer_machine import ChunkPlan
 
@@ -98,7 +100,17 @@ def split(item: bytes | bytearray | memoryview) -> tuple[memoryview, memoryview]
     return data[:head_bytes], data[head_bytes:]
 
 
-def open_item(head_data: bytes | memoryview, stored: bytes | memoryview, decompressor: Decompressor) -> Opened:
+Room: TypeAlias = "Callable[[Head], memoryview | None]"
+"""Where to put the rows of a compressed chunk: ``head.raw_bytes`` + 1 bytes that nobody else uses until the rows are
+used, or None: the decompressor has to see for itself."""
+
+
+def open_item(
+    head_data: bytes | memoryview,
+    stored: bytes | memoryview,
+    decompressor: Decompressor,
+    room: Room | None = None,
+) -> Opened:
     """Prove one item alone; raises `SnapshotDamaged` or `UnsupportedFeature`, each naming the item."""
     head = words.read_head(head_data)
     if not chunk.verify(head_data, stored):
@@ -106,19 +118,20 @@ def open_item(head_data: bytes | memoryview, stored: bytes | memoryview, decompr
             f"snapshot refused: item {head.ordinal} does not match its digest", item=head.ordinal
         )
     try:
-        return _open(head, stored, decompressor)
+        return _open(head, stored, decompressor, room)
     except errors.SnapshotDamaged as error:
         raise errors.SnapshotDamaged(
             f"snapshot refused: {error.message} (item {head.ordinal})", **(error.details | {"item": head.ordinal})
         ) from error
 
 
-def _open(head: Head, stored: bytes | memoryview, decompressor: Decompressor) -> Opened:
+def _open(head: Head, stored: bytes | memoryview, decompressor: Decompressor, room: Room | None) -> Opened:
     if head.kind == Kind.MANIFEST:
         return Opened(ManifestRead(head, words.decode_manifest(stored)), memoryview(b""))
     if head.kind == Kind.TRAILER:
         return Opened(TrailerRead(head, words.decode_trailer(stored)), memoryview(b""))
-    rows = decompressor.decode(head.encoding, stored, head.raw_bytes)
+    place = room(head) if room is not None and head.encoding != Encoding.PLAIN else None
+    rows = decompressor.decode(head.encoding, stored, head.raw_bytes, place)
     count, last_key, last_sequence = chunk.check_rows(
         rows,
         by_key=head.by_key,

@@ -245,7 +245,7 @@ class SnapshotSink:
     def accept(self, item: bytes | bytearray | memoryview) -> Progress:
         """Take the next item whole. Raises `SnapshotDamaged`, or what the target or the tablet says."""
         head, stored = items.split(item)
-        self.take(items.open_item(head, stored, self._decompressor))
+        self.take(items.open_item(head, stored, self._decompressor, self._room))
         return self.progress
 
     def take(self, opened: items.Opened) -> None:
@@ -292,13 +292,32 @@ class SnapshotSink:
 
     # --- filling ---------------------------------------------------------------------------------------------------
 
-    def _gather(self, head: Head, rows: memoryview, mark: Mark) -> None:
-        # Rows by sequence of two views may name a key twice; rows by key never do.
-        order = (head.by_key, 0 if head.by_key else head.view_sequence)
-        full = self._used + len(rows) > self._batch_bytes_max or self._batch_rows + head.row_count > FILL_ROWS_MAX
-        if self._used and (full or order != self._batch_order):
+    def _room(self, head: Head) -> memoryview | None:
+        """Return the place behind what was gathered, for a chunk that is decompressed but not yet known to be taken.
+
+        What was gathered may be written for it: it stands under its own mark, whatever becomes of this chunk.
+        """
+        if self._tablet is None or self._failed or head.raw_bytes > FILL_BYTES // 2:
+            return None
+        # NB: as in `take`: if an earlier transaction turns out to have failed, nothing that follows may be written.
+        self._failed = True
+        self._make_room(head)
+        self._failed = False
+        return self._batch[self._used : self._used + head.raw_bytes + 1]
+
+    def _make_room(self, head: Head) -> None:
+        """Write what was gathered if this chunk's rows do not fit behind it."""
+        full = self._used + head.raw_bytes > self._batch_bytes_max or self._batch_rows + head.row_count > FILL_ROWS_MAX
+        if self._used and (full or _order_of(head) != self._batch_order):
             self._flush()
-        self._batch_order = order
+        if not self._buffers[0]:
+            # One more than is ever used: a decompressor notices by it that there is too much.
+            self._buffers[0] = bytearray(FILL_BYTES + 1)
+            self._batch = memoryview(self._buffers[0])
+
+    def _gather(self, head: Head, rows: memoryview, mark: Mark) -> None:
+        self._make_room(head)
+        self._batch_order = _order_of(head)
         self._batch_mark = words.encode_mark(mark)
         if len(rows) > FILL_BYTES // 2:
             # Alone and uncopied, with nothing else in the making: it may be of the largest size.
@@ -308,10 +327,8 @@ class SnapshotSink:
             assert self._tablet is not None, "rows come after the manifest"
             self._fill(self._tablet, rows, self._batch_mark)
             return
-        if not self._buffers[0]:
-            self._buffers[0] = bytearray(FILL_BYTES)
-            self._batch = memoryview(self._buffers[0])
-        self._batch[self._used : self._used + len(rows)] = rows
+        if rows.obj is not self._buffers[0]:  # else it was decompressed where it belongs
+            self._batch[self._used : self._used + len(rows)] = rows
         self._used += len(rows)
         self._batch_rows += head.row_count
 
@@ -367,3 +384,11 @@ class SnapshotSink:
         position = tablet.finish_fill(trailer.meta, trailer.state, rows=self._batch[: self._used])
         assert position == target, (position, target)
         return position
+
+
+def _order_of(head: Head) -> tuple[bool, int]:
+    """Return what two chunks have in common that may be one transaction.
+
+    Rows by sequence of two views may name a key twice; rows by key never do.
+    """
+    return head.by_key, 0 if head.by_key else head.view_sequence

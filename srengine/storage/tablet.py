@@ -43,7 +43,7 @@ from srengine.storage.entries import (
 )
 from srengine.storage.merkle import Leaves, differing_keys
 from srengine.storage.report import DAMAGES_MAX, Damage, VerifyReport
-from srengine.storage.view import TOMBSTONE, View, decode_meta
+from srengine.storage.view import View, decode_meta, record_of
 from srengine.types import Actual, Position, Record
 
 if TYPE_CHECKING:
@@ -301,10 +301,7 @@ class Tablet:
     def get_record(self, key: bytes, *, tombstones: bool = False) -> Record | None:
         """Return the record of ``key``, or None; with ``tombstones`` also one that says "deleted"."""
         self._check_whole()
-        found = self._environment.get_record(key)
-        if found is None or (found[3] & TOMBSTONE and not tombstones):
-            return None
-        return Record(key, found[0], found[1], found[2], bool(found[3] & TOMBSTONE))
+        return record_of(key, self._environment.get_record(key), tombstones=tombstones)
 
     def __contains__(self, key: bytes) -> bool:
         return self.get(key) is not None

@@ -59,6 +59,14 @@ def scan_bounds(start: bytes | None, stop: bytes | None, prefix: bytes | None) -
     return start, stop
 
 
+def record_of(key: bytes, found: tuple[bytes, int, int, int] | None, *, tombstones: bool) -> Record | None:
+    """Return what a kernel found (value, sequence, clock, flags) as a record; None also for an unwanted tombstone."""
+    if found is None or (found[3] & TOMBSTONE and not tombstones):
+        return None
+    value, sequence, clock, flags = found
+    return Record(key, value, sequence, clock, bool(flags & TOMBSTONE))
+
+
 def encode_meta(rows: list[tuple[int, bytes, bytes]]) -> bytes:
     """Encode meta, request and session rows as they travel at the end of a delta."""
     return b"".join(_META_ROW.pack(database, len(name), len(value)) + name + value for database, name, value in rows)
@@ -130,10 +138,7 @@ class View:
 
     def get_record(self, key: bytes, *, tombstones: bool = False) -> Record | None:
         """Return the record of a key, or None; with ``tombstones`` also one that says "deleted"."""
-        found = self._reader.get(key)
-        if found is None or (found[3] & TOMBSTONE and not tombstones):
-            return None
-        return Record(key, found[0], found[1], found[2], bool(found[3] & TOMBSTONE))
+        return record_of(key, self._reader.get(key), tombstones=tombstones)
 
     def scan(
         self,
