@@ -57,5 +57,11 @@ cdef extern from *:
     void sr_yield() noexcept nogil
     uint64_t bswap64 "__builtin_bswap64"(uint64_t value) noexcept nogil
 
+include "merkle_leaf.pxi"
 include "merkle_sketch.pxi"
+include "merkle_gather.pxi"
+include "merkle_pick.pxi"
+include "merkle_blocks.pxi"
+include "merkle_notes.pxi"
+include "merkle_records.pxi"
 include "merkle_tree.pxi"
