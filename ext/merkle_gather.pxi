@@ -8,10 +8,8 @@ cdef struct Gather:              # what a walk sums up
     const State *state
     uint64_t seed
     uint64_t mask
-    int64_t count
     int64_t live
     int64_t entries
-    Sum total
     int8_t *buckets
     uint8_t *damaged             # u16 size and key of each record that cannot be read
     size_t damaged_used
@@ -64,9 +62,7 @@ cdef int visit_gather(void *context, const uint8_t *key, size_t key_bytes, const
     if boundary and gather.backward:
         if not leaf_begin(&gather.open, key, key_bytes, id) or not gather_close(gather):
             return CODE_NO_MEMORY
-    add(&gather.total, digest)
     count_bucket(gather.buckets, id, gather.shift, value_of(digest), False)
-    gather.count += 1
     if not header.flags & TOMBSTONE:
         gather.live += 1
     if keeps_change_entry(gather.state, header):

@@ -63,7 +63,7 @@ cdef class Tree:
     # --- blocks ----------------------------------------------------------------------------------------------------
 
     cdef bint put_leaf(self, const Leaf *leaf) noexcept nogil:
-        """Append a leaf while building; the tree owns its key from then on."""
+        """Append a leaf while building and add it to sum and count; the tree owns its key from then on."""
         cdef Block *block
         if self.block_count == 0 or self.blocks[self.block_count - 1].used >= BLOCK_FILL:
             block = new_block(self, self.block_count)
@@ -74,6 +74,8 @@ cdef class Tree:
         block.prefixes[block.used] = prefix_of(leaf.key, leaf.key_bytes) if leaf.key is not NULL else 0
         block.used += 1
         self.leaf_count += 1
+        add(&self.total, &leaf.sum)
+        self.count += leaf.count
         return True
 
     # --- building --------------------------------------------------------------------------------------------------
@@ -148,6 +150,8 @@ cdef class Tree:
             with nogil:
                 leaf_join(&one.gather.open, &two.gather.open)
                 good = gather_close(&one.gather)
+                self.total.low = self.total.high = 0
+                self.count = 0
                 at = 0
                 while good and at < one.gather.used:
                     good = self.put_leaf(&one.gather.leaves[at])
@@ -160,14 +164,11 @@ cdef class Tree:
                     if good:
                         two.gather.leaves[at - 1].key = NULL
                         at -= 1
-                self.total = one.gather.total
-                add(&self.total, &two.gather.total)
                 for b in range(BUCKETS):
                     self.buckets[b] = <int8_t>(<uint8_t>one.gather.buckets[b] + <uint8_t>two.gather.buckets[b])
             if not good:
                 self.clear()
                 raise MemoryError
-            self.count = one.gather.count + two.gather.count
             self.live_count = one.gather.live + two.gather.live
             self.entries = one.gather.entries + two.gather.entries
             self.damaged = damaged_keys(&one.gather) + damaged_keys(&two.gather)[::-1]
