@@ -27,14 +27,28 @@ cdef extern from *:
     void sr_weigh(uint64_t value, uint64_t id, uint64_t *low, uint64_t *high) noexcept nogil
 
 
+cdef extern from * nogil:
+    """
+    static inline uint32_t sr_spread(uint32_t bits) { return bits * 0x00204081u & 0x01010101u; }  /* bit i to byte i */
+    /* Four lanes at once: a byte of each gets a bit of the value, with a sign of the id; then one record in 64 once more. */
+    static inline void sr_count(uint8_t *buckets, uint64_t wide, uint32_t value, uint32_t taken) {
+        uint32_t ones = sr_spread(value & 15);
+        uint32_t step = ones | (sr_spread((uint32_t)(wide >> 43 & 15) ^ (taken ? 15 : 0)) & ones) * 255;
+        uint8_t *lanes = buckets + 4 * ((wide & 0xffffffff) * 40 >> 32);
+        uint32_t old;
+        memcpy(&old, lanes, 4);
+        old = ((old & 0x7f7f7f7fu) + (step & 0x7f7f7f7fu)) ^ ((old ^ step) & 0x80808080u);
+        memcpy(lanes, &old, 4);
+        if ((wide >> 37 & 63) == 0)
+            buckets[160 + (wide >> 32 & 31)] += (wide >> 46 & 1) != taken ? -(value & 1) : value & 1;
+    }
+    """
+    void sr_count(uint8_t *buckets, uint64_t wide, uint32_t value, uint32_t taken)
+
+
 cdef inline void count_bucket(int8_t *buckets, uint64_t id, int shift, uint64_t value, bint taken) noexcept nogil:
     """Add (or take) a record to the estimator. Buckets wrap modulo 256; unsigned arithmetic keeps that defined."""
-    cdef uint64_t wide = id << shift >> 17
-    cdef uint64_t at = (<uint64_t><uint32_t>wide * <uint64_t>BUCKETS) >> 32
-    cdef uint8_t step = <uint8_t>(value & 1)
-    if ((wide >> 46) & 1) != taken:
-        step = <uint8_t>-step
-    buckets[at] = <int8_t>(<uint8_t>buckets[at] + step)
+    sr_count(<uint8_t *>buckets, id << shift >> 17, <uint32_t>value, taken)
 
 
 cdef inline void leaf_add(Leaf *leaf, const Sum *digest, uint64_t id) noexcept nogil:
