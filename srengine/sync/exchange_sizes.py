@@ -25,12 +25,12 @@ LANES_RECORDS_MAX: Final = 150_000.0
 DEVIATIONS: Final = 1.75
 """How far above the estimate a table is sized, in standard deviations. With the table's own slack one in fifty is too
 small."""
-CELLS_MORE: Final = 8
+CELLS_MORE: Final = 10
 CELLS_MIN: Final = 30
 """Cells beyond the factor, and at least: small tables are peeled by luck, and small estimates are mostly too low."""
 EXTENSION_SHARE: Final = 0.8
 EXTENSION_CELLS_MIN: Final = 40
-FIVE_WAYS_CELLS_MAX: Final = 45
+FIVE_WAYS_CELLS_MAX: Final = 55
 FOUR_WAYS_CELLS_MAX: Final = 600
 """Up to so many cells five, then four subtables peel better; above it three need fewer cells."""
 

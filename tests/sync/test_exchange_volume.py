@@ -36,8 +36,8 @@ class Shape:
     """What is special about the cases of a shape.
 
     ``keys``: of the universe, half of which is there at first. ``picked``: how many keys a change takes. ``boundary``,
-    ``deleted``, ``purged``, ``emptied``: how likely a change takes boundary keys alone, deletes, purges, empties a side.
-    ``records``: how likely record mode is. ``widths``: of the leaves, for tests. ``constants``: of the machine, for tests.
+    ``deleted``, ``purged``, ``emptied``: how likely a change takes boundary keys alone, deletes, purges, empties all.
+    ``records``: how likely record mode is. ``widths`` of the leaves and ``constants`` of the machine: for tests alone.
     """
 
     keys: int = 48
