@@ -170,6 +170,14 @@ class Moment:
             table.add_records(self._records())
         return table
 
+    def fill(self, table: merkle.Sketch) -> None:
+        """Add all leaves to a table that other tablets' leaves stand in, too."""
+        table.add_leaves(self._tree)
+
+    def own_leaves(self, items: list[Item]) -> set[int]:
+        """Return the ids of those items that are leaves here."""
+        return set(self._tree.find_leaves([item[0] for item in items]))
+
     def peel(self, sketches: list[merkle.Sketch]) -> list[Item] | None:
         """Read what differs from tables of differences; None: too small."""
         return merkle.peel(sketches, self._leaves.id_bits)

@@ -62,7 +62,7 @@ from srengine.sync.exchange_messages import (
 from srengine.sync.exchange_responder_machine import Responder
 from srengine.sync.exchange_side import NOTHING, Moment, Side, located_by, prefix_of, table_of
 from srengine.sync.exchange_sizes import estimate, leaves_with, shape_for, upper
-from srengine.types import Actual, Located
+from srengine.types import Actual, Item, Located
 
 if TYPE_CHECKING:
     import random
@@ -244,6 +244,14 @@ class Initiator:
         self._state = Comparing(root)
         self._send(ExchangeCompare(self._tablet, encode_compare(root, count, sequence)))
 
+    def start_with(self, items: list[Item], sequence: int) -> None:
+        """Begin with what a table that many tablets share has shown to differ; the responder stood at ``sequence``."""
+        with self._side.moment() as moment:
+            self._base = (moment.sequence, moment.root)
+            self._shown = moment.root
+            self.figures.mode = "shared"
+            self._fetch(moment, moment.resolve(items), sequence)
+
     def step(self, reply: Reply, attachments: Sequence[Buffer] = ()) -> None:
         """Take an answer. Raises `FrameError` for one that is malformed or out of place; the exchange is over then."""
         self._sent_at = None
@@ -360,11 +368,15 @@ class Initiator:
 
     def _again(self) -> None:
         """Another sketch, of another kind, seed and size; after some of them the leaf digests."""
+        if self._differs is None:
+            # It began with what a shared table said, which was not it.
+            self.start()
+            return
         self._attempts += 1
         with self._side.moment() as moment:
             if self._moved(moment):
                 return
-            if self._attempts < limits.EXCHANGE_ATTEMPTS_MAX and self._differs is not None:
+            if self._attempts < limits.EXCHANGE_ATTEMPTS_MAX:
                 self._sketch(moment, max(estimate(moment.estimator, self._differs.estimator), 8.0))
                 return
             if isinstance(self._state, Dumping) or moment.leaf_count * 14 > limits.EXCHANGE_BYTES_MAX // 2:

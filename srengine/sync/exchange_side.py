@@ -58,6 +58,14 @@ class Moment(Protocol):
         """Return a table of all leaves or records."""
         ...
 
+    def fill(self, table: merkle.Sketch) -> None:
+        """Add all leaves to a table that other tablets' leaves stand in, too."""
+        ...
+
+    def own_leaves(self, items: list[Item]) -> set[int]:
+        """Return the ids of those items that are leaves here."""
+        ...
+
     def peel(self, sketches: list[merkle.Sketch]) -> list[Item] | None:
         """Read what differs, or None."""
         ...
