@@ -18,7 +18,7 @@ cdef struct Pick:
     int shift
     bint every
     size_t bytes
-    size_t bytes_max             # CODE_ENOUGH beyond it
+    size_t bytes_max             # CODE_ENOUGH beyond it: of rows, and PICKED_BYTES for what each becomes as objects
 
 
 cdef int visit_pick(void *context, const uint8_t *key, size_t key_bytes, const Header *header,
@@ -36,7 +36,7 @@ cdef int visit_pick(void *context, const uint8_t *key, size_t key_bytes, const H
             at = (at + 1) & pick.wanted_mask
         if not pick.wanted[at]:
             return 0
-    pick.bytes += row_size(key_bytes, header)
+    pick.bytes += row_size(key_bytes, header) + PICKED_BYTES
     if pick.bytes > pick.bytes_max:
         return CODE_ENOUGH
     if pick.used == pick.room:

@@ -374,7 +374,10 @@ cdef class Tree:
         return result
 
     def records_between(self, Reader reader not None, bytes start, bytes stop, list ids, bint with_rows, bytes_max=None):
-        """Return as `records` does, of keys in [start, stop); stop None: to the end. QuotaExceeded past ``bytes_max``."""
+        """Return as `records` does, of keys in [start, stop); stop None: to the end.
+
+        QuotaExceeded when rows and what they take as objects are more than ``bytes_max``.
+        """
         cdef Environment env = self.environment
         cdef Range bounds
         cdef Pick pick

@@ -397,7 +397,7 @@ class Moment:
                 stop,
                 None,
                 False,
-                limits.EXCHANGE_BYTES_MAX,
+                limits.EXCHANGE_BYTES_MAX - size,
             )
             size += sum(record[5] for record in records)
             listed.append(Listed(start, stop, [record[3][:6] for record in records]))
@@ -406,14 +406,17 @@ class Moment:
         return located._replace(ranges=[], listed=tuple(listed))
 
     def compare_listed(self, listed: tuple[Listed, ...]) -> tuple[list[bytes], tuple[Listed, ...]]:
-        """Return (our keys that are not in the lists, the lists of what is not here)."""
+        """Return (our keys that are not in the lists, the lists of what is not here).
+
+        Raises `QuotaExceeded` when the ranges hold more than a message could.
+        """
         extra: list[bytes] = []
         wanted: list[Listed] = []
+        room = limits.EXCHANGE_BYTES_MAX
         for start, stop, digests in listed:
-            here = {
-                record[3][:6]: record[2]
-                for record in self._tree.records_between(self._reader, start, stop, None, False)
-            }
+            records = self._tree.records_between(self._reader, start, stop, None, False, room)
+            room -= sum(record[5] for record in records)
+            here = {record[3][:6]: record[2] for record in records}
             there = set(digests)
             extra += [key for digest, key in here.items() if digest not in there]
             missing = [digest for digest in digests if digest not in here]
@@ -458,8 +461,11 @@ class Moment:
         sent = {key for key, _, _, _ in compared}
         removed = {found.key for found in self._find(absent.pairs, absent.ids, with_rows=False)}
         removed.update(extra)
+        room = limits.EXCHANGE_BYTES_MAX
         for start, stop in absent.ranges:
-            removed.update(record[2] for record in self._tree.records_between(self._reader, start, stop, None, False))
+            records = self._tree.records_between(self._reader, start, stop, None, False, room)
+            room -= sum(record[5] for record in records)
+            removed.update(record[2] for record in records)
         for key in self.damaged:
             if any(start <= key and (stop is None or key < stop) for start, stop in absent.ranges):
                 removed.add(key)

@@ -269,7 +269,10 @@ class Initiator:
                 case ExchangeTables() if isinstance(state, Sketching):
                     self._peel(state.shape, decode_tables(reply.body, state.shape))
                 case ExchangeClose() if isinstance(state, Sketching | Fetching | Dumping):
-                    self._close(reply, attachments)
+                    try:
+                        self._close(reply, attachments)
+                    except errors.QuotaExceeded:
+                        self._end(Reason.TOO_LARGE, [])
                 case ExchangeFull() if isinstance(state, Sketching | Fetching | Dumping):
                     self._end(_reason(reply.body), [])
                 case _:
@@ -398,6 +401,8 @@ class Initiator:
     def _close(self, reply: ExchangeClose, attachments: Sequence[Buffer]) -> None:
         if len(attachments) != 3:
             raise errors.FrameError(f"the end of an exchange has three attachments, not {len(attachments)}")
+        if sum(len(part) for part in attachments) > 2 * limits.EXCHANGE_BYTES_MAX:
+            raise errors.FrameError(f"the end of an exchange has at most {2 * limits.EXCHANGE_BYTES_MAX} bytes")
         rows, meta, state = (bytes(part) for part in attachments)
         absent, replace_rows = decode_close(reply.body)
         extra: list[bytes] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing import Final, assert_never
 
 from srengine import errors, limits
 from srengine.sync.exchange_messages import (
@@ -27,6 +27,10 @@ from srengine.sync.exchange_messages import (
 from srengine.sync.exchange_side import NOTHING, Moment, Side, located_by, prefix_of, table_of
 from srengine.sync.exchange_sizes import extension_of
 from srengine.types import Located
+
+DUMP_LEAVES_SHARE: Final = 4
+DUMP_LEAVES_MIN: Final = 1024
+"""A dump of more leaves than so many times our own is not looked at: it would hold several times what we hold."""
 
 
 class Responder:
@@ -86,6 +90,8 @@ class Responder:
         if len(body) < 8:
             raise errors.FrameError("a dump of leaf digests begins with the digest of the rows")
         with self._side.moment() as moment:
+            if len(body) - 8 > 14 * max(DUMP_LEAVES_SHARE * moment.leaf_count, DUMP_LEAVES_MIN):
+                return _full(Reason.TOO_DIFFERENT), ()
             located = moment.differing_leaves(body[8:])
             if len(located.ranges) > limits.EXCHANGE_RANGES_MAX:
                 return _full(Reason.TOO_DIFFERENT), ()

@@ -8,8 +8,8 @@
     for each tablet: an `Initiator` that fetches what was found there
 
 Sums add up, so one table serves the leaves of any number of tablets: their ids are seeded by each tablet's own seed
-and do not meet. A hundred tablets in which one record differs cost the six cells once, not a hundred times; records that
-are spread over many tablets share one table, and its slack.
+and do not meet. A hundred tablets in which one record differs cost the six cells once, not a hundred times; records
+that are spread over many tablets share one table, and its slack.
 
 What comes out is an `Initiator` for each tablet that differs: it begins with what was found, fetches, repairs, and goes
 on by itself if that does not prove out. Tablets that the table could not tell (too small, more than a sixteenth of the

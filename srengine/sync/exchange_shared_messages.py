@@ -80,7 +80,7 @@ def decode_places(message: SharedCompare) -> list[bytes]:
 
 
 class Differing(NamedTuple):
-    """A decoded `SharedDiffers`: (place in the list, sequence) of what differs, prefix, estimator; both empty if none."""
+    """A decoded `SharedDiffers`: (place in the list, sequence) of what differs, prefix, estimator; empty if none."""
 
     tablets: list[tuple[int, int]]
     prefix: bytes

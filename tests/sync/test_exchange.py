@@ -437,7 +437,10 @@ def test_hostile_requests_cost_bounded_work(make):
     with pytest.raises(errors.FrameError):
         responder.step(exchange_messages.ExchangeSketch("t", exchange_messages.encode_sketch(huge, b"\0" * 8, b"")))
     many = exchange_messages.encode_fetch(0, b"\0" * 8, Located([], [], [(b"", None)] * 3))
-    _, attachments = responder.step(exchange_messages.ExchangeFetch("t", many))
+    with pytest.raises(errors.FrameError):
+        responder.step(exchange_messages.ExchangeFetch("t", many))
+    once = exchange_messages.encode_fetch(0, b"\0" * 8, Located([], [], [(b"", None)]))
+    _, attachments = responder.step(exchange_messages.ExchangeFetch("t", once))
     assert len(attachments[0]) < 200_000
     assert one.count == other.count == 1000
 
