@@ -60,6 +60,7 @@ cdef extern from *:
 
 include "merkle_leaf.pxi"
 include "merkle_sketch.pxi"
+include "merkle_walk.pxi"
 include "merkle_gather.pxi"
 include "merkle_pick.pxi"
 include "merkle_blocks.pxi"

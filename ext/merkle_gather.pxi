@@ -16,6 +16,17 @@ cdef struct Gather:              # what a walk sums up
     size_t damaged_count
     int shift
     bint backward
+    uint8_t apart[APART_BYTES]
+
+
+cdef bint gather_open(Gather *gather, Tree tree, Reader reader) noexcept:
+    memset(gather, 0, sizeof(Gather))
+    gather.seed = tree.environment.seed
+    gather.mask = tree.mask
+    gather.shift = tree.id_shift
+    gather.state = &reader.state
+    gather.buckets = <int8_t *>calloc(BUCKETS + APART_BYTES, 1)
+    return gather.buckets is not NULL
 
 
 cdef bint gather_close(Gather *gather) noexcept nogil:
@@ -79,28 +90,6 @@ cdef void gather_free(Gather *gather) noexcept nogil:
     free(gather.buckets)
     free(gather.damaged)
     memset(gather, 0, sizeof(Gather))
-
-
-cdef struct Half:                # one of two walks from both ends
-    void *environment
-    MDB_txn *txn
-    Range bounds
-    Gather gather
-    Failure failure
-    int rc
-
-
-cdef void *run_half(void *context) noexcept nogil:
-    cdef Half *half = <Half *>context
-    half.rc = sr_walk_half(half)
-    return NULL
-
-
-cdef int sr_walk_half(Half *half) noexcept nogil:
-    with gil:
-        environment = <Environment>half.environment
-        with nogil:
-            return walk_records(environment, half.txn, &half.bounds, visit_gather, &half.gather, &half.failure)
 
 
 cdef list damaged_keys(const Gather *gather):

@@ -125,6 +125,7 @@ cdef int rescan(Tree tree, MDB_txn *txn, Failure *failure) noexcept nogil:
             rc = walk_records(tree.environment, txn, &bounds, visit_rescan, &work, failure)
             if rc != 0:
                 return rc
+            tree.walked += leaf.count
             leaf.dirty = 0
             tree.dirty -= 1
             if tree.dirty == 0:

@@ -1,5 +1,17 @@
 # Records one by one: id and value of each, for sketches over records.
 
+cdef struct Scan:                # where a walk writes: rising from the front, or, backward, falling from the end
+    uint64_t *ids
+    uint64_t *values
+    int64_t at
+    int64_t step
+    size_t used
+    size_t room
+    uint64_t seed
+    int shift
+    uint8_t apart[APART_BYTES]
+
+
 cdef int visit_record(void *context, const uint8_t *key, size_t key_bytes, const Header *header,
                       const Sum *digest) noexcept nogil:
     cdef Scan *scan = <Scan *>context
@@ -7,54 +19,52 @@ cdef int visit_record(void *context, const uint8_t *key, size_t key_bytes, const
         return 0
     if scan.used == scan.room:
         return CODE_ENOUGH
-    scan.ids[scan.used] = XXH3_64bits_withSeed(key, key_bytes, scan.seed) >> scan.shift
-    scan.values[scan.used] = value_of(digest)
+    scan.ids[scan.at] = XXH3_64bits_withSeed(key, key_bytes, scan.seed) >> scan.shift
+    scan.values[scan.at] = value_of(digest)
+    scan.at += scan.step
     scan.used += 1
     return 0
 
 
-cdef struct Scan:
-    uint64_t *ids
-    uint64_t *values
-    size_t used
-    size_t room
-    uint64_t seed
-    int shift
-
-
 cdef class Records:
-    """Id and value of every record in key order, from one walk: 16 bytes a record."""
+    """Id and value of every record in key order, from one walk (two with another reader): 16 bytes a record."""
 
-    def __cinit__(self, Tree tree not None, Reader reader not None, size_t records_max):
-        cdef Scan scan
-        cdef Range bounds
-        cdef Failure failure
+    def __cinit__(self, Tree tree not None, Reader reader not None, size_t records_max, Reader other=None):
+        cdef Half one, two
+        cdef Scan first, second
         cdef MDB_txn *txn
-        cdef int rc
-        memset(&scan, 0, sizeof(Scan))
-        memset(&bounds, 0, sizeof(Range))
-        failure.code = 0
-        self.room = <size_t>(tree.count + 1 if tree.count >= 0 else 1)
+        cdef int64_t count
+        memset(&one, 0, sizeof(Half))
+        memset(&two, 0, sizeof(Half))
+        memset(&first, 0, sizeof(Scan))
+        txn = reader.begin()
+        count = record_count(tree.environment, txn)
+        reader.end()
+        self.room = <size_t>(count + 1 if count >= 0 else 1)
         if self.room > records_max + 1:
             raise errors.QuotaExceeded(f"at most {records_max} records are held in memory", limit=records_max)
         self.ids = <uint64_t *>malloc(self.room * sizeof(uint64_t))
         self.values = <uint64_t *>malloc(self.room * sizeof(uint64_t))
         if self.ids is NULL or self.values is NULL:
             raise MemoryError
-        scan.ids = self.ids
-        scan.values = self.values
-        scan.room = self.room
-        scan.seed = tree.environment.seed
-        scan.shift = tree.id_shift
-        txn = reader.begin()
-        try:
-            with nogil:
-                rc = walk_records(tree.environment, txn, &bounds, visit_record, &scan, &failure)
-        finally:
-            reader.end()
-        if rc != 0:
-            raise_walk(tree.environment, &failure)
-        self.count = scan.used
+        first.ids = self.ids
+        first.values = self.values
+        first.room = self.room
+        first.seed = tree.environment.seed
+        first.shift = tree.id_shift
+        first.step = 1
+        second = first
+        second.step = -1
+        second.at = <int64_t>self.room - 1
+        one.visit = two.visit = visit_record
+        one.context = &first
+        two.context = &second
+        if walk_both(tree, reader, other, &one, &two) == 0:
+            walk_both(tree, reader, None, &one, &two)
+        # The gap between the two is what was damaged, and the place to spare.
+        memmove(self.ids + first.used, self.ids + self.room - second.used, second.used * sizeof(uint64_t))
+        memmove(self.values + first.used, self.values + self.room - second.used, second.used * sizeof(uint64_t))
+        self.count = first.used + second.used
 
     def __dealloc__(self):
         free(self.ids)

@@ -87,95 +87,56 @@ cdef class Tree:
         CorruptionError when a page is damaged; records that are damaged alone are left out and named in ``damaged``.
         """
         cdef Half one, two
-        cdef pthread_t thread
-        cdef bint threaded = False
+        cdef Gather first, second
         cdef Environment env = self.environment
-        cdef int64_t left = 0
-        cdef int64_t i
         cdef size_t at, b
-        cdef uint16_t size
         cdef bint good
-        cdef uint64_t empty
-        if reader.environment is not env or (other is not None and other.environment is not env):
-            raise errors.InvalidValue("the reader is of another tablet")
         self.clear()
         if not env.tracked:
             raise errors.NotReady("tracking is turned on before the reader is opened")
         memset(&one, 0, sizeof(Half))
         memset(&two, 0, sizeof(Half))
-        one.gather.seed = two.gather.seed = env.seed
-        one.gather.mask = two.gather.mask = self.mask
-        one.gather.shift = two.gather.shift = self.id_shift
-        one.gather.state = &reader.state
-        two.gather.state = &reader.state
-        one.gather.buckets = <int8_t *>calloc(BUCKETS, 1)
-        two.gather.buckets = <int8_t *>calloc(BUCKETS, 1)
-        one.environment = two.environment = <void *>env
-        two.gather.backward = two.bounds.backward = True
-        empty = XXH3_64bits_withSeed(b"", 0, env.seed) >> self.id_shift
-        one.gather.open.id = empty
         try:
-            if one.gather.buckets is NULL or two.gather.buckets is NULL:
+            if not gather_open(&first, self, reader) or not gather_open(&second, self, reader):
                 raise MemoryError
-            one.txn = reader.begin()
-            try:
-                if other is not None:
-                    two.txn = other.begin()
-                try:
-                    if other is not None:
-                        if txn_number(reader) != txn_number(other):
-                            return False
-                        left = record_count(env, one.txn)
-                        one.bounds.left = two.bounds.left = &left
-                    with nogil:
-                        if two.txn is not NULL:
-                            threaded = pthread_create(&thread, NULL, run_half, &two) == 0
-                            if not threaded:
-                                one.bounds.left = NULL
-                        one.rc = walk_records(env, one.txn, &one.bounds, visit_gather, &one.gather, &one.failure)
-                        if threaded:
-                            pthread_join(thread, NULL)
-                    self.txn = txn_number(reader)
-                finally:
-                    if other is not None:
-                        other.end()
-            finally:
-                reader.end()
-            if one.rc != 0:
-                self.txn = 0
-                raise_walk(env, &one.failure)
-            if two.rc != 0:
-                self.txn = 0
-                raise_walk(env, &two.failure)
+            second.backward = True
+            first.open.id = XXH3_64bits_withSeed(b"", 0, env.seed) >> self.id_shift
+            one.visit = two.visit = visit_gather
+            one.context = &first
+            two.context = &second
+            if walk_both(self, reader, other, &one, &two) == 0:
+                return False
+            self.txn = one.number
             with nogil:
-                leaf_join(&one.gather.open, &two.gather.open)
-                good = gather_close(&one.gather)
+                leaf_join(&first.open, &second.open)
+                good = gather_close(&first)
                 self.total.low = self.total.high = 0
                 self.count = 0
                 at = 0
-                while good and at < one.gather.used:
-                    good = self.put_leaf(&one.gather.leaves[at])
+                while good and at < first.used:
+                    good = self.put_leaf(&first.leaves[at])
                     if good:
-                        one.gather.leaves[at].key = NULL
+                        first.leaves[at].key = NULL
                         at += 1
-                at = two.gather.used
+                at = second.used
                 while good and at:
-                    good = self.put_leaf(&two.gather.leaves[at - 1])
+                    good = self.put_leaf(&second.leaves[at - 1])
                     if good:
-                        two.gather.leaves[at - 1].key = NULL
+                        second.leaves[at - 1].key = NULL
                         at -= 1
                 for b in range(BUCKETS):
-                    self.buckets[b] = <int8_t>(<uint8_t>one.gather.buckets[b] + <uint8_t>two.gather.buckets[b])
+                    self.buckets[b] = <int8_t>(<uint8_t>first.buckets[b] + <uint8_t>second.buckets[b])
             if not good:
                 self.clear()
                 raise MemoryError
-            self.live_count = one.gather.live + two.gather.live
-            self.entries = one.gather.entries + two.gather.entries
-            self.damaged = damaged_keys(&one.gather) + damaged_keys(&two.gather)[::-1]
+            self.walked += self.count
+            self.live_count = first.live + second.live
+            self.entries = first.entries + second.entries
+            self.damaged = damaged_keys(&first) + damaged_keys(&second)[::-1]
             return True
         finally:
-            gather_free(&one.gather)
-            gather_free(&two.gather)
+            gather_free(&first)
+            gather_free(&second)
 
     def start_tracking(self):
         """Turn tracking on; the reader to build from is opened after it."""

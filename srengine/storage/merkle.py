@@ -42,6 +42,8 @@ _PAIR_RECORDS_MAX: Final = 512
 """Records of a leaf up to which pairs are tried: 130 000 of them, about a millisecond."""
 _PAIR_LEAVES_MAX: Final = 512
 _JOIN_TRIES_MAX: Final = 1_000_000
+_THREADS_RECORDS_MIN: Final = 100_000
+"""Records from which a walk of all is worth a second thread."""
 
 
 class Leaves:
@@ -185,7 +187,13 @@ class Moment:
     def _records(self) -> merkle.Records:
         kept = self._leaves.scan
         if kept is None or kept[0] != self._tree.txn:
-            kept = (self._tree.txn, merkle.Records(self._tree, self._reader, limits.EXCHANGE_RECORDS_MAX))
+            other = self._environment.reader() if self._tree.count >= _THREADS_RECORDS_MIN else None
+            try:
+                records = merkle.Records(self._tree, self._reader, limits.EXCHANGE_RECORDS_MAX, other)
+            finally:
+                if other is not None:
+                    other.close()
+            kept = (self._tree.txn, records)
             self._leaves.scan = kept
         return kept[1]
 
