@@ -23,13 +23,6 @@ def main() -> int:
     size.add_argument(
         "--tiny", action="store_const", const="tiny", dest="size", help="2 000 records: does it run at all?"
     )
-    size.add_argument(
-        "--large",
-        action="store_const",
-        const="large",
-        dest="size",
-        help="10 000 000 records: for the bytes of the exchange, with -k 'exchange and bytes'",
-    )
     parser.add_argument("--directory", help="where the stores are made (default: build/ of the working copy)")
     parser.add_argument("--json", help="also write the table as JSON to this file")
     parser.add_argument("--markdown", help="also write the table as markdown to this file")

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import merkle_walk, settings
+from benchmarks import merkle_walk, settings, synthetic_leaves
 from benchmarks._reference import hash_64_bytes
-from benchmarks.data import SEED, Data, Sizes
+from benchmarks.data import Data, Sizes
 from benchmarks.race import race
 from benchmarks.stores import Loaded
 from benchmarks.table import Row, at_least, at_most
@@ -79,44 +79,31 @@ def differ(one: Tablet, other: Tablet, keys: list[bytes], count: int, seed: int)
     return there
 
 
-def put_rows(tablet: Tablet, keys: list[bytes], value: bytes, *, flags: int = 0) -> None:
-    """Write records with made-up clocks: two tablets that get the same stay equal."""
-    first = tablet.sequence + 1
-    rows = b"".join(
-        struct.pack("<BBHIQQ", flags, 0, len(key), len(value), first + number, (first + number) << 16) + key + value
-        for number, key in enumerate(keys)
-    )
-    tablet._environment.apply_rows(rows, [], True, None, None)
-
-
 def take_back(tablets: tuple[Tablet, Tablet], keys: list[bytes]) -> None:
     """Remove keys from two equal tablets without a trace, so that every run is one between as many records."""
+    first = tablets[0].sequence + 1
+    rows = b"".join(
+        struct.pack("<BBHIQQ", 1, 0, len(key), 0, first + number, (first + number) << 16) + key
+        for number, key in enumerate(keys)
+    )
     for tablet in tablets:
-        put_rows(tablet, keys, b"", flags=1)
+        tablet._environment.apply_rows(rows, [], True, None, None)
         tablet.purge(tablet.sequence)
     assert tablets[0].root == tablets[1].root
 
 
 @pytest.fixture(scope="module")
-def twins(place: Path, sizes: Sizes, request: pytest.FixtureRequest) -> Iterator[tuple[Tablet, Tablet, list[bytes]]]:
-    """Two equal tablets with all records, and their keys; large ones hold short values, written in key order."""
+def twins(place: Path, data: Data, sizes: Sizes) -> Iterator[tuple[Tablet, Tablet, list[bytes]]]:
+    """Two equal tablets with all records, and their keys."""
     paths = [place / "twin-a", place / "twin-b"]
     paths[0].mkdir()
     made = Tablet.create(paths[0], "00" * 16, lineage="ab" * 16, seed=b"12345678", map_bytes=settings.MAP_BYTES)
-    if sizes.name == "large":
-        rng = random.Random(SEED)
-        keys = sorted(rng.randbytes(24) for _ in range(sizes.records))
-        for start in range(0, sizes.records, sizes.load_batch):
-            put_rows(made, keys[start : start + sizes.load_batch], b"01234567")
-    else:
-        data: Data = request.getfixturevalue("data")
-        keys = [data.key(number) for number in range(data.count)]
-        for start in range(0, data.count, sizes.load_batch):
-            made.put_many(data.pairs(start, min(start + sizes.load_batch, data.count)))
+    for start in range(0, data.count, sizes.load_batch):
+        made.put_many(data.pairs(start, min(start + sizes.load_batch, data.count)))
     made.close()
     shutil.copytree(paths[0], paths[1])
     one, other = (Tablet.open(path, "00" * 16, map_bytes=settings.MAP_BYTES) for path in paths)
-    yield one, other, keys
+    yield one, other, [data.key(number) for number in range(data.count)]
     one.close()
     other.close()
     for path in paths:
@@ -268,6 +255,8 @@ RECORD_LIMITS = {100: 4100, 1000: 32_000}
 UNLIMITED = (20, 50)
 """Between the numbers of the table: reported alone."""
 SEEDS = 101
+SMALL = 100
+TEN_MILLION = 10_000_000
 CURVES = "exchange-*.json"
 ROUNDS_WANTED = 2
 
@@ -316,7 +305,7 @@ def bench_bytes(benchmark: Any, report: Report, twins: tuple[Tablet, Tablet, lis
     """Count bytes and round trips for d = 1 ... n/10, and draw them beside a Merkle walk of fan-out 16 and 256."""
     _, _, keys = twins
     curves: dict[str, list[tuple[int, float, int, float]]] = {}
-    share = {"full": 1.0, "large": 1.05}.get(sizes.name)
+    full = sizes.name == "full"
 
     def note(name: str, count: int, costs: list[int], rounds: int, seconds: float) -> None:
         curves.setdefault(name, []).append((count, statistics.median(costs), rounds, seconds))
@@ -328,7 +317,7 @@ def bench_bytes(benchmark: Any, report: Report, twins: tuple[Tablet, Tablet, lis
             for records in (False, True):
                 if records and count not in RECORD_LIMITS:
                     continue
-                costs = run_many(twins, count, {"tiny": 3, "large": 31}.get(sizes.name, SEEDS), records=records)
+                costs = run_many(twins, count, SEEDS if sizes.name != "tiny" else 3, records=records)
                 mode = "exchange, record mode" if records else "exchange"
                 median, tail = statistics.median(costs.bytes), costs.tail()
                 note(mode, count, costs.bytes, max(costs.rounds), statistics.median(costs.seconds))
@@ -339,20 +328,48 @@ def bench_bytes(benchmark: Any, report: Report, twins: tuple[Tablet, Tablet, lis
                 if limit is None:
                     report(Row(label, None, median, f"{median:.0f} B, 95 % {tail} B", what))
                     continue
-                one, most = (at_most(share), at_most(1.3 * share)) if share else (None, None)
+                one, most = (at_most(1), at_most(1.3)) if full else (None, None)
                 report(Row(f"{label} / the table's", one, median / limit, f"{median:.0f} B", what))
                 report(Row(f"{label}, 95 % / the table's", most, tail / limit, f"{tail} B", f"{limit} B"))
 
     benchmark.pedantic(run, rounds=1, iterations=1)
-    if sizes.name != "large":
-        merkle_curves(keys, note, tiny=sizes.name == "tiny")
+    merkle_curves(keys, note, tiny=sizes.name == "tiny")
     for name, points in curves.items():
         benchmark.extra_info[name] = points
     target = settings.output("JSON")
-    if target is not None and sizes.name != "large":
+    if target is not None:
         name = CURVES.replace("*", str(len(keys)))
         target.with_name(name).write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
         draw(target.parent)
+
+
+def bench_ten_million(benchmark: Any, report: Report, sizes: Sizes) -> None:
+    """Count bytes at ten million records of which only what differs is made up (synthetic_leaves.py)."""
+
+    def run() -> None:
+        for count in (1, 10, 100, 1000, 10_000, 100_000):
+            for records in (False, True):
+                if (records and count not in RECORD_LIMITS) or (sizes.name == "tiny" and count > SMALL):
+                    continue
+                seeds = 3 if sizes.name == "tiny" else SEEDS if count <= SMALL * 10 else 11
+                costs = Costs()
+                for seed in range(seeds):
+                    world = synthetic_leaves.make(TEN_MILLION, count, seed)
+                    start = time.perf_counter()
+                    costs.note(synthetic_leaves.locate(world, seed, records=records), time.perf_counter() - start)
+                limit = (RECORD_LIMITS if records else LIMITS)[count]
+                median = statistics.median(costs.bytes)
+                report(
+                    Row(
+                        f"exchange: bytes at d = {count} of 10^7{', record mode' if records else ''} / the table's",
+                        at_most(1.05),
+                        median / limit,
+                        f"{median:.0f} B, 95 % {costs.tail()} B",
+                        f"{seeds} runs, at most {max(costs.rounds)} round trips, {costs.extended} of two tables",
+                    )
+                )
+
+    benchmark.pedantic(run, rounds=1, iterations=1)
 
 
 def merkle_curves(keys: list[bytes], note: Callable[[str, int, list[int], int, float], None], *, tiny: bool) -> None:

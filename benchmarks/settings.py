@@ -1,7 +1,6 @@
 """What a run is told by its environment: ``python -m benchmarks`` sets it, and so does the smoke test.
 
-``SRENGINE_BENCH_SIZE``       full (1 000 000 records, the default), quick (100 000) or tiny (a smoke test); large
-                              (10 000 000) is for the bytes of the exchange alone
+``SRENGINE_BENCH_SIZE``       full (1 000 000 records, the default), quick (100 000) or tiny (a smoke test)
 ``SRENGINE_BENCH_DIRECTORY``  where the stores are made; default: build/ of the working copy, because a directory for
                               temporary files is often memory, which makes every fsync free and every ratio a fiction
 ``SRENGINE_BENCH_JSON``       also write the table as JSON to this file

@@ -10,10 +10,11 @@
                                             <───      Close: rows, what it does not have, its state
     repair: one transaction that must reach the responder's root and count, or nothing
 
-The cells are sums over leaves; over records when more than a sixteenth of the leaves would differ, or when the caller
-has a slow link (one walk of all records a side, a third of the bytes). A table that was too small after all is
-answered by `Tables`: the responder's own cells of it and of a second one, which are peeled together at the initiator.
-That costs no round for locating, but the records come one round later; it happens in a few runs of a hundred.
+The cells are sums over leaves; over records when more than a sixteenth of the leaves or some thousand records differ,
+or when the caller has a slow link (one walk of all records a side, a third of the bytes). A table that was too small
+after all is answered by `Tables`: the responder's own cells of it and of a second one, which are peeled together at
+the initiator. That costs no round for locating, but the records come one round later; it happens in a few runs of a
+hundred.
 
 Escalation, each step for a stated reason: sketch → sketch over records, other seed, half as large again → dump of leaf
 digests → full copy. A full copy at once when more than a quarter differs.
@@ -83,6 +84,8 @@ Buffer = bytes | memoryview
 
 LEAF_MODE_SHARE: Final = 1 / 16
 """Above this share of differing leaves too many hold several differences, and records are cheaper."""
+LEAF_MODE_RECORDS_MAX: Final = 3000
+"""Above so many differing records a walk of all is worth the two thirds of the bytes that it saves."""
 FULL_COPY_SHARE: Final = 1 / 4
 FULL_COPY_RECORDS_MIN: Final = 256
 """A tablet of which fewer records differ is never worth a full copy."""
@@ -338,6 +341,9 @@ class Initiator:
         if by_leaf and leaves_with(records, moment.leaf_count) > moment.leaf_count * LEAF_MODE_SHARE:
             by_leaf = False
             self.figures.reasons.append("more than a sixteenth of the leaves differ")
+        elif by_leaf and records > LEAF_MODE_RECORDS_MAX:
+            by_leaf = False
+            self.figures.reasons.append(f"more than {LEAF_MODE_RECORDS_MAX} records differ")
         if not by_leaf and moment.count > limits.EXCHANGE_RECORDS_MAX:
             by_leaf = True
             self.figures.reasons.append("too many records to hold their ids")

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NoReturn, assert_never
 
 from srengine import errors, limits
 from srengine._native import merkle
-from srengine.sync.exchange_machine import LEAF_MODE_SHARE, REPLY_TIMEOUT_S, Initiator
+from srengine.sync.exchange_machine import LEAF_MODE_RECORDS_MAX, LEAF_MODE_SHARE, REPLY_TIMEOUT_S, Initiator
 from srengine.sync.exchange_messages import PREFIX_WAYS, PREFIX_WIDTH, Shape
 from srengine.sync.exchange_shared_messages import (
     Differing,
@@ -174,8 +174,8 @@ class SharedInitiator:
             return
         records = estimate(buckets, differing.estimator)
         self.figures.estimate = int(records)
-        if leaves_with(records, leaf_count) > leaf_count * LEAF_MODE_SHARE:
-            self.figures.reasons.append("more than a sixteenth of the leaves differ")
+        if leaves_with(records, leaf_count) > leaf_count * LEAF_MODE_SHARE or records > LEAF_MODE_RECORDS_MAX:
+            self.figures.reasons.append("too much differs for one table over leaves")
             self._end(self._from_start(tablets))
             return
         shape = shape_for(leaves_with(upper(records), leaf_count), self._rng.getrandbits(64), by_leaf=True)

@@ -156,7 +156,7 @@ def test_much_that_differs_leaves_each_tablet_to_itself(groups):
     for name in here:
         there[name].put_many([(b"%05d" % (7 * key), b"x") for key in range(100)])
     outcome = compare(here, there)
-    assert outcome.figures.reasons == ["more than a sixteenth of the leaves differ"]
+    assert outcome.figures.reasons == ["too much differs for one table over leaves"]
     assert outcome.figures.rounds == 1
     finish(outcome, here, there)
     assert_equal(here, there)
