@@ -237,6 +237,12 @@ cdef inline int visit_one(Environment env, const MDB_val *key, const MDB_val *da
     return visit(context, <const uint8_t *>key.mv_data, key.mv_size, NULL, NULL)
 
 
+cdef inline int stand_at(MDB_cursor *cursor, MDB_val *key, MDB_val *data, Failure *failure) noexcept nogil:
+    """Move a cursor to a key that its leaf holds. NB: not to find it is damage, never the end of a walk."""
+    cdef int rc = mdb_cursor_get(cursor, key, data, MDB_SET_KEY)
+    return fail(failure, CODE_CORRUPT, b"key order", NULL, 0) if rc == MDB_NOTFOUND else rc
+
+
 cdef int walk_records(Environment env, MDB_txn *txn, const Range *bounds, Visit visit, void *context,
                       Failure *failure) noexcept nogil:
     """Call ``visit`` for every record of a range, in key order or against it, header checked, digest computed.
@@ -309,12 +315,12 @@ cdef int walk_records(Environment env, MDB_txn *txn, const Range *bounds, Visit 
             kind = sr_leaf_node(page, stat.ms_psize, at, &key, &data)
             if kind == 2:
                 stands = key.mv_data
-                rc = mdb_cursor_get(cursor, &key, &data, MDB_SET_KEY)
+                rc = stand_at(cursor, &key, &data, failure)
             if kind == 0 or rc != 0:
                 break
         if rc == 0 and not ended:
             if key.mv_data != stands:
-                rc = mdb_cursor_get(cursor, &key, &data, MDB_SET_KEY)
+                rc = stand_at(cursor, &key, &data, failure)
             if rc == 0:
                 rc = mdb_cursor_get(cursor, &key, &data, MDB_PREV if bounds.backward else MDB_NEXT)
     mdb_cursor_close(cursor)

@@ -111,6 +111,27 @@ def test_incremental_leaves_equal_rebuild_and_oracle(tablet, seed):
     assert total % (1 << 128) == int.from_bytes(tablet.root, "little")
 
 
+def test_values_on_pages_of_their_own(tablet):
+    """T07: leaves of large and small values, in any mixture, by one walk and by two, equal the oracle."""
+    rng = random.Random(3)
+    sizes = (0, 10, 300, 1900, 2100, 5000, 40_000)
+    for _ in range(6):
+        tablet.put_many([(b"%04d" % rng.randrange(3000), rng.randbytes(rng.choice(sizes))) for _ in range(150)])
+    tree = warm(tablet)
+    fields = [leaf.fields() for leaf in oracle.leaves(tablet.seed, digests_of(tablet), 5)]
+    assert tree.leaves() == fields
+    one, two = tablet._environment.reader(), tablet._environment.reader()
+    assert tree.build(one, two)
+    assert tree.leaves() == fields
+    for start in range(0, 3000, 517):
+        found = tree.records_between(one, b"%04d" % start, b"%04d" % (start + 400), None, True)
+        with tablet.view() as view:
+            there = [r.key for r in view.records(tombstones=True) if b"%04d" % start <= r.key < b"%04d" % (start + 400)]
+        assert [row[2] for row in found] == there
+    one.close()
+    two.close()
+
+
 def test_blocks_split_and_empty(tablet):
     """T07: blocks of leaves split when many boundaries come and go away when they are purged."""
     tree = warm(tablet, boundary_bits=0)
