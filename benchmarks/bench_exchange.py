@@ -6,15 +6,17 @@ import json
 import random
 import shutil
 import statistics
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import merkle_walk, settings
+from benchmarks import merkle_walk, settings, synthetic_leaves
 from benchmarks._reference import hash_64_bytes
 from benchmarks.data import Data, Sizes
 from benchmarks.race import race
@@ -63,14 +65,31 @@ def repair(tablet: Tablet, work: Any) -> None:
     tablet.repair(work.rows, work.removed, work.meta, work.state, replace_rows=work.replace_rows, base=work.base)
 
 
-def differ(one: Tablet, other: Tablet, keys: list[bytes], count: int, seed: int) -> None:
-    """One third only here, one third only there, one third updated."""
+def differ(one: Tablet, other: Tablet, keys: list[bytes], count: int, seed: int) -> list[bytes]:
+    """Make one third only here, one third only there, one third updated; return the keys that are only there."""
     rng = random.Random(f"{count}/{seed}")
     third = count // 3
+    there = []
     if third:
         one.put_many([(rng.randbytes(24), b"here") for _ in range(third)])
-        other.put_many([(rng.randbytes(24), b"there") for _ in range(third)])
-    other.put_many([(key, b"%d" % seed) for key in rng.sample(keys, count - 2 * third)])
+        there = [rng.randbytes(24) for _ in range(third)]
+        other.put_many([(key, b"there") for key in there])
+    if count > 2 * third:
+        other.put_many([(key, b"%d" % seed) for key in rng.sample(keys, count - 2 * third)])
+    return there
+
+
+def take_back(tablets: tuple[Tablet, Tablet], keys: list[bytes]) -> None:
+    """Remove keys from two equal tablets without a trace, so that every run is one between as many records."""
+    first = tablets[0].sequence + 1
+    rows = b"".join(
+        struct.pack("<BBHIQQ", 1, 0, len(key), 0, first + number, (first + number) << 16) + key
+        for number, key in enumerate(keys)
+    )
+    for tablet in tablets:
+        tablet._environment.apply_rows(rows, [], True, None, None)
+        tablet.purge(tablet.sequence)
+    assert tablets[0].root == tablets[1].root
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +149,7 @@ def bench_build(benchmark: Any, report: Report, loaded: Loaded, data: Data, size
         {"C loop": lambda _: loaded.reference.scan_headers(), "two": lambda _: build(2)},
         rounds=sizes.rounds,
     )
+    processor = [(processor_s(lambda: build(2)), processor_s(lambda: build(1))) for _ in range(sizes.rounds)]
     leaves.drop()
     nanoseconds = {name: times.reference_s(name) / data.count * 1e9 for name in ("C loop", "two")}
     report(
@@ -150,6 +170,22 @@ def bench_build(benchmark: Any, report: Report, loaded: Loaded, data: Data, size
             f"{times.ours_s / data.count * 1e9:.0f} ns/rec",
         )
     )
+    report(
+        Row(
+            "exchange: leaves built by two threads, processor time / by one",
+            None,
+            statistics.median(two / one for two, one in processor),
+            f"{statistics.median(two for two, _ in processor) / data.count * 1e9:.0f} ns/rec",
+            f"{statistics.median(one for _, one in processor) / data.count * 1e9:.0f} ns/rec",
+        )
+    )
+
+
+def processor_s(work: Callable[[], None]) -> float:
+    """Return the processor time of all threads for some work."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def bench_adjust(benchmark: Any, report: Report, loaded: Loaded, data: Data, sizes: Sizes) -> None:
@@ -190,10 +226,9 @@ def bench_diff(
     records: bool,
     target: float,
 ) -> None:
-    """Find 100 differences between warm tablets, against one C loop over all headers.
+    """Find 100 differences between warm tablets, against one C loop over all headers; the time of both sides together.
 
-    By leaves: the time of both sides together. By records each side walks all of its own, on
-    a machine of its own: half.
+    By records each side walks all of its own; between two machines that is half for each, which is reported, too.
     """
     one, other, keys = twins
     work: list[Any] = []
@@ -216,68 +251,102 @@ def bench_diff(
     )
     repair(one, work.pop())
     assert one.root == other.root
-    sides = 2 if records else 1
-    report(
-        Row(
-            f"exchange: {count} differences found, {name} mode, {'a side' if records else 'both sides'} / "
-            "C cursor loop over headers",
-            at_most(target),
-            1 / times.ratio("C loop") / sides,
-            f"{times.ours_s / sides * 1e3:.1f} ms",
-            f"{times.reference_s('C loop') * 1e3:.1f} ms",
+    for sides in (1, 2) if records else (1,):
+        report(
+            Row(
+                f"exchange: {count} differences found, {name} mode, {'a side' if sides > 1 else 'both sides'} / "
+                "C cursor loop over headers",
+                at_most(target) if sides == 1 else None,
+                1 / times.ratio("C loop") / sides,
+                f"{times.ours_s / sides * 1e3:.1f} ms",
+                f"{times.reference_s('C loop') * 1e3:.1f} ms",
+            )
         )
-    )
 
 
 # --- bytes and rounds against a level-by-level walk ------------------------------------------------------------------
 
 LIMITS = {1: 475, 10: 1450, 100: 7800, 1000: 90_000, 10_000: 300_000, 100_000: 3_000_000}
 RECORD_LIMITS = {100: 4100, 1000: 32_000}
+UNLIMITED = (20, 50)
+"""Between the numbers of the table: reported alone."""
+SEEDS = 101
+SMALL = 100
+TEN_MILLION = 10_000_000
+CURVES = "exchange-*.json"
+ROUNDS_WANTED = 2
+
+
+@dataclass
+class Costs:
+    """What runs of one kind cost."""
+
+    bytes: list[int] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    extended: int = 0
+
+    def note(self, figures: Figures, seconds: float) -> None:
+        """Add a run."""
+        self.bytes.append(figures.locating_bytes)
+        self.rounds.append(figures.locating_rounds)
+        self.seconds.append(seconds)
+        self.extended += bool(figures.extended)
+
+    def tail(self) -> int:
+        """Return the 95th percentile of the bytes."""
+        return sorted(self.bytes)[int(len(self.bytes) * 0.95)]
+
+
+def run_many(twins: tuple[Tablet, Tablet, list[bytes]], count: int, seeds: int, *, records: bool) -> Costs:
+    """Make ``count`` records differ, find them, repair, take back what was added; ``seeds`` times."""
+    one, other, keys = twins
+    costs = Costs()
+    for seed in range(seeds):
+        there = differ(one, other, keys, count, seed)
+        for tablet in (one, other):
+            with tablet.leaves.moment():
+                pass
+        start = time.perf_counter()
+        work, figures = locate(one, other, seed, records=records)
+        costs.note(figures, time.perf_counter() - start)
+        repair(one, work)
+        assert one.root == other.root
+        if there:
+            take_back((one, other), there)
+    return costs
 
 
 def bench_bytes(benchmark: Any, report: Report, twins: tuple[Tablet, Tablet, list[bytes]], sizes: Sizes) -> None:
     """Count bytes and round trips for d = 1 ... n/10, and draw them beside a Merkle walk of fan-out 16 and 256."""
-    one, other, keys = twins
+    _, _, keys = twins
     curves: dict[str, list[tuple[int, float, int, float]]] = {}
+    full = sizes.name == "full"
 
     def note(name: str, count: int, costs: list[int], rounds: int, seconds: float) -> None:
         curves.setdefault(name, []).append((count, statistics.median(costs), rounds, seconds))
 
     def run() -> None:
-        for count in (1, 10, 100, 1000, 10_000, 100_000):
+        for count in sorted((*LIMITS, *UNLIMITED)):
             if count > len(keys) // 10:
                 continue
-            seeds = 101 if count <= 100 else 31 if count <= 1000 else 11
-            seeds = seeds if sizes.name != "tiny" else 3
-            for mode, records in (("exchange", False), ("exchange, record mode", True)):
+            for records in (False, True):
                 if records and count not in RECORD_LIMITS:
                     continue
-                costs, rounds, taken = [], 0, []
-                for seed in range(seeds):
-                    differ(one, other, keys, count, seed)
-                    for tablet in (one, other):
-                        with tablet.leaves.moment():
-                            pass
-                    start = time.perf_counter()
-                    work, figures = locate(one, other, seed, records=records)
-                    taken.append(time.perf_counter() - start)
-                    repair(one, work)
-                    costs.append(figures.locating_bytes)
-                    rounds = max(rounds, figures.locating_rounds)
-                costs.sort()
-                note(mode, count, costs, rounds, statistics.median(taken))
-                limit = (RECORD_LIMITS if records else LIMITS)[count]
-                tail = costs[int(len(costs) * 0.95)]
-                full = sizes.name == "full"
-                report(
-                    Row(
-                        f"exchange: bytes at d = {count}{', record mode' if records else ''} / the table's",
-                        at_most(1) if full else None,
-                        statistics.median(costs) / limit,
-                        f"{statistics.median(costs):.0f} B, 95 % {tail}, {rounds} rounds",
-                        f"{limit} B",
-                    )
-                )
+                costs = run_many(twins, count, SEEDS if sizes.name != "tiny" else 3, records=records)
+                mode = "exchange, record mode" if records else "exchange"
+                median, tail = statistics.median(costs.bytes), costs.tail()
+                note(mode, count, costs.bytes, max(costs.rounds), statistics.median(costs.seconds))
+                limit = (RECORD_LIMITS if records else LIMITS).get(count)
+                label = f"exchange: bytes at d = {count}{', record mode' if records else ''}"
+                more = sum(rounds > ROUNDS_WANTED for rounds in costs.rounds)
+                what = f"{len(costs.rounds)} runs, {more} of more than two round trips, {costs.extended} of two tables"
+                if limit is None:
+                    report(Row(label, None, median, f"{median:.0f} B, 95 % {tail} B", what))
+                    continue
+                one, most = (at_most(1), at_most(1.3)) if full else (None, None)
+                report(Row(f"{label} / the table's", one, median / limit, f"{median:.0f} B", what))
+                report(Row(f"{label}, 95 % / the table's", most, tail / limit, f"{tail} B", f"{limit} B"))
 
     benchmark.pedantic(run, rounds=1, iterations=1)
     merkle_curves(keys, note, tiny=sizes.name == "tiny")
@@ -285,8 +354,38 @@ def bench_bytes(benchmark: Any, report: Report, twins: tuple[Tablet, Tablet, lis
         benchmark.extra_info[name] = points
     target = settings.output("JSON")
     if target is not None:
-        target.with_name("exchange.json").write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
-        draw(curves, target.with_name("exchange.png"))
+        name = CURVES.replace("*", str(len(keys)))
+        target.with_name(name).write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
+        draw(target.parent)
+
+
+def bench_ten_million(benchmark: Any, report: Report, sizes: Sizes) -> None:
+    """Count bytes at ten million records of which only what differs is made up (synthetic_leaves.py)."""
+
+    def run() -> None:
+        for count in (1, 10, 100, 1000, 10_000, 100_000):
+            for records in (False, True):
+                if (records and count not in RECORD_LIMITS) or (sizes.name == "tiny" and count > SMALL):
+                    continue
+                seeds = 3 if sizes.name == "tiny" else SEEDS if count <= SMALL * 10 else 11
+                costs = Costs()
+                for seed in range(seeds):
+                    world = synthetic_leaves.make(TEN_MILLION, count, seed)
+                    start = time.perf_counter()
+                    costs.note(synthetic_leaves.locate(world, seed, records=records), time.perf_counter() - start)
+                limit = (RECORD_LIMITS if records else LIMITS)[count]
+                median = statistics.median(costs.bytes)
+                report(
+                    Row(
+                        f"exchange: bytes at d = {count} of 10^7{', record mode' if records else ''} / the table's",
+                        at_most(1.05),
+                        median / limit,
+                        f"{median:.0f} B, 95 % {costs.tail()} B",
+                        f"{seeds} runs, at most {max(costs.rounds)} round trips, {costs.extended} of two tables",
+                    )
+                )
+
+    benchmark.pedantic(run, rounds=1, iterations=1)
 
 
 def merkle_curves(keys: list[bytes], note: Callable[[str, int, list[int], int, float], None], *, tiny: bool) -> None:
@@ -317,17 +416,19 @@ def merkle_curves(keys: list[bytes], note: Callable[[str, int, list[int], int, f
                 (one if at % 2 else other).move(key, None)
 
 
-def draw(curves: dict[str, list[tuple[int, float, int, float]]], path: Path) -> None:
-    """Draw bytes over differences, both axes logarithmic, round trips beside the points."""
+def draw(place: Path) -> None:
+    """Draw bytes over differences, both axes logarithmic, one panel for each number of records that was measured."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for name, points in curves.items():
-        counts, sizes = [point[0] for point in points], [point[1] for point in points]
-        axes.loglog(counts, sizes, marker="o", label=f"{name}: {max(point[2] for point in points)} round trips")
-    axes.set_xlabel("records that differ")
-    axes.set_ylabel("bytes to find them, both ways")
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
+    runs = {int(path.stem.removeprefix("exchange-")): json.loads(path.read_text()) for path in place.glob(CURVES)}
+    figure, panels = pyplot.subplots(1, len(runs), figsize=(7 * len(runs), 5), sharey=True, squeeze=False)
+    for axes, records in zip(panels[0], sorted(runs), strict=True):
+        for name, points in runs[records].items():
+            counts, sizes = [point[0] for point in points], [point[1] for point in points]
+            axes.loglog(counts, sizes, marker="o", label=f"{name}: {max(point[2] for point in points)} round trips")
+        axes.set_xlabel(f"records that differ, of {records}")
+        axes.set_ylabel("bytes to find them, both ways")
+        axes.grid(visible=True, which="both", alpha=0.3)
+        axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(place / "exchange.png", dpi=110)
     pyplot.close(figure)

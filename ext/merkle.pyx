@@ -14,9 +14,9 @@
 
 The leaves are a cache: built by one walk without the GIL, brought up to date from what the tablet's writer noted
 (ext/tablet_track.pxi), dropped at will, never a truth. Leaves that a new boundary splits are walked again before use.
-The estimator, summed over records, says how many records differ to about a tenth: bucket = low 32 bits of the key id x
-buckets / 2^32, signed by bit 46 of the id, plus the lowest bit of the value; the squares of the differences add up to
-half the number of differing records, missing and updated ones alike.
+The estimator, summed over records, says how many records differ: 40 groups of four byte lanes, the group by the key id,
+in each lane a bit of the value with a sign of the id; the squares of the differences add up to twice the number of
+differing records, missing and updated ones alike, to about a tenth. Bytes wrap, so 32 more buckets count one record in 64.
 
 It decides nothing: `srengine.storage.merkle` drives it. Its plain-Python oracle is tests/reference/merkle.py.
 """
@@ -38,6 +38,7 @@ cdef enum:
     ID_BITS = 47
     BOUNDARY_BITS = 5
     DAMAGED_MAX = 4096
+    PICKED_BYTES = 160
     TOMBSTONE = 1
     CODE_NO_MEMORY = -40004
     CODE_ENOUGH = -40100
@@ -57,5 +58,12 @@ cdef extern from *:
     void sr_yield() noexcept nogil
     uint64_t bswap64 "__builtin_bswap64"(uint64_t value) noexcept nogil
 
+include "merkle_leaf.pxi"
 include "merkle_sketch.pxi"
+include "merkle_walk.pxi"
+include "merkle_gather.pxi"
+include "merkle_pick.pxi"
+include "merkle_blocks.pxi"
+include "merkle_notes.pxi"
+include "merkle_records.pxi"
 include "merkle_tree.pxi"

@@ -81,7 +81,7 @@ cdef inline int fail(Failure *failure, int code, const char *what, const uint8_t
 
 
 cdef inline bint has_change_entry(const State *state, const Header *header) noexcept nogil:
-    return header.flags & TOMBSTONE or header.sequence > state.log_floor
+    return keeps_change_entry(state, header)
 
 
 cdef inline Sum digest_of(Environment env, const uint8_t *key, size_t key_bytes, const Header *header) noexcept nogil:

@@ -154,21 +154,118 @@ cdef int64_t record_count(Environment env, MDB_txn *txn) noexcept nogil:
     return <int64_t>stat.ms_entries
 
 
+cdef extern from * nogil:
+    """
+    /* Leaf pages of LMDB 0.9, as srengine/storage/pages.py reads them, too: u64 number, u16 pad, u16 flags (2: a leaf),
+       u16 lower, u16 upper, then u16 offsets of the nodes in key order; a node is u16 low, u16 high of the value's size,
+       u16 flags (1: the value is elsewhere), u16 key size, key, value. */
+    static inline const uint8_t *sr_page_of(const void *inside, size_t page_bytes) {
+        return (const uint8_t *)((size_t)inside & ~(page_bytes - 1));
+    }
+    static inline int sr_leaf_count(const uint8_t *page, size_t page_bytes) {
+        uint16_t flags, lower;
+        memcpy(&flags, page + 10, 2);
+        memcpy(&lower, page + 12, 2);
+        return flags != 2 || lower < 16 || lower > page_bytes ? 0 : (lower - 16) >> 1;
+    }
+    /* 1: key and value; 2: the key alone, the value is elsewhere; 0: no node that this can read. */
+    static inline int sr_leaf_node(const uint8_t *page, size_t page_bytes, int at, MDB_val *key, MDB_val *data) {
+        uint16_t offset, node[4];
+        memcpy(&offset, page + 16 + 2 * at, 2);
+        if (offset < 16 || (size_t)offset + 8 > page_bytes) return 0;
+        memcpy(node, page + offset, 8);
+        size_t room = page_bytes - offset - 8, size = node[0] | (size_t)node[1] << 16;
+        if (node[2] > 1 || node[3] > room || (node[2] == 0 && size > room - node[3])) return 0;
+        key->mv_size = node[3];
+        key->mv_data = (void *)(page + offset + 8);
+        data->mv_size = size;
+        data->mv_data = (void *)(page + offset + 8 + node[3]);
+        return node[2] ? 2 : 1;
+    }
+    /* Ask for the first two lines of every node: key and header of all but long keys. Values are not walked over. */
+    static inline void sr_prefetch_nodes(const uint8_t *page, size_t page_bytes) {
+        int count = sr_leaf_count(page, page_bytes);
+        for (int at = 0; at < count; at++) {
+            uint16_t offset;
+            memcpy(&offset, page + 16 + 2 * at, 2);
+            __builtin_prefetch(page + offset, 0, 3);
+            __builtin_prefetch(page + offset + 64, 0, 3);
+        }
+    }
+    static inline int sr_leaf_find(const uint8_t *page, size_t page_bytes, int count, const MDB_val *key) {
+        for (int at = 0; at < count; at++) {
+            uint16_t offset;
+            memcpy(&offset, page + 16 + 2 * at, 2);
+            if (page + offset + 8 == (const uint8_t *)key->mv_data) return at;
+        }
+        return -1;
+    }
+    """
+    const uint8_t *sr_page_of(const void *inside, size_t page_bytes)
+    int sr_leaf_count(const uint8_t *page, size_t page_bytes)
+    int sr_leaf_node(const uint8_t *page, size_t page_bytes, int at, MDB_val *key, MDB_val *data)
+    void sr_prefetch_nodes(const uint8_t *page, size_t page_bytes)
+    int sr_leaf_find(const uint8_t *page, size_t page_bytes, int count, const MDB_val *key)
+
+
+cdef inline bint scout_leaf(MDB_cursor *scout, MDB_val *key, size_t page_bytes, bint backward) noexcept nogil:
+    """Move a second cursor from the leaf of ``key`` to the next one and ask for all of that leaf; False: the end.
+
+    Only a leaf's neighbour knows where the leaf is, so without a scout a walk stands still at each one until memory answers.
+    What goes wrong here goes wrong in the walk too, and is told there.
+    """
+    cdef MDB_val data
+    cdef const uint8_t *page = sr_page_of(key.mv_data, page_bytes)
+    cdef int count = sr_leaf_count(page, page_bytes)
+    if count == 0 or sr_leaf_node(page, page_bytes, 0 if backward else count - 1, key, &data) == 0:
+        return False
+    if mdb_cursor_get(scout, key, NULL, MDB_SET_KEY) != 0:
+        return False
+    if mdb_cursor_get(scout, key, NULL, MDB_PREV if backward else MDB_NEXT) != 0:
+        return False
+    sr_prefetch_page(key.mv_data)
+    return True
+
+
+cdef inline int visit_one(Environment env, const MDB_val *key, const MDB_val *data, Visit visit,
+                          void *context) noexcept nogil:
+    cdef Header header
+    cdef Sum digest
+    if header_read(<const uint8_t *>key.mv_data, key.mv_size, <const uint8_t *>data.mv_data, data.mv_size, &header):
+        digest = digest_of(env, <const uint8_t *>key.mv_data, key.mv_size, &header)
+        return visit(context, <const uint8_t *>key.mv_data, key.mv_size, &header, &digest)
+    return visit(context, <const uint8_t *>key.mv_data, key.mv_size, NULL, NULL)
+
+
+cdef inline int stand_at(MDB_cursor *cursor, MDB_val *key, MDB_val *data, Failure *failure) noexcept nogil:
+    """Move a cursor to a key that its leaf holds. NB: not to find it is damage, never the end of a walk."""
+    cdef int rc = mdb_cursor_get(cursor, key, data, MDB_SET_KEY)
+    return fail(failure, CODE_CORRUPT, b"key order", NULL, 0) if rc == MDB_NOTFOUND else rc
+
+
 cdef int walk_records(Environment env, MDB_txn *txn, const Range *bounds, Visit visit, void *context,
                       Failure *failure) noexcept nogil:
     """Call ``visit`` for every record of a range, in key order or against it, header checked, digest computed.
 
     A record whose header is damaged is visited with ``header`` NULL. ``visit`` ends the walk by a code other than 0.
     With ``bounds.left`` two walks from both ends share the records: each takes a portion at a time until none is left.
+
+    The cursor goes from leaf to leaf; the records of a leaf are read from its page, which costs a tenth of a cursor's
+    step. Nodes that this cannot make sense of are left to the cursor, whose errors are the ones that are told.
     """
     cdef MDB_cursor *cursor
-    cdef MDB_val key, data
-    cdef Header header
-    cdef Sum digest
-    cdef size_t page = 0
+    cdef MDB_cursor *scout = NULL
+    cdef MDB_val key, data, ahead
+    cdef MDB_stat stat
+    cdef const uint8_t *page
+    cdef const void *stands
     cdef int64_t portion = 0
-    cdef MDB_cursor_op step = MDB_PREV if bounds.backward else MDB_NEXT
-    cdef int rc = mdb_cursor_open(txn, env.records, &cursor)
+    cdef int step = -1 if bounds.backward else 1
+    cdef int at, count, kind
+    cdef bint ended = False
+    cdef int rc = mdb_stat(txn, env.records, &stat)
+    if rc == 0:
+        rc = mdb_cursor_open(txn, env.records, &cursor)
     if rc != 0:
         return fail(failure, rc, b"cursor", NULL, 0)
     if bounds.start_bytes:
@@ -177,32 +274,58 @@ cdef int walk_records(Environment env, MDB_txn *txn, const Range *bounds, Visit 
         rc = mdb_cursor_get(cursor, &key, &data, MDB_SET_RANGE)
     else:
         rc = mdb_cursor_get(cursor, &key, &data, MDB_LAST if bounds.backward else MDB_FIRST)
-    while rc == 0:
-        if bounds.left is not NULL:
-            if portion == 0:
-                portion = sr_claim(bounds.left, 2048)
-                if portion <= 0:
-                    break
-            portion -= 1
-        if <size_t>key.mv_data >> 12 != page:
-            page = <size_t>key.mv_data >> 12
+    if rc == 0 and not bounds.start_bytes and not bounds.has_stop:
+        # Worth its cost where many leaves are walked through, not for the few records between two boundaries.
+        scout = scout_open(txn, env.records, &key)
+        ahead = key
+    while rc == 0 and not ended:
+        page = sr_page_of(key.mv_data, stat.ms_psize)
+        if scout is NULL:
             sr_prefetch_page(key.mv_data)
-        if key.mv_size > KEY_MAX or key.mv_size == 0:
-            rc = fail(failure, CODE_CORRUPT, b"key size", NULL, 0)
-            break
-        if bounds.has_stop and compare_keys(<const uint8_t *>key.mv_data, key.mv_size, bounds.stop,
-                                            bounds.stop_bytes) >= 0:
-            break
-        if header_read(<const uint8_t *>key.mv_data, key.mv_size, <const uint8_t *>data.mv_data, data.mv_size, &header):
-            digest = digest_of(env, <const uint8_t *>key.mv_data, key.mv_size, &header)
-            rc = visit(context, <const uint8_t *>key.mv_data, key.mv_size, &header, &digest)
-        else:
-            rc = visit(context, <const uint8_t *>key.mv_data, key.mv_size, NULL, NULL)
-        if rc != 0:
-            fail(failure, rc, b"walk", NULL, 0)
-            break
-        rc = mdb_cursor_get(cursor, &key, &data, step)
+        elif not scout_leaf(scout, &ahead, stat.ms_psize, bounds.backward):
+            mdb_cursor_close(scout)
+            scout = NULL
+        stands = key.mv_data
+        count = sr_leaf_count(page, stat.ms_psize)
+        at = sr_leaf_find(page, stat.ms_psize, count, &key)
+        while True:
+            if bounds.left is not NULL:
+                if portion == 0:
+                    portion = sr_claim(bounds.left, 2048)
+                    if portion <= 0:
+                        ended = True
+                        break
+                portion -= 1
+            if key.mv_size > KEY_MAX or key.mv_size == 0:
+                rc = fail(failure, CODE_CORRUPT, b"key size", NULL, 0)
+                break
+            if bounds.has_stop and compare_keys(<const uint8_t *>key.mv_data, key.mv_size, bounds.stop,
+                                                bounds.stop_bytes) >= 0:
+                ended = True
+                break
+            rc = visit_one(env, &key, &data, visit, context)
+            if rc != 0:
+                fail(failure, rc, b"walk", NULL, 0)
+                break
+            if at < 0:
+                break
+            at += step
+            if at < 0 or at >= count:
+                break
+            kind = sr_leaf_node(page, stat.ms_psize, at, &key, &data)
+            if kind == 2:
+                stands = key.mv_data
+                rc = stand_at(cursor, &key, &data, failure)
+            if kind == 0 or rc != 0:
+                break
+        if rc == 0 and not ended:
+            if key.mv_data != stands:
+                rc = stand_at(cursor, &key, &data, failure)
+            if rc == 0:
+                rc = mdb_cursor_get(cursor, &key, &data, MDB_PREV if bounds.backward else MDB_NEXT)
     mdb_cursor_close(cursor)
+    if scout is not NULL:
+        mdb_cursor_close(scout)
     if rc == MDB_NOTFOUND:
         rc = 0
     if rc != 0 and failure.code == 0:
@@ -245,10 +368,6 @@ cdef int row_is_here(Environment env, MDB_txn *txn, const Operation *row) noexce
 
 cdef bint value_is_whole(const Header *header) noexcept nogil:
     return content_checksum(header.value, header.value_bytes, header.flags) == header.checksum
-
-
-cdef bint keeps_change_entry(const State *state, const Header *header) noexcept nogil:
-    return has_change_entry(state, header)
 
 
 cdef int raise_walk(Environment env, Failure *failure) except -1:

@@ -117,6 +117,8 @@ EXCHANGE_WHOLE_BYTES_MAX: Final = KIB
 """Ranges of which some records differ are shipped whole up to this; above it their digests are listed first."""
 EXCHANGE_RANGES_MAX: Final = 4096
 """Ranges of keys shipped whole in one message."""
+EXCHANGE_TABLETS_MAX: Final = 1024
+"""Tablets that are compared in one message: 32 KiB of positions."""
 
 # --- client ----------------------------------------------------------------------------------------------------------
 READ_MESSAGE_KEYS_MAX: Final = 4096

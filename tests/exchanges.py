@@ -34,8 +34,16 @@ def exchange(here, there, seed: int = 1, *, between=None, **options) -> Outcome:
     """Make ``here`` equal to ``there``; ``between`` is called before each request reaches it."""
     one = here if isinstance(here, TabletSide) else TabletSide(here)
     initiator = Initiator("t", one, random.Random(seed), **options)
-    responder = Responder(there if isinstance(there, TabletSide) else TabletSide(there))
     initiator.start()
+    return drive(one, there, initiator=initiator, between=between)
+
+
+def drive(here, there, *, initiator=None, between=None) -> Outcome:
+    """Do what an initiator wants until there is an outcome; without one, begin an exchange."""
+    if initiator is None:
+        return exchange(here, there, between=between)
+    one = here if isinstance(here, TabletSide) else TabletSide(here)
+    responder = Responder(there if isinstance(there, TabletSide) else TabletSide(there))
     while True:
         effects = initiator.drain()
         if effects.outcome is not None:

@@ -43,6 +43,7 @@ cdef class Tree:
     cdef readonly int64_t live_count       # as of the build
     cdef readonly int64_t entries          # records with a change entry, as of the build
     cdef readonly list damaged             # keys of records whose header was damaged at the build
+    cdef readonly uint64_t walked          # records that were read to build and to keep up, since it was made
     cdef readonly uint64_t txn             # the transaction that the leaves describe; 0: cold
     cdef Sum total
     cdef uint64_t mask

@@ -52,6 +52,7 @@ class Tree:
     live_count: int
     entries: int
     damaged: list[bytes]
+    walked: int
     txn: int
     @property
     def warm(self) -> bool: ...
@@ -122,9 +123,12 @@ class Tree:
         """Return the root without its records: requests, sessions, purge mark."""
 
 class Records:
-    """Id and value of every record in key order. Raises `QuotaExceeded` for more than ``records_max``."""
+    """Id and value of every record in key order. Raises `QuotaExceeded` for more than ``records_max``.
 
-    def __new__(cls, tree: Tree, reader: Reader, records_max: int) -> Self: ...
+    With another reader of the same transaction in two threads; of another transaction it is left aside.
+    """
+
+    def __new__(cls, tree: Tree, reader: Reader, records_max: int, other: Reader | None = None) -> Self: ...
     count: int
     def find(self, ids: list[int]) -> list[int]:
         """Return the positions of records with these ids, rising."""

@@ -204,6 +204,9 @@ cdef size_t row_copy(uint8_t *out, const uint8_t *key, size_t key_bytes, const H
 cdef bint row_parse(const uint8_t *cursor, const uint8_t *end, Operation *out, size_t *used) noexcept nogil
 cdef int row_is_here(Environment env, MDB_txn *txn, const Operation *row) noexcept nogil
 cdef bint value_is_whole(const Header *header) noexcept nogil
-cdef bint keeps_change_entry(const State *state, const Header *header) noexcept nogil
+cdef inline bint keeps_change_entry(const State *state, const Header *header) noexcept nogil:
+    """Whether a record has a live entry in the change log: a tombstone, or above the log's floor."""
+    return header.flags & 1 or header.sequence > state.log_floor
+
 cdef int raise_walk(Environment env, Failure *failure) except -1
 cdef Sum rows_digest(Environment env, MDB_txn *txn, const State *state, Failure *failure) noexcept nogil

@@ -42,6 +42,8 @@ _PAIR_RECORDS_MAX: Final = 512
 """Records of a leaf up to which pairs are tried: 130 000 of them, about a millisecond."""
 _PAIR_LEAVES_MAX: Final = 512
 _JOIN_TRIES_MAX: Final = 1_000_000
+_THREADS_RECORDS_MIN: Final = 100_000
+"""Records from which a walk of all is worth a second thread."""
 
 
 class Leaves:
@@ -170,6 +172,14 @@ class Moment:
             table.add_records(self._records())
         return table
 
+    def fill(self, table: merkle.Sketch) -> None:
+        """Add all leaves to a table that other tablets' leaves stand in, too."""
+        table.add_leaves(self._tree)
+
+    def own_leaves(self, items: list[Item]) -> set[int]:
+        """Return the ids of those items that are leaves here."""
+        return set(self._tree.find_leaves([item[0] for item in items]))
+
     def peel(self, sketches: list[merkle.Sketch]) -> list[Item] | None:
         """Read what differs from tables of differences; None: too small."""
         return merkle.peel(sketches, self._leaves.id_bits)
@@ -177,7 +187,13 @@ class Moment:
     def _records(self) -> merkle.Records:
         kept = self._leaves.scan
         if kept is None or kept[0] != self._tree.txn:
-            kept = (self._tree.txn, merkle.Records(self._tree, self._reader, limits.EXCHANGE_RECORDS_MAX))
+            other = self._environment.reader() if self._tree.count >= _THREADS_RECORDS_MIN else None
+            try:
+                records = merkle.Records(self._tree, self._reader, limits.EXCHANGE_RECORDS_MAX, other)
+            finally:
+                if other is not None:
+                    other.close()
+            kept = (self._tree.txn, records)
             self._leaves.scan = kept
         return kept[1]
 
@@ -389,7 +405,7 @@ class Moment:
                 stop,
                 None,
                 False,
-                limits.EXCHANGE_BYTES_MAX,
+                limits.EXCHANGE_BYTES_MAX - size,
             )
             size += sum(record[5] for record in records)
             listed.append(Listed(start, stop, [record[3][:6] for record in records]))
@@ -398,14 +414,17 @@ class Moment:
         return located._replace(ranges=[], listed=tuple(listed))
 
     def compare_listed(self, listed: tuple[Listed, ...]) -> tuple[list[bytes], tuple[Listed, ...]]:
-        """Return (our keys that are not in the lists, the lists of what is not here)."""
+        """Return (our keys that are not in the lists, the lists of what is not here).
+
+        Raises `QuotaExceeded` when the ranges hold more than a message could.
+        """
         extra: list[bytes] = []
         wanted: list[Listed] = []
+        room = limits.EXCHANGE_BYTES_MAX
         for start, stop, digests in listed:
-            here = {
-                record[3][:6]: record[2]
-                for record in self._tree.records_between(self._reader, start, stop, None, False)
-            }
+            records = self._tree.records_between(self._reader, start, stop, None, False, room)
+            room -= sum(record[5] for record in records)
+            here = {record[3][:6]: record[2] for record in records}
             there = set(digests)
             extra += [key for digest, key in here.items() if digest not in there]
             missing = [digest for digest in digests if digest not in here]
@@ -450,8 +469,11 @@ class Moment:
         sent = {key for key, _, _, _ in compared}
         removed = {found.key for found in self._find(absent.pairs, absent.ids, with_rows=False)}
         removed.update(extra)
+        room = limits.EXCHANGE_BYTES_MAX
         for start, stop in absent.ranges:
-            removed.update(record[2] for record in self._tree.records_between(self._reader, start, stop, None, False))
+            records = self._tree.records_between(self._reader, start, stop, None, False, room)
+            room -= sum(record[5] for record in records)
+            removed.update(record[2] for record in records)
         for key in self.damaged:
             if any(start <= key and (stop is None or key < stop) for start, stop in absent.ranges):
                 removed.add(key)

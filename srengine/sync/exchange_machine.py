@@ -10,10 +10,11 @@
                                             <───      Close: rows, what it does not have, its state
     repair: one transaction that must reach the responder's root and count, or nothing
 
-The cells are sums over leaves; over records when more than a sixteenth of the leaves would differ, or when the caller
-has a slow link (one walk of all records a side, a third of the bytes). A table that was too small after all is
-answered by `Tables`: the responder's own cells of it and of a second one, which are peeled together at the initiator.
-That costs no round for locating, but the records come one round later; it happens in a few runs of a hundred.
+The cells are sums over leaves; over records when more than a sixteenth of the leaves or some thousand records differ,
+or when the caller has a slow link (one walk of all records a side, a third of the bytes). A table that was too small
+after all is answered by `Tables`: the responder's own cells of it and of a second one, which are peeled together at
+the initiator. That costs no round for locating, but the records come one round later; it happens in a few runs of a
+hundred.
 
 Escalation, each step for a stated reason: sketch → sketch over records, other seed, half as large again → dump of leaf
 digests → full copy. A full copy at once when more than a quarter differs.
@@ -30,17 +31,12 @@ Invariants:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import TYPE_CHECKING, Final, NoReturn, Protocol, assert_never
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from srengine import errors, limits
-from srengine._native import merkle
 from srengine.sync.exchange_messages import (
-    PREFIX_WAYS,
-    PREFIX_WIDTH,
     Differs,
     ExchangeClose,
     ExchangeCompare,
@@ -59,144 +55,41 @@ from srengine.sync.exchange_messages import (
     body_bytes,
     decode_close,
     decode_differs,
-    decode_fetch,
-    decode_sketch,
     decode_tables,
-    encode_close,
     encode_compare,
     encode_fetch,
     encode_sketch,
-    encode_tables,
 )
-from srengine.types import Actual, Found, Item, Listed, Located, Repair
+from srengine.sync.exchange_responder_machine import Responder
+from srengine.sync.exchange_side import NOTHING, Moment, Side, located_by, prefix_of, table_of
+from srengine.sync.exchange_sizes import estimate, leaves_with, shape_for, upper
+from srengine.types import Actual, Item, Located
 
 if TYPE_CHECKING:
     import random
-    from contextlib import AbstractContextManager
+
+__all__ = [
+    "Apply",
+    "Effects",
+    "Figures",
+    "Initiator",
+    "Moment",
+    "Outcome",
+    "Responder",
+    "Send",
+    "Side",
+]
 
 Buffer = bytes | memoryview
-NOTHING: Final = Located([], [], [])
 
 LEAF_MODE_SHARE: Final = 1 / 16
 """Above this share of differing leaves too many hold several differences, and records are cheaper."""
+LEAF_MODE_RECORDS_MAX: Final = 3000
+"""Above so many differing records a walk of all is worth the two thirds of the bytes that it saves."""
 FULL_COPY_SHARE: Final = 1 / 4
 FULL_COPY_RECORDS_MIN: Final = 256
 """A tablet of which fewer records differ is never worth a full copy."""
-SAMPLE_DEVIATIONS: Final = 1.2
-BUCKET_DEVIATIONS: Final = 1.75
-"""How far above the estimate a table is sized, in standard deviations of its two errors: every second record counts
-(square root of the number), and there are so many buckets (a tenth). With the table's own slack one in fifty is too
-small."""
-CELLS_MORE: Final = 8
-CELLS_MIN: Final = 30
-"""Cells beyond the factor, and at least: small tables are peeled by luck, and small estimates are mostly too low."""
-EXTENSION_SHARE: Final = 0.8
-EXTENSION_CELLS_MIN: Final = 40
-FIVE_WAYS_CELLS_MAX: Final = 45
-FOUR_WAYS_CELLS_MAX: Final = 600
-"""Up to so many cells five, then four subtables peel better; above it three need fewer cells."""
 REPLY_TIMEOUT_S: Final = 30.0
-
-
-class Moment(Protocol):
-    """A tablet at one moment: the arithmetic and the reads that `srengine.storage.merkle.Moment` does for a side."""
-
-    sequence: int
-    root: bytes
-    count: int
-
-    @property
-    def state(self) -> bytes:
-        """The state row."""
-        ...
-
-    @property
-    def leaf_count(self) -> int:
-        """How many leaves there are."""
-        ...
-
-    @property
-    def estimator(self) -> bytes:
-        """The estimator's buckets."""
-        ...
-
-    @property
-    def rows_digest(self) -> bytes:
-        """The root without its records."""
-        ...
-
-    @property
-    def actual(self) -> Actual:
-        """What the records add up to."""
-        ...
-
-    @property
-    def dump(self) -> bytes:
-        """All leaf digests."""
-        ...
-
-    def sketch(self, *, by_leaf: bool, ways: int, width: int, seed: int) -> merkle.Sketch:
-        """Return a table of all leaves or records."""
-        ...
-
-    def peel(self, sketches: list[merkle.Sketch]) -> list[Item] | None:
-        """Read what differs, or None."""
-        ...
-
-    def resolve(self, items: list[Item]) -> Located:
-        """Locate the records behind differing leaves."""
-        ...
-
-    def list_ranges(self, located: Located) -> Located:
-        """List ranges in place of shipping them."""
-        ...
-
-    def compare_listed(self, listed: tuple[Listed, ...]) -> tuple[list[bytes], tuple[Listed, ...]]:
-        """Return our keys beyond the lists, and the lists of what is not here."""
-        ...
-
-    def differing_leaves(self, dump: bytes) -> Located:
-        """Return what a dump shows to differ."""
-        ...
-
-    def rows_of(self, located: Located, since: int | None, *, bytes_max: int) -> Found:
-        """Return the rows to ship."""
-        ...
-
-    def meta(self, *, with_rows: bool) -> bytes:
-        """Return the meta rows to ship."""
-        ...
-
-    def settle(self, rows: bytes, absent: Located, extra: list[bytes]) -> Repair:
-        """Work out the repair."""
-        ...
-
-    @staticmethod
-    def sequence_of(state: bytes) -> int:
-        """Return the sequence of a state row."""
-        ...
-
-    @staticmethod
-    def merge_rows(older: bytes, newer: bytes) -> bytes:
-        """Return rows of both, newer ones over older."""
-        ...
-
-
-class Side(Protocol):
-    """What the machine needs of a tablet. `srengine.storage.Tablet.leaves` and its position give it."""
-
-    @property
-    def place(self) -> tuple[bytes, int, int]:
-        """(root, count, sequence), without touching a record."""
-        ...
-
-    def stands_at(self, where: bytes) -> bool:
-        """Whether it is there; costs nothing."""
-        ...
-
-    def moment(self, *, recount: bool = False) -> AbstractContextManager[Moment]:
-        """Bring the leaves up to date and pin the view."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,82 +147,6 @@ class Effects:
     send: Send | None = None
     apply: Apply | None = None
     outcome: Outcome | None = None
-
-
-# --- sizes -----------------------------------------------------------------------------------------------------------
-
-_FACTORS: Final[tuple[tuple[float, float], ...]] = (
-    (0.0, 1.45),
-    (200.0, 1.45),
-    (1000.0, 1.33),
-    (10_000.0, 1.27),
-    (100_000.0, 1.245),
-    (1e9, 1.24),
-)
-"""Cells for each item so that peeling ends in all but about 1 % of runs: measured, interpolated by the logarithm."""
-
-
-def estimate(here: bytes, there: bytes) -> float:
-    """Return how many records differ, to about a tenth: twice the sum of squares of what the buckets differ by."""
-    total = 0
-    for one, other in zip(here, there, strict=True):
-        step = (one - other) & 0xFF
-        total += (step if step < 128 else step - 256) ** 2
-    return 2.0 * total
-
-
-def upper(records: float) -> float:
-    """Return a number of records that the truth is rarely above, for an estimate of ``records``."""
-    records = max(records, 2.0)
-    sample, buckets = records, records * records * 2 / merkle.ESTIMATOR_BYTES
-    return records + math.sqrt(SAMPLE_DEVIATIONS**2 * sample + BUCKET_DEVIATIONS**2 * buckets)
-
-
-def leaves_with(records: float, leaf_count: int) -> float:
-    """Return how many of the leaves so many records touch, boundary keys that split leaves included."""
-    return leaf_count * -math.expm1(-records / leaf_count) * 1.045
-
-
-def cells_for(items: float) -> int:
-    """Return how many cells hold so many items."""
-    for (low, factor), (high, following) in pairwise(_FACTORS):
-        if items <= high:
-            share = math.log(max(items, 1) / max(low, 1)) / math.log(high / max(low, 1))
-            share = min(max(share, 0.0), 1.0)
-            return max(CELLS_MIN, CELLS_MORE + math.ceil(items * (factor + (following - factor) * share)))
-    raise AssertionError(items)
-
-
-def ways_for(cells: int) -> int:
-    """Return how many subtables a table of so many cells has."""
-    return 5 if cells <= FIVE_WAYS_CELLS_MAX else 4 if cells <= FOUR_WAYS_CELLS_MAX else 3
-
-
-def shape_for(items: float, seed: int, *, by_leaf: bool) -> Shape:
-    """Return the shape of a table for so many items."""
-    cells = min(cells_for(items), limits.EXCHANGE_CELLS_MAX - 4)
-    ways = ways_for(cells)
-    return Shape(by_leaf, ways, max(1, cells // ways), seed)
-
-
-def extension_of(shape: Shape) -> Shape:
-    """Return the second table that goes with one that was too small."""
-    cells = min(max(int(shape.cells * EXTENSION_SHARE), EXTENSION_CELLS_MIN), limits.EXCHANGE_CELLS_MAX - 4)
-    ways = ways_for(cells)
-    return Shape(shape.by_leaf, ways, max(1, cells // ways), shape.seed ^ 0x5EED5EED5EED5EED)
-
-
-def prefix_of(moment: Moment, root: bytes) -> merkle.Sketch:
-    """Return the six cells over leaves; their seed is the root that the initiator showed."""
-    return moment.sketch(by_leaf=True, ways=PREFIX_WAYS, width=PREFIX_WIDTH, seed=int.from_bytes(root[:8], "little"))
-
-
-def _table(moment: Moment, shape: Shape) -> merkle.Sketch:
-    return moment.sketch(by_leaf=shape.by_leaf, ways=shape.ways, width=shape.width, seed=shape.seed)
-
-
-def _located(moment: Moment, items: list[Item], *, by_leaf: bool) -> Located:
-    return moment.resolve(items) if by_leaf else Located([], sorted(item for item, _, _ in items), [])
 
 
 # --- the initiator ---------------------------------------------------------------------------------------------------
@@ -430,6 +247,14 @@ class Initiator:
         self._state = Comparing(root)
         self._send(ExchangeCompare(self._tablet, encode_compare(root, count, sequence)))
 
+    def start_with(self, items: list[Item], sequence: int) -> None:
+        """Begin with what a table that many tablets share has shown to differ; the responder stood at ``sequence``."""
+        with self._side.moment() as moment:
+            self._base = (moment.sequence, moment.root)
+            self._shown = moment.root
+            self.figures.mode = "shared"
+            self._fetch(moment, moment.resolve(items), sequence)
+
     def step(self, reply: Reply, attachments: Sequence[Buffer] = ()) -> None:
         """Take an answer. Raises `FrameError` for one that is malformed or out of place; the exchange is over then."""
         self._sent_at = None
@@ -447,7 +272,10 @@ class Initiator:
                 case ExchangeTables() if isinstance(state, Sketching):
                     self._peel(state.shape, decode_tables(reply.body, state.shape))
                 case ExchangeClose() if isinstance(state, Sketching | Fetching | Dumping):
-                    self._close(reply, attachments)
+                    try:
+                        self._close(reply, attachments)
+                    except errors.QuotaExceeded:
+                        self._end(Reason.TOO_LARGE, [])
                 case ExchangeFull() if isinstance(state, Sketching | Fetching | Dumping):
                     self._end(_reason(reply.body), [])
                 case _:
@@ -513,11 +341,14 @@ class Initiator:
         if by_leaf and leaves_with(records, moment.leaf_count) > moment.leaf_count * LEAF_MODE_SHARE:
             by_leaf = False
             self.figures.reasons.append("more than a sixteenth of the leaves differ")
+        elif by_leaf and records > LEAF_MODE_RECORDS_MAX:
+            by_leaf = False
+            self.figures.reasons.append(f"more than {LEAF_MODE_RECORDS_MAX} records differ")
         if not by_leaf and moment.count > limits.EXCHANGE_RECORDS_MAX:
             by_leaf = True
             self.figures.reasons.append("too many records to hold their ids")
         shape = shape_for(leaves if by_leaf else wanted, self._rng.getrandbits(64), by_leaf=by_leaf)
-        cells = _table(moment, shape).encode()
+        cells = table_of(moment, shape).encode()
         self.figures.sketches += 1
         self.figures.mode = "leaf" if by_leaf else "record"
         self._state = Sketching(shape)
@@ -529,7 +360,7 @@ class Initiator:
         with self._side.moment() as moment:
             if self._moved(moment):
                 return
-            first, second = _table(moment, shape), _table(moment, tables.extension)
+            first, second = table_of(moment, shape), table_of(moment, tables.extension)
             first.subtract(tables.first)
             second.subtract(tables.second)
             together = [first, second]
@@ -539,18 +370,22 @@ class Initiator:
                 together.append(prefix)
             items = moment.peel(together)
             if items is not None:
-                self._fetch(moment, _located(moment, items, by_leaf=shape.by_leaf), tables.sequence)
+                self._fetch(moment, located_by(moment, items, by_leaf=shape.by_leaf), tables.sequence)
                 return
         self.figures.reasons.append("the sketch could not be read")
         self._again()
 
     def _again(self) -> None:
         """Another sketch, of another kind, seed and size; after some of them the leaf digests."""
+        if self._differs is None:
+            # It began with what a shared table said, which was not it.
+            self.start()
+            return
         self._attempts += 1
         with self._side.moment() as moment:
             if self._moved(moment):
                 return
-            if self._attempts < limits.EXCHANGE_ATTEMPTS_MAX and self._differs is not None:
+            if self._attempts < limits.EXCHANGE_ATTEMPTS_MAX:
                 self._sketch(moment, max(estimate(moment.estimator, self._differs.estimator), 8.0))
                 return
             if isinstance(self._state, Dumping) or moment.leaf_count * 14 > limits.EXCHANGE_BYTES_MAX // 2:
@@ -572,6 +407,8 @@ class Initiator:
     def _close(self, reply: ExchangeClose, attachments: Sequence[Buffer]) -> None:
         if len(attachments) != 3:
             raise errors.FrameError(f"the end of an exchange has three attachments, not {len(attachments)}")
+        if sum(len(part) for part in attachments) > 2 * limits.EXCHANGE_BYTES_MAX:
+            raise errors.FrameError(f"the end of an exchange has at most {2 * limits.EXCHANGE_BYTES_MAX} bytes")
         rows, meta, state = (bytes(part) for part in attachments)
         absent, replace_rows = decode_close(reply.body)
         extra: list[bytes] = []
@@ -644,85 +481,3 @@ def _reason(body: bytes) -> Reason:
         return Reason(body[0])
     except (IndexError, ValueError) as error:
         raise errors.FrameError("a full copy is asked for without a reason") from error
-
-
-# --- the responder ---------------------------------------------------------------------------------------------------
-
-
-class Responder:
-    """The authority's side: one answer for each request, nothing kept in between."""
-
-    def __init__(self, side: Side) -> None:
-        self._side = side
-
-    def step(self, request: Request) -> tuple[Reply, tuple[bytes, ...]]:
-        """Return the answer and its attachments. Raises `FrameError` for a malformed request."""
-        try:
-            match request:
-                case ExchangeCompare():
-                    return self._compare(request.body), ()
-                case ExchangeSketch():
-                    return self._sketch(request.body)
-                case ExchangeFetch():
-                    return self._fetch(request.body)
-                case ExchangeDump():
-                    return self._dump(request.body)
-                case _:
-                    assert_never(request)
-        except errors.QuotaExceeded:
-            return _full(Reason.TOO_LARGE), ()
-        except errors.BelowPurgeMark:
-            return _full(Reason.BELOW_PURGE_MARK), ()
-
-    def _compare(self, body: bytes) -> Reply:
-        if self._side.stands_at(body):
-            return ExchangeEqual(body[24:])
-        with self._side.moment() as moment:
-            head = moment.sequence.to_bytes(8, "little")
-            return ExchangeDiffers(head + prefix_of(moment, body[:16]).encode() + moment.estimator)
-
-    def _sketch(self, body: bytes) -> tuple[Reply, tuple[bytes, ...]]:
-        shape, digest, cells = decode_sketch(body)
-        with self._side.moment() as moment:
-            mine = _table(moment, shape)
-            difference = mine.minus(cells)
-            items = moment.peel([difference])
-            if items is not None:
-                located = moment.list_ranges(_located(moment, items, by_leaf=shape.by_leaf))
-                if len(located.ranges) <= limits.EXCHANGE_RANGES_MAX:
-                    return self._close(moment, located, digest, None)
-            extension = extension_of(shape)
-            tables = Tables(moment.sequence, extension, mine.encode(), _table(moment, extension).encode())
-            return ExchangeTables(encode_tables(tables)), ()
-
-    def _fetch(self, body: bytes) -> tuple[Reply, tuple[bytes, ...]]:
-        sequence, digest, located = decode_fetch(body)
-        with self._side.moment() as moment:
-            reply, attachments = self._close(moment, located, digest, sequence)
-            # What is not here the initiator sees by itself: it asked for it.
-            return ExchangeClose(encode_close(NOTHING, replace_rows=bool(reply.body[0]))), attachments
-
-    def _dump(self, body: bytes) -> tuple[Reply, tuple[bytes, ...]]:
-        if len(body) < 8:
-            raise errors.FrameError("a dump of leaf digests begins with the digest of the rows")
-        with self._side.moment() as moment:
-            located = moment.differing_leaves(body[8:])
-            if len(located.ranges) > limits.EXCHANGE_RANGES_MAX:
-                return _full(Reason.TOO_DIFFERENT), ()
-            return self._close(moment, located, body[:8], None)
-
-    def _close(
-        self, moment: Moment, located: Located, digest: bytes, since: int | None
-    ) -> tuple[ExchangeClose, tuple[bytes, ...]]:
-        wanted = located if since is not None else located._replace(listed=())
-        found = moment.rows_of(wanted, since, bytes_max=limits.EXCHANGE_BYTES_MAX)
-        replace_rows = moment.rows_digest[:8] != digest
-        absent = Located(found.missing_pairs, found.missing_ids, located.ranges, located.listed)
-        return (
-            ExchangeClose(encode_close(absent, replace_rows=replace_rows)),
-            (found.rows, moment.meta(with_rows=replace_rows), moment.state),
-        )
-
-
-def _full(reason: Reason) -> ExchangeFull:
-    return ExchangeFull(bytes([reason]))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 import msgspec
@@ -204,24 +205,39 @@ def _encode_range(start: bytes, stop: bytes | None) -> bytes:
 
 
 def decode_located(cursor: Cursor) -> Located:
-    """Decode what `encode_located` made, to the end of the body. Raises `FrameError`."""
-    raw = cursor.take(12 * cursor.count())
+    """Decode what `encode_located` made, to the end of the body. Raises `FrameError`.
+
+    Ranges rise and do not overlap, so that no message makes us walk a record twice; items are no more than cells of a
+    sketch.
+    """
+    raw = cursor.take(12 * _item_count(cursor))
     pairs = [
         (int.from_bytes(raw[at : at + 6], "little"), int.from_bytes(raw[at + 6 : at + 12], "little"))
         for at in range(0, len(raw), 12)
     ]
-    raw = cursor.take(6 * cursor.count())
+    raw = cursor.take(6 * _item_count(cursor))
     ids = [int.from_bytes(raw[at : at + 6], "little") for at in range(0, len(raw), 6)]
     if any(item >= ID_LIMIT for item in ids) or any(max(pair) >= ID_LIMIT for pair in pairs):
         raise errors.FrameError("an id has 47 bits")
     ranges = [_decode_range(cursor) for _ in range(_range_count(cursor))]
+    _check_apart(ranges)
     listed: list[Listed] = []
+    room = limits.EXCHANGE_CELLS_MAX
     for _ in range(_range_count(cursor)):
         start, stop = _decode_range(cursor)
-        raw = cursor.take(6 * cursor.count())
+        raw = cursor.take(6 * _item_count(cursor, room))
+        room -= len(raw) // 6
         listed.append(Listed(start, stop, [raw[at : at + 6] for at in range(0, len(raw), 6)]))
+    _check_apart([(start, stop) for start, stop, _ in listed])
     cursor.end()
     return Located(pairs, ids, ranges, tuple(listed))
+
+
+def _item_count(cursor: Cursor, room: int = limits.EXCHANGE_CELLS_MAX) -> int:
+    count = cursor.count()
+    if count > room:
+        raise errors.FrameError(f"{count} items are more than {room}")
+    return count
 
 
 def _range_count(cursor: Cursor) -> int:
@@ -229,6 +245,12 @@ def _range_count(cursor: Cursor) -> int:
     if count > limits.EXCHANGE_RANGES_MAX:
         raise errors.FrameError(f"{count} ranges are more than {limits.EXCHANGE_RANGES_MAX}")
     return count
+
+
+def _check_apart(ranges: list[tuple[bytes, bytes | None]]) -> None:
+    for (_, stop), (start, _) in pairwise(ranges):
+        if stop is None or start < stop:
+            raise errors.FrameError("ranges of keys overlap or are out of order")
 
 
 def _decode_range(cursor: Cursor) -> tuple[bytes, bytes | None]:

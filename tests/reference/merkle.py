@@ -59,9 +59,14 @@ def leaves(seed: bytes, digests: dict[bytes, int], boundary_bits: int = 5, id_bi
 def estimator(seed: bytes, digests: dict[bytes, int]) -> bytes:
     buckets = [0] * BUCKETS
     for key, digest in digests.items():
-        wide = key_hash(seed, key) >> 17
-        step = value_of(digest) & 1
-        buckets[(wide & 0xFFFFFFFF) * BUCKETS >> 32] += -step if wide >> 46 & 1 else step
+        wide, value = key_hash(seed, key) >> 17, value_of(digest)
+        group = (wide & 0xFFFFFFFF) * 40 >> 32
+        for lane in range(4):
+            step = value >> lane & 1
+            buckets[4 * group + lane] += -step if wide >> 43 + lane & 1 else step
+        if wide >> 37 & 63 == 0:
+            step = value & 1
+            buckets[160 + (wide >> 32 & 31)] += -step if wide >> 46 & 1 else step
     return bytes(bucket & 0xFF for bucket in buckets)
 
 

@@ -111,6 +111,27 @@ def test_incremental_leaves_equal_rebuild_and_oracle(tablet, seed):
     assert total % (1 << 128) == int.from_bytes(tablet.root, "little")
 
 
+def test_values_on_pages_of_their_own(tablet):
+    """T07: leaves of large and small values, in any mixture, by one walk and by two, equal the oracle."""
+    rng = random.Random(3)
+    sizes = (0, 10, 300, 1900, 2100, 5000, 40_000)
+    for _ in range(6):
+        tablet.put_many([(b"%04d" % rng.randrange(3000), rng.randbytes(rng.choice(sizes))) for _ in range(150)])
+    tree = warm(tablet)
+    fields = [leaf.fields() for leaf in oracle.leaves(tablet.seed, digests_of(tablet), 5)]
+    assert tree.leaves() == fields
+    one, two = tablet._environment.reader(), tablet._environment.reader()
+    assert tree.build(one, two)
+    assert tree.leaves() == fields
+    for start in range(0, 3000, 517):
+        found = tree.records_between(one, b"%04d" % start, b"%04d" % (start + 400), None, True)
+        with tablet.view() as view:
+            there = [r.key for r in view.records(tombstones=True) if b"%04d" % start <= r.key < b"%04d" % (start + 400)]
+        assert [row[2] for row in found] == there
+    one.close()
+    two.close()
+
+
 def test_blocks_split_and_empty(tablet):
     """T07: blocks of leaves split when many boundaries come and go away when they are purged."""
     tree = warm(tablet, boundary_bits=0)
@@ -139,6 +160,61 @@ def test_two_walks_from_both_ends_equal_one(tablet):
     assert not tree.build(one, three)
     for reader in (one, two, three):
         reader.close()
+
+
+def test_records_by_two_walks_equal_one(tablet):
+    """T07: ids and values that two threads gather stand in the order of one thread's, damaged records left out."""
+    tablet.put_many([(b"%08d" % (i * 7), b"v%d" % i) for i in range(30000)])
+    tree = warm(tablet)
+    one, two = tablet._environment.reader(), tablet._environment.reader()
+    alone = merkle.Records(tree, one, 1 << 20)
+    ids = [row[0] for row in tree.records(one, 0, tree.leaf_count, None, False)]
+    for _ in range(5):
+        both = merkle.Records(tree, one, 1 << 20, two)
+        assert both.count == alone.count == 30000
+        assert both.find(ids[:3] + ids[-3:]) == [0, 1, 2, 29997, 29998, 29999]
+        assert all(both.find([ids[at]]) == [at] for at in range(0, 30000, 1499))
+        assert cells(both) == cells(alone)
+    tablet.put(b"later", b"")
+    three = tablet._environment.reader()
+    assert cells(merkle.Records(tree, one, 1 << 20, three)) == cells(alone)
+    with pytest.raises(errors.QuotaExceeded):
+        merkle.Records(tree, one, 29999, two)
+    for reader in (one, two, three):
+        reader.close()
+
+
+def cells(records):
+    sketch = merkle.Sketch(50, 3, by_leaf=False)
+    sketch.add_records(records)
+    return sketch.encode()
+
+
+def test_one_write_is_taken_up_without_reading_records(tablet):
+    """K12: among 100 000 records a write changes one leaf and reads no record; a new boundary reads the two leaves that
+    it makes of one.
+    """
+    tablet.put_many([(b"%08d" % i, b"v") for i in range(100_000)])
+    tree = warm(tablet)
+    assert tree.walked == 100_000
+    boundaries = {leaf[0] for leaf in tree.leaves()}
+    for number in range(40):
+        key = b"%08d" % (number * 2357)
+        before = {leaf[0]: leaf for leaf in tree.leaves()}
+        tablet.put(key, b"new")
+        assert advance(tree, tablet)
+        assert sum(before.get(leaf[0]) != leaf for leaf in tree.leaves()) == 1
+    assert tree.walked == 100_000
+    fresh = next(
+        key
+        for key in (b"00050000/%d" % number for number in range(10_000))
+        if oracle.key_hash(tablet.seed, key) & 31 == 0
+    )
+    assert fresh not in boundaries
+    tablet.put(fresh, b"")
+    assert advance(tree, tablet)
+    assert 0 < tree.walked - 100_000 < 500
+    assert shown(tree) == rebuilt(tablet)
 
 
 def test_notes_that_overflow_make_the_tree_cold(tablet):

@@ -14,7 +14,7 @@ from srengine.storage import Batch, encode_operations
 from srengine.storage import merkle as storage_merkle
 from srengine.storage.merkle import Leaves
 from srengine.storage.tablet import Tablet
-from srengine.sync import exchange_machine, exchange_messages
+from srengine.sync import exchange_messages, exchange_sizes
 from srengine.sync.exchange_machine import Initiator, Responder
 from srengine.sync.exchange_messages import Reason
 from srengine.types import Located
@@ -252,7 +252,7 @@ def test_too_large_asks_for_a_full_copy(make, monkeypatch):
 
 def test_tables_too_small_are_peeled_with_the_extension(make, monkeypatch):
     """K11: a table that is too small is answered by the responder's cells and a second table: still located in two."""
-    monkeypatch.setattr(exchange_machine, "cells_for", lambda items: max(12, int(0.8 * items)))
+    monkeypatch.setattr(exchange_sizes, "cells_for", lambda items: max(12, int(0.8 * items)))
     one, other = make([(b"%05d" % i, b"") for i in range(50000)])
     extended = 0
     for run in range(10):
@@ -437,7 +437,10 @@ def test_hostile_requests_cost_bounded_work(make):
     with pytest.raises(errors.FrameError):
         responder.step(exchange_messages.ExchangeSketch("t", exchange_messages.encode_sketch(huge, b"\0" * 8, b"")))
     many = exchange_messages.encode_fetch(0, b"\0" * 8, Located([], [], [(b"", None)] * 3))
-    _, attachments = responder.step(exchange_messages.ExchangeFetch("t", many))
+    with pytest.raises(errors.FrameError):
+        responder.step(exchange_messages.ExchangeFetch("t", many))
+    once = exchange_messages.encode_fetch(0, b"\0" * 8, Located([], [], [(b"", None)]))
+    _, attachments = responder.step(exchange_messages.ExchangeFetch("t", once))
     assert len(attachments[0]) < 200_000
     assert one.count == other.count == 1000
 
