@@ -65,8 +65,12 @@ class Claims:
         group: Group,
         alarm: AlarmSink,
         refused: Callable[[Judgement, int], None],
+        foreign: Callable[[errors.ForeignData], None],
     ) -> None:
-        """``refused``: another voter would not have this process (a copy, an older state, a second one)."""
+        """``refused``: another voter would not have this process (a copy, an older state, a second one). ``foreign``:
+        those that should be the others belong to another cluster.
+        """
+        self._foreign = foreign
         self._name = name
         self._node_id = node_id
         self._boot_number = boot_number
@@ -77,6 +81,8 @@ class Claims:
         self._alarm = alarm
         self._refused = refused
         self._begun = 0
+        self._heard = False
+        """Whether another voter has answered in this run."""
         self.machine = self._new_machine()
 
     def _new_machine(self) -> ClaimsMachine:
@@ -110,6 +116,12 @@ class Claims:
         question = ClaimVote(self._name, self._contact.process_id, claim.term, claim.last_index, copied=claim.copied)
         try:
             reply, _ = await self._wire.request(node, question, timeout_s=TIMEOUT_S)
+        except errors.ForeignData as error:
+            # At the addresses that this node was given there is another cluster: its directory is not of this one. Who
+            # was heard by one of its own keeps to them.
+            if error.details.get("theirs") and not self._heard:
+                self._foreign(error)
+            return
         except errors.Error as error:
             _logger.debug("%s does not say what it remembers: %s", node, error.message)
             return
@@ -120,6 +132,7 @@ class Claims:
             if question.process == self._contact.process_id:
                 self._refused(Judgement(reply.verdict), reply.highest)
             return
+        self._heard = True
         self.machine.step(Answer(node, reply.highest, reply.term, reply.last_index, reply.trusted))
         self._tell()
 

@@ -95,6 +95,7 @@ class Coordination:
                 group=JournalVotes(self.backend),
                 alarm=node.alarm,
                 refused=node.trust.refused,
+                foreign=node.supervisor.fail,
             )
             node.endpoint.serve(ClaimVote, self.claims.answer, ports=("peer",))
 

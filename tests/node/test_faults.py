@@ -215,7 +215,8 @@ def test_restored_leader_needs_both_others(nodes: Nodes, asker: Asker, tmp_path:
     lose(nodes["node-1"], "restore", tmp_path / "yesterday")
     nodes["node-1"].start()
     nodes["node-3"].start().wait_ready()
-    wait_for(lambda: "does not count" in nodes["node-1"].log_tail(100_000), "the leader says what it waits for")
+    wait_for(lambda: "nothing counts until it is proved" in nodes["node-1"].log_tail(100_000), "it knows what it is")
+    wait_for(lambda: "not ready: " in nodes["node-1"].log_tail(100_000), "the first member says that it waits")
     with pytest.raises((errors.NotReady, errors.TimedOut, errors.Unreachable)):
         asker.read(one, TABLE, [b"key-000001"], timeout_s=1)
     nodes["node-2"].start().wait_ready()
