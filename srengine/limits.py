@@ -157,6 +157,10 @@ just died.
 """
 START_GRACE_S: Final = 1.0
 """A leader that knows enough waits this long for the rest: one that knows better may just be starting."""
+COME_UP_S: Final = 3.0
+"""How long a leader whose copy is damaged waits for a replica that is behind to come up before it goes back to it."""
+CHECK_KEPT_S: Final = 15.0
+"""How long a replica that was proved whole and is refused says so before it tries the leader's rows again."""
 HALT_RETRY_S: Final = 1.0
 """A replica that was refused (diverged, foreign) or that failed asks again after this."""
 
