@@ -87,6 +87,8 @@ class LeaderDriver:
         self._recovery: asyncio.Task[None] | None = None
         self._serving = asyncio.Event()
         self._last_pull: dict[str, tuple[object, int]] = {}
+        self.changed = asyncio.Event()
+        """Set after every turn; whoever waits for a state clears it first."""
 
     def start(self) -> None:
         """Begin; to be called on the event loop."""
@@ -173,6 +175,7 @@ class LeaderDriver:
             self._serving.clear()
         if self._committed is not None:
             self._committed(self.machine.committed)
+        self.changed.set()
         self._arm()
 
     def _arm(self) -> None:

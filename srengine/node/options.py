@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from srengine import errors, types
+from srengine import errors, limits, types
 
 OPTIONS_FILE_BYTES_MAX: Final = 1024 * 1024
 MEMBERS_MAX: Final = 64
@@ -40,7 +40,8 @@ class NodeOptions:
 
     ``listen``: client address ``tcp://host:port``; peers use port + 1 and bulk port + 2 unless given. ``initial``: all
     first members in one order that all of them name; the first one leads. ``cluster`` is needed to bootstrap and
-    checked afterwards.
+    checked afterwards. ``scrub_bytes_s``: how much the scrub reads a second, 0: it reads nothing unasked;
+    ``scrub_interval_s``: how often each tablet is read whole.
     """
 
     name: str
@@ -53,6 +54,8 @@ class NodeOptions:
     insecure: bool = False
     allow_remote_fs: bool = False
     map_bytes: int | None = None
+    scrub_bytes_s: int = limits.SCRUB_BYTES_S
+    scrub_interval_s: float = limits.SCRUB_INTERVAL_S
 
     def checked(self) -> NodeOptions:
         """Return the options with every default filled in; `InvalidValue` or `UsageError` for what cannot be meant."""
@@ -67,6 +70,10 @@ class NodeOptions:
             raise errors.InvalidValue("--initial names a member or an address twice")
         if self.initial and self.name not in names:
             raise errors.InvalidValue(f"--initial does not name {self.name} itself (it names {', '.join(names)})")
+        if self.scrub_bytes_s < 0 or not self.scrub_interval_s > 0:
+            raise errors.InvalidValue(
+                f"a scrub of {self.scrub_bytes_s} bytes a second each {self.scrub_interval_s} s is not possible"
+            )
         return replace(
             self,
             data=Path(self.data),
@@ -141,7 +148,7 @@ def load_options_file(path: Path) -> dict[str, Any]:
 def checked_settings(found: dict[str, Any]) -> dict[str, Any]:
     """Return settings with their types checked; unknown keys are a `UsageError` that suggests the nearest."""
     kinds: dict[str, type[Any]] = {field.name: str for field in fields(NodeOptions)}
-    kinds |= {"insecure": bool, "allow_remote_fs": bool, "map_bytes": int}
+    kinds |= {"insecure": bool, "allow_remote_fs": bool, "map_bytes": int, "scrub_bytes_s": int, "scrub_interval_s": float}
     settings: dict[str, Any] = {}
     for key, value in found.items():
         name = key.replace("-", "_")
@@ -149,6 +156,8 @@ def checked_settings(found: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, kinds, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise errors.UsageError(f"there is no option {key}{hint}", option=key)
+        if kinds[name] is float and type(value) is int:
+            value = float(value)  # noqa: PLW2901
         if type(value) is not kinds[name]:
             raise errors.InvalidValue(f"option {key} must be of type {kinds[name].__name__}", option=key)
         settings[name] = parse_initial(value) if name == "initial" else Path(value) if name == "data" else value

@@ -9,6 +9,7 @@ from srengine import errors
 from srengine.ha.journal import Command
 from srengine.ha.messages import JOURNAL_GROUP, Fetch, Propose, Proposed, Pull
 from srengine.ha.one_node import LeadingJournal, entries_after
+from srengine.node.repairs import RepairServices
 from srengine.node.services import TIMEOUT_S_MAX
 from srengine.sync.messages import Copy, ReplicaStates
 from srengine.transport import Peer, Reply
@@ -30,6 +31,7 @@ class PeerServices:
         serve(Fetch, self._fetched, ports=("peer",))
         serve(Propose, self._proposed, ports=("peer",))
         serve(ReplicaStates, self._asked_states, ports=("peer",))
+        RepairServices(self._node).register()
         self._node.endpoint.serve_stream(Copy, self._copied)
 
     async def _pulled(self, peer: Peer, message: Pull, attachments: Sequence[memoryview]) -> Reply:

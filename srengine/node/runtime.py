@@ -255,6 +255,8 @@ class Runtime:
             file_ids=identity_file_id,
             metrics=self.metrics,
             directory_trusted=self.trust.trusted,
+            scrub_bytes_s=self.options.scrub_bytes_s,
+            scrub_interval_s=self.options.scrub_interval_s,
         )
         self._stack.callback(self._close_groups)
         self._serve()
@@ -263,6 +265,7 @@ class Runtime:
         self.journal.start()
         await self._read_tables()
         self.trust.opened()
+        self.sync.start()
         self.supervisor.spawn(self._follow_journal(), "catalog")
         self.supervisor.spawn(self._call_members(), "call members")
         if self.leads:
