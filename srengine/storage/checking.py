@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from srengine import errors
+from srengine import errors, limits
 from srengine._native import tablet as kernel
 from srengine.storage.view import TOMBSTONE, View
 from srengine.types import Position
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from srengine.storage.tablet import Tablet
 
 _ROW_HEADER: Final = 24
+_ROW_SEQUENCE: Final = 8
+_PAGE_RECORDS: Final = 512
+_PAGE_BYTES: Final = limits.MIB
 RECORD: Final = "record"
 CHANGE: Final = "change"
 
@@ -65,27 +68,44 @@ def check_slice(tablet: Tablet, after: bytes | None, *, bytes_max: int) -> Check
             key = damaged_key(error)
             if key is None or (after is not None and key <= after):
                 raise
-            # NB: the walk is in key order, so what lies before the damaged record was checked on the way to it.
-            result.after, result.records = key, 1
+            _check_before(view, result, key)
+            result.after = key
+            result.records += 1
             result.damages.append((RECORD, key))
             return result
-        floor = view.log_floor
         for key, _, sequence, _, flags in kernel.decode_rows(batch.rows):
-            result.records += 1
-            result.after = key
-            if (sequence > floor or flags & TOMBSTONE) and not _has_change_entry(view, sequence, key):
-                result.damages.append((CHANGE, key))
+            _check_entry(view, result, key, sequence, tombstone=bool(flags & TOMBSTONE))
+        if batch.last is not None:
+            assert isinstance(batch.last, bytes), batch.last
+            result.after = batch.last
         result.size, result.done = len(batch.rows), batch.done
     return result
 
 
+def _check_before(view: View, result: CheckedSlice, stop: bytes) -> None:
+    """Check what lies between ``result.after`` and a damaged record."""
+    start, skip, done = result.after, result.after is not None, False
+    while not done:
+        page, done = view._reader.page(start, stop, skip, False, _PAGE_RECORDS, _PAGE_BYTES, True, True)
+        for key, _, sequence, _, flags in page:
+            _check_entry(view, result, key, sequence, tombstone=bool(flags & TOMBSTONE))
+            start, skip = key, True
+
+
+def _check_entry(view: View, result: CheckedSlice, key: bytes, sequence: int, *, tombstone: bool) -> None:
+    result.records += 1
+    if (sequence > view.log_floor or tombstone) and not _has_change_entry(view, sequence, key):
+        result.damages.append((CHANGE, key))
+
+
 def _has_change_entry(view: View, sequence: int, key: bytes) -> bool:
     try:
-        rows, _, last, _ = view._reader.rows_since(sequence - 1, 1)
+        rows, *_ = view._reader.rows_since(sequence - 1, 1)
     except errors.CorruptionError:
         # The row that follows is the damaged one; it has its own turn.
         return True
-    return last == sequence and rows[_ROW_HEADER : _ROW_HEADER + len(key)] == key
+    found = int.from_bytes(rows[_ROW_SEQUENCE : _ROW_SEQUENCE + 8], "little")
+    return found == sequence and rows[_ROW_HEADER : _ROW_HEADER + len(key)] == key
 
 
 def prove(tablet: Tablet) -> Proof:

@@ -61,7 +61,9 @@ ROT: dict[str, Callable[[Path, str], None]] = {
     "value": lambda data, tablet_id: rot.flip_value(data, tablet_id, KEYS),
     "header": lambda data, tablet_id: rot.flip_header(data, tablet_id, KEYS),
     "removed": lambda data, tablet_id: rot.remove(data, tablet_id, KEYS),
-    "added": lambda data, tablet_id: rot.add(data, tablet_id, dict(zip([b"a", b"key-000150x", b"z"], KEYS, strict=True))),
+    "added": lambda data, tablet_id: rot.add(
+        data, tablet_id, dict(zip([b"a", b"key-000150x", b"z"], KEYS, strict=True))
+    ),
     "change": lambda data, tablet_id: rot.lose_change(data, tablet_id, 150),
 }
 
