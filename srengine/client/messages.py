@@ -96,7 +96,8 @@ class SyncStatusReply(msgspec.Struct, frozen=True):
     """``replicas`` is the JSON text (UTF-8) of a list of objects.
 
     Keys: table, tablet, node, leader, term, state, sequence, behind, root (hexadecimal), verified_at, bytes_received,
-    path, reason, scrubbed_at, scrub_records, repairs, quarantined. A replica that does not answer is listed with state UNKNOWN.
+    path, reason, scrubbed_at, scrub_records, repairs, quarantined. A replica that does not answer is listed with state
+    UNKNOWN.
     """
 
     replicas: bytes

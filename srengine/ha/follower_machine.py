@@ -16,9 +16,9 @@ One question is open at a time. A question states the own durable position, so i
 sequence at or above what the leader called committed in that answer). It is SYNCED while that is at most
 ``STALENESS_S_MAX`` ago. Nothing else makes it SYNCED, and nothing of it is stored: after a start it is not.
 
-*Doubt.* A root that the leader does not share, rows that do not reach their root, or damage that a scrub found makes the
-replica prove itself (`srengine.ha.proof`): it recounts its records and says with every further question what came out.
-The leader decides; `repair` tells this replica to become equal by an exchange. Until then nothing of it is deleted.
+*Doubt.* A root that the leader does not share, rows that do not reach their root, or damage that a scrub found makes
+the replica prove itself (`srengine.ha.proof`): it recounts its records and says with every further question what came
+out. The leader decides; `repair` tells this replica to become equal by an exchange. Until then nothing of it is deleted.
 
 Invariants, each checked by the simulation in tests/ha:
 
@@ -343,10 +343,7 @@ class FollowerMachine:
                     self._answered(message, self.state.asked_at)
             case Failed(number, reason):
                 if isinstance(self.state, Asking) and self.state.number == number:
-                    self._note_lag(reason)
-                    pause_s = limits.ASK_RETRY_S * 2 ** min(self._failures, limits.ASK_RETRY_DOUBLINGS_MAX)
-                    self._failures += 1
-                    self.state = Idle(self._now + pause_s)
+                    self._unanswered(reason)
             case DeltaApplied(position):
                 self._delta_applied(position)
             case DeltaRefused(reason, diverged):
@@ -355,13 +352,7 @@ class FollowerMachine:
                 self._received(message.bytes_received)
                 self._copied(message)
             case CopyFailed():
-                self._received(message.bytes_received)
-                self._stand_at(message.position)
-                self.filling = message.filling
-                self._note_lag(f"interrupted: {message.reason}")
-                self.state = Idle(self._now + limits.HALT_RETRY_S)
-                if message.unproven:
-                    self._doubted(message.reason, disputed=True)
+                self._copy_failed(message)
             case AwaitCommitted(token, sequence):
                 heapq.heappush(self._waits, (sequence, token))
                 self._release_waits()
@@ -442,6 +433,12 @@ class FollowerMachine:
         if not isinstance(self.state, Idle):
             return None
         return self._now if self.doubt and not self.filling else self.state.ask_at
+
+    def _unanswered(self, reason: str) -> None:
+        self._note_lag(reason)
+        pause_s = limits.ASK_RETRY_S * 2 ** min(self._failures, limits.ASK_RETRY_DOUBLINGS_MAX)
+        self._failures += 1
+        self.state = Idle(self._now + pause_s)
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
@@ -598,6 +595,15 @@ class FollowerMachine:
         if copied.reason:
             self._note_lag(copied.reason)
         self.state = Idle(self._now)
+
+    def _copy_failed(self, failed: CopyFailed) -> None:
+        self._received(failed.bytes_received)
+        self._stand_at(failed.position)
+        self.filling = failed.filling
+        self._note_lag(f"interrupted: {failed.reason}")
+        self.state = Idle(self._now + limits.HALT_RETRY_S)
+        if failed.unproven:
+            self._doubted(failed.reason, disputed=True)
 
     def _become_fresh(self, asked_at: float, committed: int) -> None:
         if self.doubt or self.check is Check.DAMAGED:

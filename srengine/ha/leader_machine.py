@@ -35,8 +35,8 @@ Invariants, each checked by the simulation in tests/ha:
    and it is damaged, or outvoted by a majority that agrees with the own root. One that is ahead waits until the leader
    has passed it.
 8. The own copy is repaired only when it was proved damaged, from a replica that holds everything that may be
-   acknowledged: it is proved to stand at or past ``committed`` and ``served_from``, or it is the highest of enough others
-   whose disks are what they were; or when a majority agrees on another root at its own sequence.
+   acknowledged: it is proved to stand at or past ``committed`` and ``served_from``, or it is the highest of enough
+   others whose disks are what they were; or when a majority agrees on another root at its own sequence.
 
 *Disagreement* (`srengine.ha.proof`). A replica whose root differs, or that says that the rows which follow its position
 do not reach our root, makes both sides prove themselves. A copy of ours that is damaged may lie ahead of all whole ones
@@ -403,21 +403,13 @@ class LeaderMachine:
                 if isinstance(self.state, Recovering):
                     self.state = Starting(failed=reason)
             case Distrusted(reason):
-                if isinstance(self.state, Starting):
-                    self.own_trusted = False
-                    self.state.grace_until = None
-                else:
-                    self._alarm("leader_restored", self.name, f"{reason}, and found only after serving began")
+                self._distrusted(reason)
             case Damaged(reason):
                 self._own_damaged(reason)
             case Proved(whole, reason):
                 self._proved(reason, whole=whole)
-            case Repaired(position):
-                self._repaired(position)
-            case RepairFailed(reason):
-                if isinstance(self.state, Doubting) and self.state.source:
-                    self.state.avoid, self.state.source, self.state.failed = self.state.source, "", reason
-                    self.state.retry_at = self._now + limits.HALT_RETRY_S
+            case Repaired() | RepairFailed():
+                self._repair_over(message)
             case _:
                 assert_never(message)
 
@@ -806,9 +798,14 @@ class LeaderMachine:
                 return voters[0]
         return ""
 
-    def _repaired(self, position: Position) -> None:
-        if not isinstance(self.state, Doubting):
+    def _repair_over(self, message: Repaired | RepairFailed) -> None:
+        if not isinstance(self.state, Doubting) or not self.state.source:
             return
+        if isinstance(message, RepairFailed):
+            self.state.avoid, self.state.source, self.state.failed = self.state.source, "", message.reason
+            self.state.retry_at = self._now + limits.HALT_RETRY_S
+            return
+        position = message.position
         if position.sequence < self.own.sequence:
             # What was beyond is gone: it was never acknowledged, and the next write takes its sequences.
             self._quorum_waits = self._forget_above(self._quorum_waits, position.sequence)
@@ -899,6 +896,13 @@ class LeaderMachine:
             self._recover = Recover(source, target)
             return
         self._serve()
+
+    def _distrusted(self, reason: str) -> None:
+        if isinstance(self.state, Starting):
+            self.own_trusted = False
+            self.state.grace_until = None
+        else:
+            self._alarm("leader_restored", self.name, f"{reason}, and found only after serving began")
 
     def _recovered(self, position: Position) -> None:
         if not isinstance(self.state, Recovering):

@@ -148,7 +148,13 @@ def load_options_file(path: Path) -> dict[str, Any]:
 def checked_settings(found: dict[str, Any]) -> dict[str, Any]:
     """Return settings with their types checked; unknown keys are a `UsageError` that suggests the nearest."""
     kinds: dict[str, type[Any]] = {field.name: str for field in fields(NodeOptions)}
-    kinds |= {"insecure": bool, "allow_remote_fs": bool, "map_bytes": int, "scrub_bytes_s": int, "scrub_interval_s": float}
+    kinds |= {
+        "insecure": bool,
+        "allow_remote_fs": bool,
+        "map_bytes": int,
+        "scrub_bytes_s": int,
+        "scrub_interval_s": float,
+    }
     settings: dict[str, Any] = {}
     for key, value in found.items():
         name = key.replace("-", "_")

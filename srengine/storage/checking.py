@@ -178,8 +178,8 @@ def heal(tablet: Tablet, rows: bytes, *, recount: bool = False) -> list[bytes]:
     """Put rows over records whose headers say the same and return their keys; the rest is left alone. Blocks.
 
     For values that rotted under a sound header, and for records without their change entry: neither root nor position
-    changes, which the transaction proves. ``recount``: the change log's counts are not right either. Raises `Diverged` when the tablet moved on meanwhile, `FrameError` for
-    malformed rows; then nothing changed.
+    changes, which the transaction proves. ``recount``: the change log's counts are not right either. Raises `Diverged`
+    when the tablet moved on meanwhile, `FrameError` for malformed rows; then nothing changed.
     """
     with tablet.view() as view:
         position, state = view.position, view.state

@@ -104,7 +104,7 @@ class Simulation:
                 others=self.names[1:],
                 own=node.disk.position,
                 own_trusted=node.trusted,
-                root_at=lambda sequence: node.disk.root_at(sequence),
+                root_at=node.disk.root_at,
                 now=self.now,
                 provable=True,
             )
