@@ -18,7 +18,8 @@ sequence at or above what the leader called committed in that answer). It is SYN
 
 *Doubt.* A root that the leader does not share, rows that do not reach their root, or damage that a scrub found makes
 the replica prove itself (`srengine.ha.proof`): it recounts its records and says with every further question what came
-out. The leader decides; `repair` tells this replica to become equal by an exchange. Until then nothing of it is deleted.
+out. The leader decides; `repair` tells this replica to become equal by an exchange. Until then nothing of it is
+deleted.
 
 Invariants, each checked by the simulation in tests/ha:
 
@@ -357,11 +358,7 @@ class FollowerMachine:
                 heapq.heappush(self._waits, (sequence, token))
                 self._release_waits()
             case Kick():
-                self._failures = 0
-                if isinstance(self.state, Asking | Idle):
-                    # A question that nobody has fetched yet is withdrawn with the state that asked it.
-                    self._effects_ask = None
-                    self.state = Idle(self._now)
+                self._kicked()
             case Damaged(reason):
                 self._doubted(reason, disputed=False)
             case Proved(position, whole, reason):
@@ -433,6 +430,13 @@ class FollowerMachine:
         if not isinstance(self.state, Idle):
             return None
         return self._now if self.doubt and not self.filling else self.state.ask_at
+
+    def _kicked(self) -> None:
+        self._failures = 0
+        if isinstance(self.state, Asking | Idle):
+            # A question that nobody has fetched yet is withdrawn with the state that asked it.
+            self._effects_ask = None
+            self.state = Idle(self._now)
 
     def _unanswered(self, reason: str) -> None:
         self._note_lag(reason)

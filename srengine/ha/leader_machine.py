@@ -567,7 +567,9 @@ class LeaderMachine:
             progress.held = 0
             return
         proof = self._root_at(position.sequence)
-        progress.held = position.sequence if proof is not None and proof == position.root else 0
+        # A copy that does not add up is nothing to rely on, whatever root it carries.
+        right = proof is not None and proof == position.root and claim.check is not Check.DAMAGED
+        progress.held = position.sequence if right else 0
 
     def _fault(self, replica: str, position: Position) -> str:
         if position.lineage != self.own.lineage:
@@ -788,6 +790,7 @@ class LeaderMachine:
 
     def _majority_source(self, disputing: list[str]) -> str:
         """Return a replica of a majority that agrees on another root at the own sequence, empty when there is none."""
+        avoid = self.state.avoid if isinstance(self.state, Doubting) else ""
         votes: dict[tuple[int, bytes], list[str]] = {}
         for other in disputing:
             claim = self.progress[other].claim
@@ -795,7 +798,8 @@ class LeaderMachine:
                 votes.setdefault((claim.position.sequence, claim.position.root), []).append(other)
         for (sequence, _), voters in sorted(votes.items()):
             if sequence == self.own.sequence and len(voters) >= quorum.majority(len(self.others) + 1):
-                return voters[0]
+                # Another than the one that failed, when there is one.
+                return min(voters, key=lambda other: (other == avoid, other))
         return ""
 
     def _repair_over(self, message: Repaired | RepairFailed) -> None:
