@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -57,7 +57,8 @@ class Found:
 class Scrubber:
     """Scrubs the copies of one node, one after the other.
 
-    ``groups()``: the tablets of now. ``bytes_s``: how much is read a second, 0: nothing is read unasked.
+    ``groups()``: the tablets of now. ``bytes_s``: how much is read a second, 0: nothing is read unasked. ``pause(s)``:
+    lets so many seconds pass.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Scrubber:
         clock: Clock,
         metrics: Metrics,
         warm: WarmLeaves,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self._pause = pause
         self._groups = groups
         self._name = name
         self._bytes_s = bytes_s
@@ -91,7 +94,7 @@ class Scrubber:
             await self._warm.expire()
             group = self._due()
             if group is None:
-                await asyncio.sleep(min(1.0, self._interval_s))
+                await self._pause(min(1.0, self._interval_s))
                 continue
             self._scrubbed[group.slot.spec.tablet_id] = self._clock.monotonic_s()
             try:
@@ -161,7 +164,7 @@ class Scrubber:
         if bytes_s:
             left = piece.size / bytes_s - (self._clock.monotonic_s() - begun)
             if left > 0:
-                await asyncio.sleep(left)
+                await self._pause(left)
         return piece
 
     async def _act(self, group: Group, found: Found, proof: Proof) -> None:

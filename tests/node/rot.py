@@ -18,7 +18,8 @@ def data_file(data: Path, tablet_id: str) -> Path:
 @contextmanager
 def raw(data: Path, tablet_id: str) -> Iterator[tuple[Any, Any, Any]]:
     """Open a tablet's file in plain LMDB: (transaction, records, changes); committed at the end."""
-    environment = lmdb.open(str(data_file(data, tablet_id).parent), max_dbs=16, create=False)
+    file = data_file(data, tablet_id)
+    environment = lmdb.open(str(file.parent), max_dbs=16, create=False, map_size=2 * file.stat().st_size + (1 << 24))
     try:
         records, changes = environment.open_db(b"records", create=False), environment.open_db(b"changes", create=False)
         with environment.begin(write=True) as transaction:
