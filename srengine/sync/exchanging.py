@@ -24,14 +24,13 @@ from typing import Any, Final
 import msgspec
 
 from srengine import errors, limits
-from srengine._native.tablet import decode_state
 from srengine.ha.contact import Channel
 from srengine.ha.follower_machine import Path
 from srengine.metrics import Metrics
 from srengine.storage import Tablet
 from srengine.storage.checking import prove
 from srengine.storage.merkle import Moment
-from srengine.storage.view import decode_meta
+from srengine.storage.view import decode_meta, decode_place
 from srengine.sync.exchange_machine import REPLY_TIMEOUT_S, Apply, Initiator, Outcome, Responder
 from srengine.sync.exchange_messages import (
     ExchangeClose,
@@ -132,7 +131,7 @@ class Goal:
 
     def check(self, work: Apply) -> None:
         """Raise `ForeignData` or `Diverged` for a state that must not replace the own one."""
-        sequence, root, count, *_ = decode_state(work.state)
+        sequence, root, count = decode_place(work.state)
         for database, name, value in decode_meta(work.meta):
             if (database, name) == (0, b"ancestry") and value[-24:-8].hex() != self.lineage:
                 raise errors.ForeignData(

@@ -143,7 +143,7 @@ def test_each_tablet_is_read_once_in_an_interval(side: Side) -> None:
 
 
 def test_what_is_found_is_told(side: Side, tmp_path: Path) -> None:
-    """K11: rotten values and lost change entries are healed; records that do not give the root are told to the machine."""
+    """K11: rotten values and lost change entries are healed; records that miss the root are told to the machine."""
     side.store.close()
     path = tmp_path / "data"
     rot.flip_value(path, TABLET, [b"%08d" % 7])
