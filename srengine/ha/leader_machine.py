@@ -723,6 +723,10 @@ class LeaderMachine:
         self.state = Doubting(why)
 
     def _own_damaged(self, reason: str) -> None:
+        if not self.others:
+            # Nobody could know better. Reads check what they find; what is missing only this alarm names.
+            self._alarm("only_copy_damaged", self.name, reason)
+            return
         self.check = Check.DAMAGED
         if isinstance(self.state, Serving):
             self._doubt(f"damaged: {reason}")

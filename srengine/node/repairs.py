@@ -11,7 +11,7 @@ import msgspec
 from srengine import errors
 from srengine.sync.exchange_messages import Request
 from srengine.sync.exchanging import REQUESTS
-from srengine.sync.messages import Compare, FetchRows, Round, RoundsReply, RunRound
+from srengine.sync.messages import CheckKeys, Compare, FetchRows, Round, RoundsReply, RunRound
 from srengine.transport import Peer, Reply
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class RepairServices:
         for request in REQUESTS:
             serve(request, self._exchanged, ports=("peer",))
         serve(FetchRows, self._fetched_rows, ports=("peer",))
+        serve(CheckKeys, self._checked_keys, ports=("peer",))
         serve(Compare, self._compared, ports=("peer",))
         serve(RunRound, self._ran_round, ports=("peer",))
 
@@ -43,6 +44,10 @@ class RepairServices:
         del peer, attachments
         found, rows = await self._node.sync.rows_fetched(message)
         return Reply(found, (rows,))
+
+    async def _checked_keys(self, peer: Peer, message: CheckKeys, attachments: Sequence[memoryview]) -> Reply:
+        del peer, attachments
+        return Reply(await self._node.sync.keys_checked(message))
 
     async def _compared(self, peer: Peer, message: Compare, attachments: Sequence[memoryview]) -> Reply:
         del peer, attachments

@@ -143,7 +143,7 @@ class Keeper:
         """Return what ``read`` finds; damaged records that it meets are healed from another replica first.
 
         ``inline``: the look-up is short, so it runs on the event loop. Raises `CorruptionError` when a record cannot be
-        healed; the machine knows of it then.
+        healed; an alarm names it then.
         """
         for _ in range(RECORDS_HEALED_MAX):
             try:
@@ -155,7 +155,18 @@ class Keeper:
                     self.unreadable(error)
                     raise
                 if not await self.heal([key], [], "a read met it"):
-                    self.damaged(error.message)
+                    await self._not_healed(error)
                     raise
                 self._metrics.add("srengine_read_repairs_total")
         return await asyncio.to_thread(read)
+
+    async def _not_healed(self, error: errors.CorruptionError) -> None:
+        """Name a record that nobody could put right. The rest of the copy stands if it still gives the root."""
+        self._alarm("record_damaged", error.message)
+        try:
+            proof = await self.prove()
+        except UNREADABLE as worse:
+            self.unreadable(worse)
+        else:
+            if not proof.whole:
+                self.damaged(proof.reason)

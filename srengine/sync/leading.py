@@ -29,6 +29,7 @@ from srengine.ha.messages import Pull, PullReply
 from srengine.ha.proof import Check
 from srengine.metrics import Metrics
 from srengine.storage import Batch, Outcome
+from srengine.sync.agreeing import differences
 from srengine.sync.copying import Rows, bring_up_to, rows_after
 from srengine.sync.exchanging import Exchanges, Goal
 from srengine.sync.keeping import CHANGE_WAIT_S, UNREADABLE, Keeper
@@ -230,12 +231,27 @@ class TabletLeader:
             self._check_reachable(need)
         as_of = self._clock.wall_ms() / 1000
         tablet = self.slot.opened()
+        sequence = tablet.position.sequence
         found = await self.keeper.sound(
             functools.partial(read_keys, tablet, keys, bytes_max=bytes_max), inline=len(keys) <= KEYS_INLINE_MAX
         )
         self._check_right()
         await self._wait_readable(found.depends_on, need, deadline)
+        if need is lm.Need.ALL and sequence == tablet.position.sequence:
+            await self._agree(keys, found, sequence)
         return found, as_of
+
+    async def _agree(self, keys: Sequence[bytes], found: Found, sequence: int) -> None:
+        """Have every replica read the keys, too; `NotReady` when one has something else: all prove their copies."""
+        spec = self.slot.spec
+        others = [node for node in spec.nodes if node != self._name]
+        differing = await differences(spec.tablet_id, sequence, keys, found, others, self._reach)
+        if not differing:
+            return
+        proof = await self.keeper.prove()
+        if not proof.whole:
+            self.damaged(proof.reason)
+        raise errors.NotReady(f"{', '.join(differing)} found other records than the leader at {sequence}; repairing")
 
     async def scan(
         self,

@@ -72,6 +72,25 @@ class FoundRows(msgspec.Struct, frozen=True):
     count: int
 
 
+class CheckKeys(msgspec.Struct, frozen=True):
+    """Ask a replica to read these keys: damaged records are put right, and what it finds is compared.
+
+    ``versions``: what the leader found at ``sequence``, 0: no record; compared only when the replica stands there, too.
+    """
+
+    tablet: str
+    sequence: int
+    keys: tuple[bytes, ...]
+    versions: tuple[int, ...]
+
+
+class CheckedKeys(msgspec.Struct, frozen=True):
+    """How many of them the replica has otherwise; it doubts its copy then. ``compared``: whether it stood there."""
+
+    different: int
+    compared: bool
+
+
 class Compare(msgspec.Struct, frozen=True):
     """Ask a replica whether it stands where this one does: root 16, count 8, sequence 8, as in an exchange."""
 
@@ -134,6 +153,8 @@ registry.register("sync.replica_states", ReplicaStates)
 registry.register("sync.replica_states_reply", ReplicaStatesReply)
 registry.register("sync.fetch_rows", FetchRows)
 registry.register("sync.found_rows", FoundRows)
+registry.register("sync.check_keys", CheckKeys)
+registry.register("sync.checked_keys", CheckedKeys)
 registry.register("sync.compare", Compare)
 registry.register("sync.compared", Compared)
 registry.register("sync.run_round", RunRound)

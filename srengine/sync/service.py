@@ -20,12 +20,14 @@ from srengine.ha.metadata import Store as Rows
 from srengine.metrics import Metrics
 from srengine.storage import Store, Tablet
 from srengine.storage.checking import sound_rows
-from srengine.sync import copying
+from srengine.sync import agreeing, copying
 from srengine.sync.exchange_messages import Reply, Request
 from srengine.sync.exchanging import Answering, Exchanges, WarmLeaves
 from srengine.sync.following import TabletFollower
 from srengine.sync.leading import TabletLeader
 from srengine.sync.messages import (
+    CheckedKeys,
+    CheckKeys,
     Compare,
     Compared,
     Copy,
@@ -236,6 +238,13 @@ class SyncService:
             sound_rows, slot.opened(), message.keys, bytes_max=limits.FETCH_ROWS_BYTES_MAX
         )
         return FoundRows(count), rows
+
+    async def keys_checked(self, message: CheckKeys) -> CheckedKeys:
+        """Read keys for a leader's look-up at `all`."""
+        follower = self.followers.get(message.tablet)
+        if follower is None:
+            raise errors.NotReady(f"{self.name} does not follow tablet {message.tablet[:64]} (yet)")
+        return await agreeing.checked(follower, message)
 
     async def compared(self, message: Compare) -> Compared:
         """Say whether this node's copy stands where the asking one does; `FrameError` for a malformed question."""

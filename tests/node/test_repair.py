@@ -109,6 +109,36 @@ def test_a_read_that_meets_a_damaged_record_is_right_and_repairs_it(nodes: Nodes
     clean(nodes, tablet_id)
 
 
+@pytest.mark.parametrize("kind", ["value", "removed"])
+@pytest.mark.parametrize("name", ["node-1", "node-3"])
+def test_a_read_at_all_repairs_what_it_finds(nodes: Nodes, asker: Asker, name: str, kind: str) -> None:
+    """K10: a look-up at `all` reads every replica's records; one that rotted or is missing on any of them, which nothing
+    else has looked at, is right there afterwards, and the answer is the right one.
+    """
+    node, one = nodes[name], nodes["node-1"].address
+    tablet_id, expected = filled(asker, one)
+    node.kill()
+    ROT[kind](node.data, tablet_id)
+    node.start().wait_ready()
+    wait_for(lambda: asker.settled(one, TABLE), "all replicas equal")
+    wanted = {key: expected[key] for key in KEYS}
+
+    def answered() -> dict[bytes, bytes | None] | None:
+        try:
+            return asker.read(one, TABLE, KEYS, consistency="all", timeout_s=5.0)
+        except (errors.NotReady, errors.NoQuorum):
+            return None
+
+    assert wait_for(answered, "an answer") == wanted
+
+    def repaired() -> bool:
+        return any(row["node"] == name and row["repairs"] for row in asker.replicas(one, TABLE))
+
+    wait_for(repaired, f"{name} repaired")
+    wait_for(lambda: asker.settled(one, TABLE), "all replicas equal")
+    clean(nodes, tablet_id)
+
+
 def test_records_lost_under_writes_are_found_by_acknowledgements(nodes: Nodes, asker: Asker) -> None:
     """K11: records that the first member lost are missed by the next write to them: its replicas cannot follow, all
     prove themselves, and the first member becomes equal to a replica. Nothing acknowledged is lost.
