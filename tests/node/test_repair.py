@@ -112,8 +112,8 @@ def test_a_read_that_meets_a_damaged_record_is_right_and_repairs_it(nodes: Nodes
 @pytest.mark.parametrize("kind", ["value", "removed"])
 @pytest.mark.parametrize("name", ["node-1", "node-3"])
 def test_a_read_at_all_repairs_what_it_finds(nodes: Nodes, asker: Asker, name: str, kind: str) -> None:
-    """K10: a look-up at `all` reads every replica's records; one that rotted or is missing on any of them, which nothing
-    else has looked at, is right there afterwards, and the answer is the right one.
+    """K10: a look-up at `all` reads every replica's records; one that rotted or is missing on any of them, which
+    nothing else has looked at, is right there afterwards, and the answer is the right one.
     """
     node, one = nodes[name], nodes["node-1"].address
     tablet_id, expected = filled(asker, one)
