@@ -75,6 +75,12 @@ class NoLeader(NoQuorum):
     code = "NO_LEADER"
 
 
+class UnknownMaster(NoLeader):
+    """Nobody is known to lead: an election is going on, or no majority is there."""
+
+    code = "UNKNOWN_MASTER"
+
+
 class NotLeader(NoLeader):
     """Another node leads the tablet; ``leader`` is its client address ("" when nobody is known)."""
 
@@ -200,6 +206,12 @@ class NotFound(Error):
 
     code = "NOT_FOUND"
     exit_code = 10
+
+
+class MemberNotFound(NotFound):
+    """There is no such member."""
+
+    code = "MEMBER_NOT_FOUND"
 
 
 class BelowPurgeMark(NotFound):

@@ -1,0 +1,284 @@
+"""What goes into a group's machine and what comes out: the contract between `machine.RaftMachine` and its driver.
+
+The driver's duties, in this order, for every `Effects`::
+
+    receive -> step -> persist -> send -> apply
+
+1. *persist*: hard state, truncation and new entries of all groups in one durable transaction. A driver that cannot
+   persist stops or fences the group; it never sends what depends on it.
+2. After it, ``step(Persisted(...))`` for each group that had something to persist (more effects may follow), and then
+   *send*. Messages may be lost.
+3. *apply*: committed entries in order, each once, whoever leads then. The driver tells ``step(Applied(index))`` once
+   they are durable in the state machine.
+4. *install*: fetch the state, put it in place durably, reset the log to its floor, then ``step(Installed(...))``, or
+   ``step(InstallFailed(...))``.
+
+Between a `drain` and the end of its *persist* the driver steps nothing into that group.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from srengine.consensus.entries import Configuration, Entry, Floor, HardState
+from srengine.consensus.messages import Message
+from srengine.types import NodeId
+
+# --- what goes in ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message for this group arrived; its sender was checked."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Propose:
+    """Append ``data`` if this node leads; answered by `Accepted` or `Refused` with the token.
+
+    With ``configuration`` it is a change of membership: single-step (one voter more or less, or learners), refused
+    while another is not committed or before an entry of the own term is committed (`Why.BUSY`).
+    """
+
+    token: int
+    data: bytes
+    configuration: Configuration | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Answer with a `ReadReady` when reads at that index are linearizable; a follower asks the leader."""
+
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Persisted:
+    """Everything drained so far is durable; ``last_index`` is the log's."""
+
+    last_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The state machine holds everything up to ``index`` durably."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """The state at ``floor`` is in place, durably, and the log begins behind it (entries after it that match stay)."""
+
+    floor: Floor
+
+
+@dataclass(frozen=True, slots=True)
+class InstallFailed:
+    """The state could not be fetched; the leader will offer it again."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trimmed:
+    """The log was trimmed to this floor."""
+
+    floor: Floor
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Hand leadership to ``target`` (None: to the voter that holds most), or say why not by `Refused`."""
+
+    token: int
+    target: NodeId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """The connection to ``peer`` closed, or it refused hello: if it leads, it may be dead. Starts a candidate early,
+    shortens no promise.
+    """
+
+    peer: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class StepDown:
+    """Give up leadership: the own disk overran its time, or the process ends. Nothing happens on a follower."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Whether this node may vote: False until its directory is known not to be behind what it once promised."""
+
+    trusted: bool
+
+
+Input = (
+    Received
+    | Propose
+    | Read
+    | Persisted
+    | Applied
+    | Installed
+    | InstallFailed
+    | Trimmed
+    | Transfer
+    | Hint
+    | StepDown
+    | Trust
+)
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Make this durable: first cut the log so that ``entries[0].index`` is next (when there are any), then append."""
+
+    hard_state: HardState | None = None
+    entries: tuple[Entry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One message to one node."""
+
+    target: NodeId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The proposal is in the own log at (index, term). It is decided when an entry is applied at that index: it is this
+    one exactly when the terms are equal.
+    """
+
+    token: int
+    index: int
+    term: int
+
+
+class Why(enum.Enum):
+    """Why a proposal, read or transfer was refused; nothing of it happened."""
+
+    NOT_LEADER = "not leader"
+    BUSY = "busy"
+    """A change of membership or a transfer is going on, or the term has no committed entry yet: try again."""
+    INVALID = "invalid"
+    """The configuration is not one step away, or would lose the quorum; the target is no voter."""
+    FULL = "full"
+    """Too much is not committed yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """``leader``: who leads as far as known."""
+
+    token: int
+    why: Why
+    leader: NodeId | None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadReady:
+    """Wait until ``index`` is applied, then read. Index 0: leadership could not be confirmed; ask again."""
+
+    token: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstallState:
+    """Fetch and put in place the state at ``floor`` from ``source``; see the driver's duties."""
+
+    source: NodeId
+    floor: Floor
+    reference: bytes
+
+
+class Role(enum.Enum):
+    """What the node is in this group."""
+
+    FOLLOWER = "follower"
+    CANDIDATE = "candidate"
+    LEADER = "leader"
+    LEARNER = "learner"
+
+
+@dataclass(frozen=True, slots=True)
+class RoleChanged:
+    """For the log, the metrics and the service above. ``leader``: None while unknown."""
+
+    role: Role
+    term: int
+    leader: NodeId | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """In the order of the driver's duties; see the module's text."""
+
+    persist: Persist | None = None
+    send: tuple[Outgoing, ...] = ()
+    apply: tuple[Entry, ...] = ()
+    accepted: tuple[Accepted, ...] = ()
+    refused: tuple[Refused, ...] = ()
+    reads: tuple[ReadReady, ...] = ()
+    install: InstallState | None = None
+    roles: tuple[RoleChanged, ...] = ()
+
+
+# --- what a machine is given -----------------------------------------------------------------------------------------
+
+
+class LogReader(Protocol):
+    """The group's durable log, as of the last *persist*. Reading it is a pure function of what was persisted."""
+
+    @property
+    def floor(self) -> Floor:
+        """What stands in for the trimmed entries."""
+        ...
+
+    @property
+    def last_index(self) -> int:
+        """Index of the last entry, the floor's when there is none."""
+        ...
+
+    def term_at(self, index: int) -> int | None:
+        """Return the term at ``index``; None below the floor or above the last. The floor's own term is known."""
+        ...
+
+    def entries(self, start: int, stop: int, bytes_max: int) -> tuple[Entry, ...]:
+        """Return entries in [start, stop), at least one if there is one, then up to ``bytes_max``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds. ``0 < heartbeat_s < lease_s <= election_s_min < election_s_max``.
+
+    ``lease_s``: a voter promises, with every answer to a heartbeat, to vote for nobody for so long from receipt; the
+    leader counts it from sending, less ``drift`` (a fraction). A voter that has just started promises it to whoever may
+    have had its word.
+    """
+
+    heartbeat_s: float = 0.1
+    lease_s: float = 0.5
+    election_s_min: float = 1.0
+    election_s_max: float = 2.0
+    drift: float = 0.01
+
+    def __post_init__(self) -> None:
+        assert 0 < self.heartbeat_s < self.lease_s <= self.election_s_min < self.election_s_max, self
+        assert 0 <= self.drift < 1, self.drift
