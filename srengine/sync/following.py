@@ -49,6 +49,7 @@ class TabletFollower:
         self._clock = around.clock
         self._spawn = around.spawn
         self._trusted = trusted
+        self._metrics = metrics
         self._delta: Delta | None = None
         self._copier: Copier | None = None
         self.verified_at = 0.0
@@ -141,6 +142,7 @@ class TabletFollower:
         """See `srengine.ha.group.FollowerActions`."""
         self._copier = Copier(self.slot, self._name)
         position = await self._copier.run(await self._reach(self.slot.spec.leader), copy.path)
+        self._metrics.add("srengine_sync_catch_ups_total", path=copy.path.value)
         # A full copy is another file than the one that was noted.
         self._spawn(self._stamp_when_synced(), f"stamp {self.slot.spec.tablet_id}")
         return position, self._copier.bytes_received
@@ -195,6 +197,8 @@ class TabletFollower:
             why = f"{error.code}: {error.message}"
             return fm.CopyFailed(why, self.slot.position, self.slot.filling, unproven=unproven)
         self._spawn(self._stamp_when_synced(), f"stamp {self.slot.spec.tablet_id}")
+        path = copied.path or copy.path
+        self._metrics.add("srengine_sync_catch_ups_total", path=path.value)
         return copied
 
     # --- reading -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 
 import lmdb
 
+PAGE = 4096
+
 
 def data_file(data: Path, tablet_id: str) -> Path:
     """Return the file of a tablet."""
@@ -69,3 +71,16 @@ def lose_change(data: Path, tablet_id: str, sequence: int) -> None:
         cursor = transaction.cursor(changes)
         assert cursor.set_key(sequence.to_bytes(8, "little")), sequence
         cursor.delete()
+
+
+def break_pages(data: Path, tablet_id: str, text: bytes) -> None:
+    """Spoil the heads of all pages that hold ``text``, stale ones too: LMDB cannot read them any more."""
+    file = data_file(data, tablet_id)
+    content = bytearray(file.read_bytes())
+    at = content.find(text)
+    assert at >= 0, text
+    while at >= 0:
+        page = at - at % PAGE
+        content[page + 8 : page + 16] = b"\xff" * 8
+        at = content.find(text, page + PAGE)
+    file.write_bytes(content)

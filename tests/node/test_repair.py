@@ -132,6 +132,25 @@ def test_a_read_that_meets_a_damaged_record_is_right_and_repairs_it(nodes: Nodes
     clean(nodes, tablet_id)
 
 
+@pytest.mark.parametrize("name", ["node-1", "node-3"])
+def test_a_damaged_page_is_replaced_by_a_copy(scrubbed: Nodes, asker: Asker, name: str) -> None:
+    """T11, F10: a page that cannot be read is found by the scrub; the copy is replaced by a proved full one."""
+    one, node = scrubbed["node-1"].address, scrubbed[name]
+    tablet_id, expected = filled(asker, one)
+    node.kill()
+    rot.break_pages(node.data, tablet_id, KEYS[1])
+    node.start().wait_ready()
+
+    def replaced() -> bool:
+        rows = asker.settled(one, TABLE)
+        return bool(rows) and any(row["node"] == name and row["path"] == "full" for row in rows)
+
+    wait_for(replaced, f"{name} replaced", 60.0)
+    assert asker.everything(one, TABLE) == expected
+    assert asker.everything(node.address, TABLE, consistency="local") == expected
+    clean(scrubbed, tablet_id)
+
+
 @pytest.mark.parametrize(("kind", "name"), [("removed", "node-1"), ("value", "node-3")])
 def test_a_read_at_all_repairs_what_it_finds(nodes: Nodes, asker: Asker, name: str, kind: str) -> None:
     """K10: a look-up at `all` reads every replica's records; one that rotted or is missing on any of them, which
