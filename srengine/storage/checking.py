@@ -144,9 +144,20 @@ def remove_unreadable(tablet: Tablet) -> int:
 
 
 def damaged_key(error: errors.CorruptionError) -> bytes | None:
-    """Return the key of the record that an error names, None when it names none (a page, a row of meta)."""
+    """Return the key of the record that is damaged, None when it is something else (a page, a row of meta)."""
+    if "MDB_" in str(error.details.get("what", "")):
+        # The key is what was looked for when a page could not be read.
+        return None
     shown = error.details.get("key")
     return bytes.fromhex(shown) if isinstance(shown, str) and shown else None
+
+
+def unreadable(error: errors.Error) -> bool:
+    """Return whether an error of a read says that the file itself is damaged: a page, or the medium."""
+    if isinstance(error, errors.CorruptionError):
+        return damaged_key(error) is None
+    # LMDB's own codes have no class of their own: it gives a transaction up after a page that it could not read.
+    return isinstance(error, errors.TabletFenced) or (type(error) is errors.Error and "errno" in error.details)
 
 
 def sound_rows(tablet: Tablet, keys: Sequence[bytes], *, bytes_max: int) -> tuple[bytes, int]:

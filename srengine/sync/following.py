@@ -19,9 +19,10 @@ from srengine.ha.group import FollowerDriver, Surroundings
 from srengine.ha.proof import Check
 from srengine.metrics import Metrics
 from srengine.storage import Delta
+from srengine.storage.checking import unreadable
 from srengine.sync.copying import COPY_PROGRESS_S, Copier, delta_of
 from srengine.sync.exchanging import Exchanges, Goal, Unproven
-from srengine.sync.keeping import CHANGE_WAIT_S, UNREADABLE, Keeper
+from srengine.sync.keeping import CHANGE_WAIT_S, Keeper
 from srengine.sync.reading import Found, Range, read_keys, read_range
 from srengine.sync.slots import Slot
 from srengine.types import Position
@@ -133,9 +134,10 @@ class TabletFollower:
         try:
             async with self.slot.writing:
                 return await asyncio.to_thread(self.slot.opened().apply_delta, delta)
-        except UNREADABLE as error:
-            # A record that the delta replaces cannot be read: not the delta's fault.
-            self.keeper.met(error)
+        except errors.Error as error:
+            if unreadable(error) or isinstance(error, errors.CorruptionError):
+                # What the delta replaces cannot be read: not the delta's fault.
+                self.keeper.met(error)
             raise
 
     async def copy(self, copy: fm.Copy) -> tuple[Position, int]:

@@ -15,7 +15,7 @@ from srengine.ha import follower_machine as fm
 from srengine.ha.contact import Reach
 from srengine.ha.group import AlarmSink
 from srengine.metrics import Metrics
-from srengine.storage.checking import Proof, damaged_key, prove, remove_unreadable
+from srengine.storage.checking import Proof, damaged_key, prove, remove_unreadable, unreadable
 from srengine.sync.copying import Copier
 from srengine.sync.exchanging import Exchanges, Goal, Result
 from srengine.sync.healing import heal_changes, heal_records
@@ -26,8 +26,6 @@ RECORDS_HEALED_MAX: Final = 64
 """Damaged records that one read heals before it gives up: a scan of a rotten disk is no way to repair it."""
 CHANGE_WAIT_S: Final = 0.25
 """How long whoever waits for a state of a machine waits for its next turn before looking again."""
-UNREADABLE: Final = (errors.CorruptionError, errors.TabletFenced)
-"""What says that the own file cannot be read: a page, or the medium. Nothing but a new copy helps."""
 
 Found = TypeVar("Found")
 
@@ -85,7 +83,9 @@ class Keeper:
         channel = await self._reach(peer)
         try:
             result = await self._exchanges.become_equal(self.slot, peer, channel, goal, recount=recount)
-        except UNREADABLE as error:
+        except errors.Error as error:
+            if not unreadable(error):
+                raise
             return await self._copy(peer, f"the own file cannot be read: {error.message}")
         if result.full_copy is not None:
             return await self._copy(peer, f"full copy: {result.full_copy.name.lower().replace('_', ' ')}", result)
@@ -148,25 +148,33 @@ class Keeper:
         for _ in range(RECORDS_HEALED_MAX):
             try:
                 return read() if inline else await asyncio.to_thread(read)
-            except errors.CorruptionError as error:
-                self.slot.health.damages += 1
-                key = damaged_key(error)
-                if key is None:
-                    self.unreadable(error)
+            except errors.Error as error:
+                key = damaged_key(error) if isinstance(error, errors.CorruptionError) else None
+                if key is None and not unreadable(error):
                     raise
-                if not await self.heal([key], [], "a read met it"):
-                    await self._not_healed(error)
-                    raise
-                self._metrics.add("srengine_read_repairs_total")
+                try:
+                    if key is not None and await self.heal([key], [], "a read met it"):
+                        self._metrics.add("srengine_read_repairs_total")
+                        continue
+                    await self._give_up(error)
+                except errors.Error as worse:
+                    if not unreadable(worse):
+                        raise
+                    self.unreadable(worse)
+                    raise errors.NotReady(f"the copy is being repaired: {worse.message}") from worse
+                raise
         return await asyncio.to_thread(read)
 
-    async def _not_healed(self, error: errors.CorruptionError) -> None:
-        """Name a record that nobody could put right. The rest of the copy stands if it still gives the root."""
+    async def _give_up(self, error: errors.Error) -> None:
+        """Name what nobody could put right; the copy stands if its records still give the root, else it is repaired.
+
+        Raises `NotReady` in that case: whoever reads comes again.
+        """
         self._alarm("record_damaged", error.message)
-        try:
-            proof = await self.prove()
-        except UNREADABLE as worse:
-            self.unreadable(worse)
-        else:
-            if not proof.whole:
-                self.damaged(proof.reason)
+        if unreadable(error):
+            raise error
+        self.slot.health.damages += 1
+        proof = await self.prove()
+        if not proof.whole:
+            self.damaged(proof.reason)
+            raise errors.NotReady(f"the copy is being repaired: {proof.reason}") from error

@@ -29,10 +29,11 @@ from srengine.ha.messages import Pull, PullReply
 from srengine.ha.proof import Check
 from srengine.metrics import Metrics
 from srengine.storage import Batch, Outcome
+from srengine.storage.checking import unreadable
 from srengine.sync.agreeing import differences
 from srengine.sync.copying import Rows, bring_up_to, rows_after
 from srengine.sync.exchanging import Exchanges, Goal
-from srengine.sync.keeping import CHANGE_WAIT_S, UNREADABLE, Keeper
+from srengine.sync.keeping import CHANGE_WAIT_S, Keeper
 from srengine.sync.reading import Found, Range, read_keys, read_range
 from srengine.sync.slots import Slot
 from srengine.types import Position
@@ -202,7 +203,7 @@ class TabletLeader:
                 for pending in group:
                     await self._commit_group([pending])
                 return
-            if isinstance(error, errors.TabletFenced | errors.CorruptionError):
+            if unreadable(error) or isinstance(error, errors.CorruptionError):
                 self._alarm("tablet_failed", f"tablet {self.slot.spec.tablet_id}: {error.message}")
                 self.keeper.met(error)
             for pending in group:
@@ -352,7 +353,10 @@ class TabletLeader:
         """See `srengine.ha.group.LeaderProver`."""
         try:
             proof = await self.keeper.prove()
-        except UNREADABLE as error:
+        except errors.Error as error:
+            if not unreadable(error):
+                raise
+            self.keeper.met(error)
             return False, error.message
         return proof.whole, proof.reason
 

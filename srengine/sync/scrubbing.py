@@ -22,7 +22,7 @@ from srengine import errors, limits
 from srengine.clock import Clock
 from srengine.ha.contact import Reach
 from srengine.metrics import Metrics
-from srengine.storage.checking import CHANGE, RECORD, CheckedSlice, Proof, check_slice
+from srengine.storage.checking import CHANGE, RECORD, CheckedSlice, Proof, check_slice, unreadable
 from srengine.sync.exchange_messages import encode_compare
 from srengine.sync.exchanging import WarmLeaves
 from srengine.sync.following import TabletFollower
@@ -129,7 +129,9 @@ class Scrubber:
         try:
             await self._walk(group, found, bytes_s)
             proof = await group.keeper.prove()
-        except (errors.CorruptionError, errors.TabletFenced) as error:
+        except errors.Error as error:
+            if not unreadable(error):
+                raise
             found.whole, found.reason = False, error.message
             group.keeper.unreadable(error)
             self._metrics.add("srengine_scrub_damages_total", kind="page")
