@@ -149,6 +149,8 @@ class Scrubber:
         after: bytes | None = None
         done = False
         while not done:
+            # A pass may take hours.
+            await self._warm.expire()
             piece = await self._piece(group, after, bytes_s)
             after, done = piece.after, piece.done
             found.records += piece.records
