@@ -119,6 +119,38 @@ EXCHANGE_RANGES_MAX: Final = 4096
 """Ranges of keys shipped whole in one message."""
 EXCHANGE_TABLETS_MAX: Final = 1024
 """Tablets that are compared in one message: 32 KiB of positions."""
+EXCHANGE_INLINE_BYTES_MAX: Final = 64 * KIB
+"""Bodies of an exchange's messages up to this travel inside the message, larger ones as an attachment."""
+EXCHANGES_MAX: Final = 2
+"""Exchanges that a node begins at one time; each may hold EXCHANGE_BYTES_MAX and a walk of all records."""
+EXCHANGE_ANSWERS_MAX: Final = 2
+"""Requests of exchanges that a node answers at one time; what is more waits its turn."""
+EXCHANGE_ANSWERS_WAITING_MAX: Final = 16
+"""Requests of exchanges that wait; what is more is told to come again."""
+LEAVES_WARM_MAX: Final = 32
+"""Tablets whose leaves are kept in memory after an exchange (about 1.5 MB for a million records)."""
+LEAVES_WARM_S: Final = 60.0
+"""How long they are kept without another exchange: as long as following writes costs more than building them anew."""
+EXCHANGE_UNPROVEN_MAX: Final = 3
+"""Exchanges in a row that did not reach the root the peer promised; then it is left alone for QUARANTINE_S."""
+QUARANTINE_S: Final = 600.0
+
+# --- scrub -----------------------------------------------------------------------------------------------------------
+SCRUB_BYTES_S: Final = 4 * MIB
+"""Default of how many bytes of records a node reads a second to look for rot: about a tenth of one core."""
+SCRUB_INTERVAL_S: Final = 86_400.0
+"""Default of how often each tablet is read whole."""
+SCRUB_START_S: Final = 60.0
+"""A node that has just started has better things to do."""
+SCRUB_SLICE_BYTES: Final = 256 * KIB
+"""Read at a time: a few milliseconds, and one short view."""
+SCRUB_DAMAGES_MAX: Final = 4096
+"""Damaged records healed one by one in a pass; with more of them the copy is replaced."""
+FETCH_ROWS_KEYS_MAX: Final = 512
+"""Keys asked for in one message."""
+FETCH_ROWS_BYTES_MAX: Final = 128 * MIB
+HEAL_ATTEMPTS_MAX: Final = 5
+"""Tries to put a healed record into a tablet that is being written."""
 
 # --- client ----------------------------------------------------------------------------------------------------------
 READ_MESSAGE_KEYS_MAX: Final = 4096
@@ -136,6 +168,9 @@ FAILED_KEYS_NAMED_MAX: Final = 100
 """Keys that the error of a partly failed batch names; the rest is counted."""
 
 assert EXCHANGE_CELLS_MAX * 30 <= EXCHANGE_BYTES_MAX, (EXCHANGE_CELLS_MAX, EXCHANGE_BYTES_MAX)
+assert EXCHANGE_INLINE_BYTES_MAX <= BODY_BYTES_MAX, (EXCHANGE_INLINE_BYTES_MAX, BODY_BYTES_MAX)
+assert FETCH_ROWS_KEYS_MAX * KEY_BYTES_MAX <= CLIENT_FRAME_BYTES_MAX, (FETCH_ROWS_KEYS_MAX, CLIENT_FRAME_BYTES_MAX)
+assert FETCH_ROWS_BYTES_MAX <= CONNECTION_BYTES_MAX, (FETCH_ROWS_BYTES_MAX, CONNECTION_BYTES_MAX)
 assert EXCHANGE_BYTES_MAX <= CONNECTION_BYTES_MAX, (EXCHANGE_BYTES_MAX, CONNECTION_BYTES_MAX)
 assert KEY_BYTES_MIN >= 1, KEY_BYTES_MIN
 assert KEY_BYTES_MAX <= 511, KEY_BYTES_MAX
@@ -165,6 +200,10 @@ just died.
 """
 START_GRACE_S: Final = 1.0
 """A leader that knows enough waits this long for the rest: one that knows better may just be starting."""
+COME_UP_S: Final = 3.0
+"""How long a leader whose copy is damaged waits for a replica that is behind to come up before it goes back to it."""
+CHECK_KEPT_S: Final = 15.0
+"""How long a replica that was proved whole and is refused says so before it tries the leader's rows again."""
 HALT_RETRY_S: Final = 1.0
 """A replica that was refused (diverged, foreign) or that failed asks again after this."""
 

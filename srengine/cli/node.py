@@ -86,6 +86,15 @@ def _node_option(name: str, help_text: str, **attributes: Any) -> Callable[[Any]
 @_node_option("--insecure", "Listen on routable addresses without keys, accept open permissions.", is_flag=True)
 @_node_option("--allow-remote-fs", "Accept a network file system. Locks and fsync may lie there.", is_flag=True)
 @_node_option("--map-bytes", "First size of each tablet's memory map.", type=click.IntRange(min=1), metavar="N")
+@_node_option(
+    "--scrub-bytes-s", "Bytes a second that are read to look for rot; 0: none.", type=click.IntRange(min=0), metavar="N"
+)
+@_node_option(
+    "--scrub-interval-s",
+    "Seconds in which each tablet is read whole once.",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+)
 @_node_option("--config", "Options from FILE (TOML), by their names.", metavar="FILE")
 @click.option("--with-parent", is_flag=True, hidden=True, help="End with the process that started this one.")
 @pass_settings

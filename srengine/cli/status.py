@@ -26,7 +26,26 @@ _REPLICA_COLUMNS = (
     "bytes_received",
     "path",
     "reason",
+    "scrubbed_at",
+    "scrub_records",
+    "repairs",
+    "quarantined",
 )
+_ROUND_COLUMNS = (
+    "table",
+    "tablet",
+    "node",
+    "leader",
+    "outcome",
+    "records",
+    "damages",
+    "repaired",
+    "bytes",
+    "rounds",
+    "path",
+    "reason",
+)
+_RIGHT = frozenset({"equal", "healed", "repaired", "moving"})
 
 
 @click.command(cls=Command)
@@ -74,3 +93,20 @@ def sync_status(settings: Settings, *, table: str) -> None:
     with settings.connect() as cluster:
         replicas = cluster.sync_status(table)
     settings.out.many(replicas, _REPLICA_COLUMNS)
+
+
+@sync.command("run")
+@click.argument("table", required=False, default="")
+@click.option("--wait", "wait_s", type=float, default=600.0, show_default=True, metavar="S", help="Time for the round.")
+@click.pass_context
+@pass_settings
+def sync_run(settings: Settings, context: click.Context, *, table: str, wait_s: float) -> None:
+    """Read every replica (of TABLE) whole now, compare it with its leader, repair it; print what came of each.
+
+    Ends with 7 when a replica is not right afterwards.
+    """
+    with settings.connect() as cluster:
+        rounds = cluster.sync_run(table, timeout_s=wait_s)
+    settings.out.many(rounds, _ROUND_COLUMNS)
+    if any(each["outcome"] not in _RIGHT for each in rounds):
+        context.exit(errors.CorruptionError.exit_code)

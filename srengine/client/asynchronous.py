@@ -24,6 +24,8 @@ from srengine.client.tables import AsyncTable
 from srengine.security import parse_public_key
 
 TIMEOUT_S_DEFAULT = 10.0
+ROUND_SLACK_S = 10.0
+"""What the answer of a round may need beyond the round itself."""
 
 
 class AsyncClient:
@@ -206,6 +208,17 @@ class AsyncClient:
         replicas: list[dict[str, Any]] = _json(expect(reply.message, messages.SyncStatusReply).replicas, list)
         return replicas
 
+    async def sync_run(self, table: str = "", *, timeout_s: float = 600.0) -> list[dict[str, Any]]:
+        """Have all replicas (of one table) read whole, compared and repaired now; as ``srengine sync run -o json``.
+
+        ``timeout_s`` bounds the round at each node; a replica that is not done by then is listed as ``timed out``.
+        """
+        # Twice: an attempt may take half of what is left, and a round is not to be begun again at another node.
+        call = self._any_call(lambda _: messages.SyncRun(table, timeout_s), 2 * (timeout_s + ROUND_SLACK_S))
+        reply = await self._call(call)
+        rounds: list[dict[str, Any]] = _json(expect(reply.message, messages.SyncRunReply).rounds, list)
+        return rounds
+
     # --- life --------------------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
@@ -234,8 +247,8 @@ class AsyncClient:
     def _deadline(self, timeout_s: float | None = None) -> float:
         return asyncio.get_running_loop().time() + (self.timeout_s if timeout_s is None else timeout_s)
 
-    def _any_call(self, build: Callable[[float], msgspec.Struct]) -> Call:
-        return Call(build=build, candidates=self._routes.anybody, deadline=self._deadline())
+    def _any_call(self, build: Callable[[float], msgspec.Struct], timeout_s: float | None = None) -> Call:
+        return Call(build=build, candidates=self._routes.anybody, deadline=self._deadline(timeout_s))
 
     def _tablet_call(
         self,

@@ -140,6 +140,10 @@ class Client:
         """Return the state of each replica; see `AsyncClient.sync_status`."""
         return self._run(self._client.sync_status(table))
 
+    def sync_run(self, table: str = "", *, timeout_s: float = 600.0) -> list[dict[str, Any]]:
+        """Have all replicas checked, compared and repaired now; see `AsyncClient.sync_run`."""
+        return self._run(self._client.sync_run(table, timeout_s=timeout_s))
+
     def close(self) -> None:
         """Close all connections and end the thread. A second close does nothing."""
         with self._lock:

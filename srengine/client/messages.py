@@ -96,10 +96,24 @@ class SyncStatusReply(msgspec.Struct, frozen=True):
     """``replicas`` is the JSON text (UTF-8) of a list of objects.
 
     Keys: table, tablet, node, leader, term, state, sequence, behind, root (hexadecimal), verified_at, bytes_received,
-    path, reason. A replica that does not answer is listed with state UNKNOWN.
+    path, reason, scrubbed_at, scrub_records, repairs, quarantined. A replica that does not answer is listed with state
+    UNKNOWN.
     """
 
     replicas: bytes
+
+
+class SyncRun(msgspec.Struct, frozen=True):
+    """Have every node read its replicas (of one table) whole now, compare them with their leaders, and repair them."""
+
+    table: str = ""
+    timeout_s: float = 600.0
+
+
+class SyncRunReply(msgspec.Struct, frozen=True):
+    """``rounds`` is the JSON text (UTF-8) of a list of objects, see docs/cli.md (State)."""
+
+    rounds: bytes
 
 
 # --- catalog ---------------------------------------------------------------------------------------------------------
@@ -371,6 +385,8 @@ registry.register("client.status", Status)
 registry.register("client.status_reply", StatusReply)
 registry.register("client.sync_status", SyncStatus)
 registry.register("client.sync_status_reply", SyncStatusReply)
+registry.register("client.sync_run", SyncRun)
+registry.register("client.sync_run_reply", SyncRunReply)
 registry.register("client.create_database", CreateDatabase)
 registry.register("client.list_databases", ListDatabases)
 registry.register("client.database_list", DatabaseList)

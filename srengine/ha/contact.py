@@ -126,6 +126,7 @@ class Contact:
             filling=ask.filling,
             committed_known=ask.committed_known,
             leader_seen=None if seen is None else _process_id(seen),
+            check=ask.check.value,
         )
         try:
             reply, attachments = await channel.request(pull, timeout_s=timeout_s)

@@ -6,6 +6,8 @@ The picture::
     Idle -----+             |                                            |
       ^                     +--answer: rows that fit --> Applying ------>+
       |                     +--answer: too much, half applied --> Copying(delta|full) -->+
+      |                     +--answer: repair, below the mark --> Copying(sketch) ------>+
+      |                     +--answer: diverged; rows do not fit --> Proving ----------->+
       +------------------ after a pause ---- refused (diverged, foreign, unsafe source) -+
 
 One question is open at a time. A question states the own durable position, so it acknowledges everything up to there.
@@ -14,14 +16,19 @@ One question is open at a time. A question states the own durable position, so i
 sequence at or above what the leader called committed in that answer). It is SYNCED while that is at most
 ``STALENESS_S_MAX`` ago. Nothing else makes it SYNCED, and nothing of it is stored: after a start it is not.
 
+*Doubt.* A root that the leader does not share, rows that do not reach their root, or damage that a scrub found makes
+the replica prove itself (`srengine.ha.proof`): it recounts its records and says with every further question what came
+out. The leader decides; `repair` tells this replica to become equal by an exchange. Until then nothing of it is
+deleted.
+
 Invariants, each checked by the simulation in tests/ha:
 
 1. Only positions of the source are ever applied: a delta starts at exactly the own sequence and root, or is refused by
    the tablet.
-2. The own copy is replaced (full copy) only by a source of the same lineage that stands at or past the own sequence, or
-   when the own copy is empty. Otherwise the machine halts and names both (`reason`).
+2. The own copy is replaced (full copy) or repaired (exchange) only by a source of the same lineage that stands at or
+   past the own sequence, or when the own copy is empty. Otherwise the machine halts and names both (`reason`).
 3. ``committed_known`` never goes back; a reader waits (`AwaitCommitted`) until it covers what was read.
-4. A refusal (diverged, foreign) ends SYNCED at once.
+4. A refusal (diverged, foreign) and doubt end SYNCED at once.
 """
 
 from __future__ import annotations
@@ -32,7 +39,21 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from srengine import limits
+from srengine.ha.proof import Check
 from srengine.types import Position
+
+
+class Path(enum.Enum):
+    """How rows came: the tail of the log while current, a delta after an absence, an exchange (sketches, or leaf
+    digests after all sketches), a full copy.
+    """
+
+    LOG = "log"
+    DELTA = "delta"
+    SKETCH = "sketch"
+    LEAVES = "leaves"
+    FULL = "full"
+
 
 # --- what goes in ----------------------------------------------------------------------------------------------------
 
@@ -45,6 +66,10 @@ class SourceState(enum.Enum):
     DELTA = "delta"
     TOO_LARGE = "too_large"
     COPY = "copy"
+    EXCHANGE = "exchange"
+    """The change log does not go back that far; what differs is found by an exchange."""
+    REPAIR = "repair"
+    """The leader has decided that this copy is the wrong one."""
     DIVERGED = "diverged"
     FOREIGN = "foreign"
 
@@ -87,21 +112,44 @@ class DeltaRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class Damaged:
+    """A scrub or a read found that the records are not what they were; nothing the leader said."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """The records were added up: ``whole`` when they give the root that the copy carries at ``position``."""
+
+    position: Position
+    whole: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Copied:
-    """A copy over the bulk port is complete and proved; the replica stands at ``position``."""
+    """A copy or an exchange is complete and proved; the replica stands at ``position``. ``path``: how it went in the
+    end, None: as was asked for.
+    """
 
     position: Position
     bytes_received: int
+    path: Path | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyFailed:
-    """The copy stopped; what was begun is resumed by the next one. ``position`` is the own one now."""
+    """The copy stopped; what was begun is resumed by the next one. ``position`` is the own one now. ``unproven``: an
+    exchange did not reach the root it was promised, so one of the two copies is not what it says.
+    """
 
     reason: str
     position: Position
     filling: bool
     bytes_received: int = 0
+    unproven: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +165,9 @@ class Kick:
     """The leader is another process now: give the open question up and ask again."""
 
 
-Input = Answered | Failed | DeltaApplied | DeltaRefused | Copied | CopyFailed | AwaitCommitted | Kick
+Input = Answered | Failed | DeltaApplied | DeltaRefused | Copied | CopyFailed | AwaitCommitted | Kick | Damaged | Proved
 
 # --- what comes out --------------------------------------------------------------------------------------------------
-
-
-class Path(enum.Enum):
-    """How rows came: the tail of the log while current, a delta after an absence, a full copy."""
-
-    LOG = "log"
-    DELTA = "delta"
-    FULL = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +178,7 @@ class Ask:
     position: Position
     filling: bool
     committed_known: int
+    check: Check = Check.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +191,17 @@ class ApplyDelta:
 @dataclass(frozen=True, slots=True)
 class Copy:
     """Fetch over the bulk port: a DELTA in place, or a FULL copy into a stage that replaces the own copy once
-    proved.
+    proved; or SKETCH: become equal by an exchange. ``recount``: the records do not give the carried root.
     """
 
     path: Path
     source: Position
+    recount: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prove:
+    """Add the records up and report by `Proved`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +221,12 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What the service does: at most one of ``ask``, ``apply``, ``copy`` is there."""
+    """What the service does: at most one of ``ask``, ``apply``, ``copy``, ``prove`` is there."""
 
     ask: Ask | None = None
     apply: ApplyDelta | None = None
     copy: Copy | None = None
+    prove: Prove | None = None
     release: tuple[Release, ...] = ()
     alarms: tuple[Alarm, ...] = ()
 
@@ -213,9 +261,14 @@ class Applying:
 
 @dataclass(frozen=True, slots=True)
 class Copying:
-    """A copy over the bulk port is running."""
+    """A copy over the bulk port, or an exchange, is running."""
 
     path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Proving:
+    """The records are being added up."""
 
 
 class ReplicaState(enum.Enum):
@@ -241,13 +294,22 @@ class FollowerMachine:
     """One replica of the journal or of a tablet; ``step``, ``tick``, ``drain``, see the module's text.
 
     ``filling``: the SYNCING mark stands in the tablet, so its position is none. ``created``: the tablet was made in
-    this run because the directory had none (a new member, or a wiped one).
+    this run because the directory had none (a new member, or a wiped one). ``provable``: the group can add its records
+    up and exchange (a tablet); the journal cannot, and halts where a tablet would prove itself.
     """
 
-    def __init__(self, *, own: Position, filling: bool, created: bool, now: float) -> None:
+    def __init__(self, *, own: Position, filling: bool, created: bool, now: float, provable: bool = False) -> None:
         self.own = own
         self.filling = filling
-        self.state: Idle | Asking | Applying | Copying = Idle(now)
+        self.state: Idle | Asking | Applying | Copying | Proving = Idle(now)
+        self.check = Check.NONE
+        """What the own proof said; holds for ``own`` alone and is forgotten when that changes."""
+        self.doubt = ""
+        """Why the copy has to be proved next; empty: nothing is doubted, or the proof was made."""
+        self._checked_at = now
+        """When ``check`` was made; WHOLE is tried anew after a while, for the leader's copy may be another one then."""
+        self._disputed = False
+        """Whether it was the leader's word or rows that did not fit; else a scrub's finding."""
         self.committed_known = 0
         self.fresh_at: float | None = None
         """When the question was asked that made the replica current; None: never in this run, or refused since."""
@@ -257,6 +319,7 @@ class FollowerMachine:
         """Why the replica is refused or refuses; empty when it is not."""
         self.catch_up = CatchUp(reason="created" if created else "started")
         self.bytes_received_total = 0
+        self._provable = provable
         self._seeding = created
         self._was_synced = False
         self._now = now
@@ -267,6 +330,7 @@ class FollowerMachine:
         self._effects_ask: Ask | None = None
         self._effects_apply: ApplyDelta | None = None
         self._effects_copy: Copy | None = None
+        self._effects_prove: Prove | None = None
         self._release: list[Release] = []
         self._alarms: list[Alarm] = []
 
@@ -280,31 +344,26 @@ class FollowerMachine:
                     self._answered(message, self.state.asked_at)
             case Failed(number, reason):
                 if isinstance(self.state, Asking) and self.state.number == number:
-                    self._note_lag(reason)
-                    pause_s = limits.ASK_RETRY_S * 2 ** min(self._failures, limits.ASK_RETRY_DOUBLINGS_MAX)
-                    self._failures += 1
-                    self.state = Idle(self._now + pause_s)
+                    self._unanswered(reason)
             case DeltaApplied(position):
                 self._delta_applied(position)
             case DeltaRefused(reason, diverged):
                 self._delta_refused(reason, diverged=diverged)
-            case Copied(position, bytes_received):
-                self._received(bytes_received)
-                self._copied(position)
-            case CopyFailed(reason, position, filling, bytes_received):
-                self._received(bytes_received)
-                self.own, self.filling = position, filling
-                self._note_lag(f"interrupted: {reason}")
-                self.state = Idle(self._now + limits.HALT_RETRY_S)
+            case Copied():
+                self._received(message.bytes_received)
+                self._copied(message)
+            case CopyFailed():
+                self._copy_failed(message)
             case AwaitCommitted(token, sequence):
                 heapq.heappush(self._waits, (sequence, token))
                 self._release_waits()
             case Kick():
-                self._failures = 0
-                if isinstance(self.state, Asking | Idle):
-                    # A question that nobody has fetched yet is withdrawn with the state that asked it.
-                    self._effects_ask = None
-                    self.state = Idle(self._now)
+                self._kicked()
+            case Damaged(reason):
+                self._doubted(reason, disputed=False)
+            case Proved(position, whole, reason):
+                if isinstance(self.state, Proving):
+                    self._proved(position, reason, whole=whole)
             case _:
                 assert_never(message)
 
@@ -315,17 +374,27 @@ class FollowerMachine:
         if self._was_synced and not self.synced(now):
             self._was_synced = False
             self.catch_up = CatchUp(reason=f"out of contact for {limits.STALENESS_S_MAX:g} s")
-        if isinstance(self.state, Idle) and now >= self.state.ask_at:
+        if isinstance(self.state, Idle) and self.doubt and not self.filling:
+            self.state = Proving()
+            self._effects_prove = Prove()
+        elif isinstance(self.state, Idle) and now >= self.state.ask_at:
+            if self.check is Check.WHOLE and now - self._checked_at > limits.CHECK_KEPT_S:
+                self.check = Check.NONE
             self._number += 1
             self.state = Asking(self._number, now)
-            self._effects_ask = Ask(self._number, self.own, self.filling, self.committed_known)
+            self._effects_ask = Ask(self._number, self.own, self.filling, self.committed_known, self.check)
 
     def drain(self) -> Effects:
         """Return what is to be done since the last call."""
         effects = Effects(
-            self._effects_ask, self._effects_apply, self._effects_copy, tuple(self._release), tuple(self._alarms)
+            self._effects_ask,
+            self._effects_apply,
+            self._effects_copy,
+            self._effects_prove,
+            tuple(self._release),
+            tuple(self._alarms),
         )
-        self._effects_ask = self._effects_apply = self._effects_copy = None
+        self._effects_ask = self._effects_apply = self._effects_copy = self._effects_prove = None
         self._release, self._alarms = [], []
         return effects
 
@@ -358,7 +427,22 @@ class FollowerMachine:
     @property
     def next_deadline(self) -> float | None:
         """Time of the next useful ``tick``, None while something runs."""
-        return self.state.ask_at if isinstance(self.state, Idle) else None
+        if not isinstance(self.state, Idle):
+            return None
+        return self._now if self.doubt and not self.filling else self.state.ask_at
+
+    def _kicked(self) -> None:
+        self._failures = 0
+        if isinstance(self.state, Asking | Idle):
+            # A question that nobody has fetched yet is withdrawn with the state that asked it.
+            self._effects_ask = None
+            self.state = Idle(self._now)
+
+    def _unanswered(self, reason: str) -> None:
+        self._note_lag(reason)
+        pause_s = limits.ASK_RETRY_S * 2 ** min(self._failures, limits.ASK_RETRY_DOUBLINGS_MAX)
+        self._failures += 1
+        self.state = Idle(self._now + pause_s)
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
@@ -390,12 +474,58 @@ class FollowerMachine:
                 # What a delta left half applied is gone on with; without anything to build on only a full copy helps.
                 path = Path.DELTA if self.filling and self.own.count else Path.FULL
                 self._copy(path, answer, answer.reason or "a copy was interrupted")
-            case SourceState.DIVERGED | SourceState.FOREIGN:
+            case SourceState.EXCHANGE:
+                path = Path.SKETCH if self._provable and self.own.count and not self.filling else Path.FULL
+                self._copy(path, answer, answer.reason)
+            case SourceState.REPAIR:
+                self._copy(
+                    Path.FULL if self.filling else Path.SKETCH,
+                    answer,
+                    answer.reason,
+                    recount=self.check is Check.DAMAGED,
+                )
+            case SourceState.DIVERGED:
+                self._halt(answer.reason)
+                if self.check is Check.NONE:
+                    self._doubted(answer.reason, disputed=True)
+            case SourceState.FOREIGN:
                 self._halt(answer.reason)
             case _:
                 assert_never(answer.state)
 
-    def _copy(self, path: Path, answer: Answered, why: str) -> None:
+    # --- doubt -------------------------------------------------------------------------------------------------------
+
+    def _doubted(self, reason: str, *, disputed: bool) -> None:
+        """Have the copy proved as soon as nothing runs; it is not current until that and what follows is over."""
+        if not self._provable:
+            return
+        self._disputed = self._disputed or disputed
+        if self.doubt:
+            return
+        self.doubt = reason
+        self._refuse(reason)
+
+    def _proved(self, position: Position, reason: str, *, whole: bool) -> None:
+        self._stand_at(position)
+        doubt, self.doubt = self.doubt, ""
+        disputed, self._disputed = self._disputed, False
+        self.check = Check.DAMAGED if not whole else Check.WHOLE if disputed else Check.NONE
+        self._checked_at = self._now
+        if self.check is Check.NONE:
+            # What was found was replaced or healed meanwhile.
+            self.halted = ""
+        if not whole:
+            self.catch_up = CatchUp(reason=f"damaged: {reason}")
+            self._alarms.append(Alarm("replica_damaged", f"{reason}; found because of: {doubt}"))
+            self.halted = f"damaged: {reason}"
+        self.state = Idle(self._now)
+
+    def _stand_at(self, position: Position) -> None:
+        if position != self.own:
+            self.own = position
+            self.check = Check.NONE
+
+    def _copy(self, path: Path, answer: Answered, why: str, *, recount: bool = False) -> None:
         refusal = self._unsafe(answer.source)
         if refusal:
             self._halt(refusal)
@@ -407,7 +537,7 @@ class FollowerMachine:
         self.fresh_at = None
         self.halted = ""
         self.state = Copying(path)
-        self._effects_copy = Copy(path, answer.source)
+        self._effects_copy = Copy(path, answer.source, recount)
 
     def _unsafe(self, source: Position) -> str:
         """Return why the own copy must not be replaced by this source, empty if it may."""
@@ -423,12 +553,16 @@ class FollowerMachine:
             return f"the source is behind ({ours}; {theirs})"
         return ""
 
-    def _halt(self, reason: str) -> None:
+    def _refuse(self, reason: str) -> None:
+        """Stop being current, and say why; what runs goes on."""
         if reason != self.halted:
             self._alarms.append(Alarm("replica_refused", reason))
         self.halted = reason
         self.fresh_at = None
         self._was_synced = False
+
+    def _halt(self, reason: str) -> None:
+        self._refuse(reason)
         self.state = Idle(self._now + limits.HALT_RETRY_S)
 
     # --- rows --------------------------------------------------------------------------------------------------------
@@ -437,7 +571,7 @@ class FollowerMachine:
         if not isinstance(self.state, Applying):
             return
         assert position.sequence >= self.own.sequence, (position, self.own)
-        self.own = position
+        self._stand_at(position)
         applying = self.state
         self.state = Idle(self._now)
         self._become_fresh(applying.asked_at, applying.committed)
@@ -447,16 +581,39 @@ class FollowerMachine:
             return
         if diverged:
             self._halt(reason)
+            self._doubted(reason, disputed=True)
         else:
             self._note_lag(reason)
             self.state = Idle(self._now + limits.HALT_RETRY_S)
 
-    def _copied(self, position: Position) -> None:
-        self.own, self.filling = position, False
+    def _copied(self, copied: Copied) -> None:
+        self._stand_at(copied.position)
+        self.filling, self.check = False, Check.NONE
+        if isinstance(self.state, Copying) and self.state.path is Path.FULL:
+            # Nothing of what was doubted is left. What was doubted during an exchange still has to be proved.
+            self.doubt, self._disputed = "", False
+        if not self.doubt:
+            self.halted = ""
+        if copied.path is not None:
+            self.catch_up.path = copied.path
+        if copied.reason:
+            self._note_lag(copied.reason)
         self.state = Idle(self._now)
 
+    def _copy_failed(self, failed: CopyFailed) -> None:
+        self._received(failed.bytes_received)
+        self._stand_at(failed.position)
+        self.filling = failed.filling
+        self._note_lag(f"interrupted: {failed.reason}")
+        self.state = Idle(self._now + limits.HALT_RETRY_S)
+        if failed.unproven:
+            self._doubted(failed.reason, disputed=True)
+
     def _become_fresh(self, asked_at: float, committed: int) -> None:
+        if self.doubt or self.check is Check.DAMAGED:
+            return
         self.halted = ""
+        self.check = Check.NONE
         if self.filling or self.own.sequence < committed:
             return
         self.fresh_at = asked_at
@@ -471,8 +628,8 @@ class FollowerMachine:
                 self.catch_up.path = Path.LOG
             return
         if not self.catch_up.running:
-            self.catch_up = CatchUp(reason="behind")
-        if path is Path.FULL or self.catch_up.path is not Path.FULL:
+            self.catch_up = CatchUp(reason="repair" if path is Path.SKETCH else "behind")
+        if path is not Path.DELTA or self.catch_up.path is not Path.FULL:
             self.catch_up.path = path
 
     def _received(self, count: int) -> None:

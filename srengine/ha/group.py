@@ -44,11 +44,23 @@ class Surroundings:
     alarm: AlarmSink
 
 
+class LeaderProver(Protocol):
+    """What a leader's driver needs of a group that can prove and repair itself; `errors.Error` when it fails."""
+
+    async def prove(self) -> tuple[bool, str]:
+        """Add the own records up; return whether they give the carried root, and what is wrong if not."""
+        ...
+
+    async def repair(self, repair: lm.Repair) -> Position:
+        """Become equal to the replica that is named."""
+        ...
+
+
 class LeaderDriver:
     """Drives one `LeaderMachine`.
 
     ``recover(effect)`` fetches what is missing and returns the position reached; its `errors.Error` makes the machine
-    ask again.
+    ask again. ``prover``: for a machine that is ``provable``.
     """
 
     def __init__(
@@ -58,8 +70,10 @@ class LeaderDriver:
         around: Surroundings,
         recover: Callable[[lm.Recover], Awaitable[Position]],
         committed: Callable[[int], None] | None = None,
+        prover: LeaderProver | None = None,
     ) -> None:
         self.machine = machine
+        self._prover = prover
         self._committed = committed
         self._clock = around.clock
         self._spawn = around.spawn
@@ -72,6 +86,8 @@ class LeaderDriver:
         self._recovery: asyncio.Task[None] | None = None
         self._serving = asyncio.Event()
         self._last_pull: dict[str, tuple[object, int]] = {}
+        self.changed = asyncio.Event()
+        """Set after every turn; whoever waits for a state clears it first."""
 
     def start(self) -> None:
         """Begin; to be called on the event loop."""
@@ -148,10 +164,17 @@ class LeaderDriver:
             self._alarm(alarm.event, alarm.message)
         if effects.recover is not None:
             self._recovery = self._spawn(self._run_recovery(effects.recover), f"recover from {effects.recover.replica}")
+        if effects.prove is not None:
+            self._spawn(self._run_proof(), "prove the own copy")
+        if effects.repair is not None:
+            self._spawn(self._run_repair(effects.repair), f"repair from {effects.repair.replica}")
         if self.machine.serving:
             self._serving.set()
+        else:
+            self._serving.clear()
         if self._committed is not None:
             self._committed(self.machine.committed)
+        self.changed.set()
         self._arm()
 
     def _arm(self) -> None:
@@ -177,6 +200,28 @@ class LeaderDriver:
             self.step(lm.RecoveryFailed(f"{effect.replica}: {error.message}"))
         else:
             self.step(lm.Recovered(position))
+
+    async def _run_proof(self) -> None:
+        assert self._prover is not None, "a machine that is not provable asks for no proof"
+        while True:
+            try:
+                whole, reason = await self._prover.prove()
+            except errors.Error as error:
+                self._alarm("proof_failed", error.message)
+                await asyncio.sleep(limits.HALT_RETRY_S)
+            else:
+                self.step(lm.Proved(whole, reason))
+                return
+
+    async def _run_repair(self, repair: lm.Repair) -> None:
+        assert self._prover is not None, "a machine that is not provable asks for no repair"
+        try:
+            position = await self._prover.repair(repair)
+        except errors.Error as error:
+            self._alarm("repair_failed", f"from {repair.replica}: {error.message}")
+            self.step(lm.RepairFailed(f"{repair.replica}: {error.message}"))
+        else:
+            self.step(lm.Repaired(position))
 
     def close(self) -> None:
         """Stop timers; whoever waits gets `Closed`."""
@@ -216,6 +261,18 @@ class FollowerActions(Protocol):
         ...
 
 
+class FollowerProver(Protocol):
+    """What a replica's driver needs of a group that can prove and repair itself; `errors.Error` when it fails."""
+
+    async def prove(self) -> fm.Proved:
+        """Add the own records up."""
+        ...
+
+    async def exchange(self, copy: fm.Copy) -> fm.Copied | fm.CopyFailed:
+        """Become equal to the leader by an exchange, or by a full copy when that is cheaper or the only way."""
+        ...
+
+
 class FollowerDriver:
     """Drives one `FollowerMachine` in one task (`run`)."""
 
@@ -226,15 +283,17 @@ class FollowerDriver:
         *,
         around: Surroundings,
         committed: Callable[[int], None] | None = None,
+        prover: FollowerProver | None = None,
     ) -> None:
         self.machine = machine
         self._committed = committed
         self._actions = actions
+        self._prover = prover
         self._clock = around.clock
         self._alarm = around.alarm
         self._tokens = itertools.count(1)
         self._waits: dict[int, asyncio.Future[None]] = {}
-        self._todo: fm.Ask | fm.ApplyDelta | fm.Copy | None = None
+        self._todo: fm.Ask | fm.ApplyDelta | fm.Copy | fm.Prove | None = None
         self._kicked = asyncio.Event()
         self._said = ""
         self.changed = asyncio.Event()
@@ -242,6 +301,12 @@ class FollowerDriver:
 
     def kick(self) -> None:
         """Ask again at once: the leader is another process."""
+        self._kicked.set()
+
+    def damaged(self, reason: str) -> None:
+        """Take note that the own records are not what they were: they are proved as soon as nothing runs."""
+        self.machine.step(fm.Damaged(reason))
+        self._turn()
         self._kicked.set()
 
     async def run(self) -> None:
@@ -259,6 +324,9 @@ class FollowerDriver:
                 case fm.Copy() as copy:
                     self._todo = None
                     await self._copy(copy)
+                case fm.Prove():
+                    self._todo = None
+                    await self._prove()
                 case None:
                     await self._pause()
 
@@ -285,7 +353,7 @@ class FollowerDriver:
 
     def _turn(self) -> None:
         effects = self.machine.drain()
-        todo = effects.ask or effects.apply or effects.copy
+        todo = effects.ask or effects.apply or effects.copy or effects.prove
         if todo is not None:
             assert self._todo is None, (self._todo, todo)
             self._todo = todo
@@ -342,7 +410,21 @@ class FollowerDriver:
         else:
             self._step(fm.DeltaApplied(position))
 
+    async def _prove(self) -> None:
+        assert self._prover is not None, "a machine that is not provable asks for no proof"
+        try:
+            proved = await self._prover.prove()
+        except errors.Error as error:
+            # Not even that could be read; the copy is no basis for anything.
+            own, _ = self._actions.own()
+            proved = fm.Proved(own, whole=False, reason=f"{error.code}: {error.message}")
+        self._step(proved)
+
     async def _copy(self, copy: fm.Copy) -> None:
+        if copy.path is fm.Path.SKETCH:
+            assert self._prover is not None, "a machine that is not provable asks for no exchange"
+            self._step(await self._prover.exchange(copy))
+            return
         try:
             position, count = await self._actions.copy(copy)
         except errors.Error as error:

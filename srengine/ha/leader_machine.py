@@ -17,6 +17,9 @@ States::
     Starting --knows enough, nobody is ahead--> Serving
     Starting --knows enough, somebody is ahead--> Recovering(source) --Recovered--> Serving
     Recovering --RecoveryFailed--> Starting
+    Serving --own records damaged, or a disagreement that is not outvoted--> Doubting
+    Doubting --proved whole, and a majority agrees--> Serving
+    Doubting --damaged or outvoted, and a replica to repair from--> Doubting(source) --Repaired--> Serving
 
 Invariants, each checked by the simulation in tests/ha:
 
@@ -25,9 +28,19 @@ Invariants, each checked by the simulation in tests/ha:
    whose sequence left the ring of roots proves nothing and counts nothing until the next one.
 3. A replica that shows a lower sequence than before counts from the lower one at once, and an alarm names it.
 4. Nothing is released above ``committed`` (for `all`: above what every replica holds).
-5. Nothing is served in Starting and Recovering.
+5. Nothing is served in Starting, Recovering and Doubting.
 6. A replica with another root at the same sequence, or ahead of a leader that serves, is *diverged*: named by an alarm
-   and in the status, it counts for nothing and gets no rows; nothing of it or of us is deleted.
+   and in the status, it counts for nothing and gets no rows.
+7. A diverged replica is told to repair itself only when the own copy was proved whole, the replica has proved itself,
+   and it is damaged, or outvoted by a majority that agrees with the own root. One that is ahead waits until the leader
+   has passed it.
+8. The own copy is repaired only when it was proved damaged, from a replica that holds everything that may be
+   acknowledged: it is proved to stand at or past ``committed`` and ``served_from``, or it is the highest of enough
+   others whose disks are what they were; or when a majority agrees on another root at its own sequence.
+
+*Disagreement* (`srengine.ha.proof`). A replica whose root differs, or that says that the rows which follow its position
+do not reach our root, makes both sides prove themselves. A copy of ours that is damaged may lie ahead of all whole ones
+by what was never acknowledged; then it goes back to the best of those, and who waited for more is not released.
 
 What it does not do: elect (the first member leads), fence another leader (there is none), or decide how rows travel
 (the service asks the tablet whether they fit into an answer).
@@ -43,6 +56,7 @@ from typing import assert_never
 
 from srengine import limits
 from srengine.ha import quorum
+from srengine.ha.proof import Check
 from srengine.types import Position
 
 # --- what goes in ----------------------------------------------------------------------------------------------------
@@ -61,6 +75,8 @@ class Claim:
     """A copy is half applied: ``position`` is the one that it began from; the replica cannot be a source."""
     committed_known: int = 0
     """The highest committed sequence that the replica was told."""
+    check: Check = Check.NONE
+    """What came out when the replica proved itself at this position; it did so because something did not fit."""
 
     @property
     def empty(self) -> bool:
@@ -128,7 +144,48 @@ class Distrusted:
     reason: str
 
 
-Input = Pulled | Applied | Await | Forget | Recovered | RecoveryFailed | Distrusted
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A scrub found that the own records do not give the root that the copy carries."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """The own records were added up: ``whole`` when they give the root that the copy carries."""
+
+    whole: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """The own copy was made equal to the replica that `Repair` named, proved by its root."""
+
+    position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class RepairFailed:
+    """It was not; nothing changed."""
+
+    reason: str
+
+
+Input = (
+    Pulled
+    | Applied
+    | Await
+    | Forget
+    | Recovered
+    | RecoveryFailed
+    | Distrusted
+    | Damaged
+    | Proved
+    | Repaired
+    | RepairFailed
+)
 
 # --- what comes out --------------------------------------------------------------------------------------------------
 
@@ -144,6 +201,8 @@ class AnswerKind(enum.Enum):
     """There is more: what changed since the claim's sequence, or the advice to copy when that is too large."""
     COPY = "copy"
     """Only a full copy helps: half applied."""
+    REPAIR = "repair"
+    """The replica is the wrong one: let it become equal to the leader by an exchange."""
     DIVERGED = "diverged"
     """The same history would have another root, or the replica is ahead: refused, and somebody must look."""
     FOREIGN = "foreign"
@@ -177,6 +236,23 @@ class Recover:
 
 
 @dataclass(frozen=True, slots=True)
+class Prove:
+    """Add the own records up and report by `Proved`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """Become equal to ``replica``, which stands at ``target``, by an exchange; report `Repaired` or `RepairFailed`.
+
+    ``recount``: the own records do not give the carried root.
+    """
+
+    replica: str
+    target: Position
+    recount: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Alarm:
     """Something that a person must see: goes to the log and the status."""
 
@@ -192,6 +268,8 @@ class Effects:
     send: tuple[Answer, ...] = ()
     release: tuple[Release, ...] = ()
     recover: Recover | None = None
+    prove: Prove | None = None
+    repair: Repair | None = None
     alarms: tuple[Alarm, ...] = ()
 
 
@@ -236,12 +314,32 @@ class Serving:
     """The normal state."""
 
 
+@dataclass(slots=True)
+class Doubting:
+    """The own copy is not known to be right: nothing is served."""
+
+    why: str
+    source: str = ""
+    """The replica that the own copy is being repaired from; empty: none is."""
+    failed: str = ""
+    """Why the last repair failed."""
+    retry_at: float | None = None
+    """When the next repair may begin; None: at once."""
+    named: bool = False
+    """Whether the alarm about two histories was raised."""
+    back_at: float | None = None
+    """Until when a replica that is behind may come up before a damaged copy goes back to it; None: not damaged."""
+    avoid: str = ""
+    """The replica from which the last repair failed; another one is tried first."""
+
+
 class LeaderMachine:
     """One group's leader. ``step``, ``tick``, ``drain``; see the module's text.
 
     ``others``: names of the other replicas. ``own``: the own durable position, ``own_trusted``: whether the disk is
     what it was. ``root_at(sequence)``: the own root after that sequence, None when it left the ring; a pure function of
-    the tablet.
+    the tablet. ``provable``: the group can add its records up and exchange (a tablet); the journal cannot, so there a
+    diverged replica is only named.
     """
 
     def __init__(
@@ -254,6 +352,7 @@ class LeaderMachine:
         own_whole: bool = True,
         root_at: Callable[[int], bytes | None],
         now: float,
+        provable: bool = False,
     ) -> None:
         assert name not in others, (name, others)
         self.name = name
@@ -265,9 +364,13 @@ class LeaderMachine:
         self.committed = 0
         self.served_from = 0
         """The own sequence when serving began: what stands up to it may be acknowledged, whatever `committed` says."""
-        self.state: Starting | Recovering | Serving = Starting()
+        self.state: Starting | Recovering | Serving | Doubting = Starting()
+        self.check = Check.NONE
+        """What the own proof said; forgotten when nothing disagrees any more."""
         self.progress: dict[str, Progress] = {other: Progress() for other in self.others}
         self._root_at = root_at
+        self._provable = provable
+        self._proving = False
         self._now = now
         self._held_pulls: dict[str, tuple[Pulled, float]] = {}
         self._quorum_waits: list[tuple[int, int]] = []
@@ -276,6 +379,8 @@ class LeaderMachine:
         self._send: list[Answer] = []
         self._release: list[Release] = []
         self._recover: Recover | None = None
+        self._prove: Prove | None = None
+        self._repair: Repair | None = None
         self._alarms: list[Alarm] = []
         self._maybe_leave_start()
 
@@ -298,11 +403,13 @@ class LeaderMachine:
                 if isinstance(self.state, Recovering):
                     self.state = Starting(failed=reason)
             case Distrusted(reason):
-                if isinstance(self.state, Starting):
-                    self.own_trusted = False
-                    self.state.grace_until = None
-                else:
-                    self._alarm("leader_restored", self.name, f"{reason}, and found only after serving began")
+                self._distrusted(reason)
+            case Damaged(reason):
+                self._own_damaged(reason)
+            case Proved(whole, reason):
+                self._proved(reason, whole=whole)
+            case Repaired() | RepairFailed():
+                self._repair_over(message)
             case _:
                 assert_never(message)
 
@@ -314,15 +421,24 @@ class LeaderMachine:
             pull, deadline = self._held_pulls[replica]
             if now >= deadline:
                 del self._held_pulls[replica]
-                kind = AnswerKind.NOTHING if isinstance(self.state, Serving) else AnswerKind.STARTING
+                kind = AnswerKind.NOTHING if isinstance(self.state, Serving | Doubting) else AnswerKind.STARTING
                 self._answer(pull, kind)
         if isinstance(self.state, Starting):
             self._maybe_leave_start()
+        if isinstance(self.state, Doubting):
+            if self.state.retry_at is not None and now >= self.state.retry_at:
+                self.state.retry_at = None
+                self._decide()
+            elif self.state.back_at is not None and now >= self.state.back_at and not self.state.source:
+                self._decide()
 
     def drain(self) -> Effects:
         """Return what is to be done since the last call."""
-        effects = Effects(tuple(self._send), tuple(self._release), self._recover, tuple(self._alarms))
-        self._send, self._release, self._recover, self._alarms = [], [], None, []
+        effects = Effects(
+            tuple(self._send), tuple(self._release), self._recover, self._prove, self._repair, tuple(self._alarms)
+        )
+        self._send, self._release, self._alarms = [], [], []
+        self._recover = self._prove = self._repair = None
         return effects
 
     # --- for status --------------------------------------------------------------------------------------------------
@@ -333,11 +449,20 @@ class LeaderMachine:
         return isinstance(self.state, Serving)
 
     @property
+    def may_ship(self) -> bool:
+        """Whether copies may be made from the own copy: it serves, or it was proved whole and only waits for votes."""
+        return self.serving or (isinstance(self.state, Doubting) and self.check is Check.WHOLE)
+
+    @property
     def next_deadline(self) -> float | None:
         """Time of the next useful ``tick``, None when there is none."""
         times = [deadline for _, deadline in self._held_pulls.values()]
         if isinstance(self.state, Starting) and self.state.grace_until is not None:
             times.append(self.state.grace_until)
+        if isinstance(self.state, Doubting):
+            times += [
+                time for time in (self.state.retry_at, self.state.back_at) if time is not None and time > self._now
+            ]
         return min(times, default=None)
 
     @property
@@ -350,6 +475,9 @@ class LeaderMachine:
         match self.state:
             case Serving():
                 return ""
+            case Doubting(why, source, failed):
+                doing = f"; it is being repaired from {source}" if source else f"; {failed}" if failed else ""
+                return f"the leader's copy is in doubt: {why}{doing}"
             case Recovering(source, target):
                 return f"the leader fetches what it lacks from {source} (to sequence {target.sequence})"
             case Starting(told=told, failed=failed):
@@ -380,9 +508,10 @@ class LeaderMachine:
             case Recovering():
                 self.progress[pull.replica].claim = pull.claim
                 self._hold(pull)
-            case Serving():
+            case Serving() | Doubting():
                 self._count(pull.replica, pull.claim)
                 self._advance()
+                self._decide()
                 self._maybe_answer(pull)
 
     def _hold(self, pull: Pulled) -> None:
@@ -395,9 +524,17 @@ class LeaderMachine:
         """Answer a pull if there is something to say, else hold it. Its claim was counted already."""
         claim, position = pull.claim, pull.claim.position
         progress = self.progress[pull.replica]
-        if progress.fault:
-            kind = AnswerKind.FOREIGN if progress.fault.startswith("foreign") else AnswerKind.DIVERGED
-            self._answer(pull, kind, progress.fault)
+        if progress.fault.startswith("foreign"):
+            self._answer(pull, AnswerKind.FOREIGN, progress.fault)
+        elif self._wrong(pull.replica):
+            damaged = claim.check is Check.DAMAGED
+            why = "its records do not give its root" if damaged else "what follows its position does not reach the root"
+            self._answer(pull, AnswerKind.REPAIR, progress.fault or why)
+        elif progress.fault:
+            self._answer(pull, AnswerKind.DIVERGED, progress.fault)
+        elif claim.check is not Check.NONE and self._provable and not claim.filling:
+            # The own proof is on its way, or the own copy is the damaged one.
+            self._answer(pull, AnswerKind.DIVERGED, "the leader proves its own copy first")
         elif claim.filling:
             self._answer(pull, AnswerKind.COPY)
         elif position.sequence < self.own.sequence:
@@ -415,7 +552,7 @@ class LeaderMachine:
         position = claim.position
         progress.claim = claim
         if claim.filling:
-            progress.held = 0
+            progress.held, progress.fault = 0, ""
             return
         if position.sequence < progress.highest:
             self._alarm(
@@ -430,7 +567,9 @@ class LeaderMachine:
             progress.held = 0
             return
         proof = self._root_at(position.sequence)
-        progress.held = position.sequence if proof is not None and proof == position.root else 0
+        # A copy that does not add up is nothing to rely on, whatever root it carries.
+        right = proof is not None and proof == position.root and claim.check is not Check.DAMAGED
+        progress.held = position.sequence if right else 0
 
     def _fault(self, replica: str, position: Position) -> str:
         if position.lineage != self.own.lineage:
@@ -463,7 +602,7 @@ class LeaderMachine:
         if position.sequence == self.own.sequence and position.lineage == self.own.lineage:
             return
         self.own = position
-        if self.serving:
+        if isinstance(self.state, Serving | Doubting):
             self._advance()
             self._review_held_pulls()
 
@@ -487,7 +626,7 @@ class LeaderMachine:
         self._waiting.add(wait.token)
         waits = self._quorum_waits if wait.need is Need.QUORUM else self._all_waits
         heapq.heappush(waits, (wait.sequence, wait.token))
-        if self.serving:
+        if isinstance(self.state, Serving | Doubting):
             self._advance()
 
     def _release_up_to(self, waits: list[tuple[int, int]], sequence: int) -> None:
@@ -505,6 +644,199 @@ class LeaderMachine:
         for replica, (pull, _) in list(self._held_pulls.items()):
             if pull.token == token:
                 del self._held_pulls[replica]
+
+    # --- disagreement ------------------------------------------------------------------------------------------------
+
+    def _disputes(self, replica: str) -> bool:
+        """Whether the replica shows another root at a sequence of ours, or could not apply what follows it."""
+        progress = self.progress[replica]
+        claim = progress.claim
+        if claim is None or claim.filling or progress.fault.startswith("foreign"):
+            return False
+        if claim.position.sequence > self.own.sequence:
+            return False
+        return bool(progress.fault) or claim.check is Check.WHOLE
+
+    def _supporters(self, sequence: int) -> int:
+        """How many replicas, this one included, are proved to share the own history up to there."""
+        return 1 + sum(self.progress[other].held >= sequence for other in self.others)
+
+    def _outvoted(self, replica: str) -> bool:
+        """Whether a majority shares the own history where this replica tells another."""
+        progress = self.progress[replica]
+        assert progress.claim is not None, replica
+        if not progress.fault and progress.held == progress.claim.position.sequence:
+            # It shares ours up to where it stands: what follows is the leader's to say, once that was proved whole.
+            return True
+        return self._supporters(progress.claim.position.sequence) >= quorum.majority(len(self.others) + 1)
+
+    def _wrong(self, replica: str) -> bool:
+        """Whether the replica is to repair itself from the own copy (invariant 7)."""
+        claim = self.progress[replica].claim
+        if claim is None or claim.filling or not self._provable or not self.may_ship:
+            return False
+        if claim.position.sequence > self.own.sequence or claim.check is Check.NONE:
+            return False
+        if claim.check is Check.DAMAGED and not self.progress[replica].fault:
+            return True
+        return self.check is Check.WHOLE and (claim.check is Check.DAMAGED or self._outvoted(replica))
+
+    def _decide(self) -> None:
+        """Look at who disagrees: go on, have the own copy proved, stop serving, or repair it."""
+        if not self._provable or not isinstance(self.state, Serving | Doubting):
+            return
+        disputing = [other for other in self.others if self._disputes(other)]
+        if not disputing:
+            if self.check is Check.WHOLE:
+                self.check = Check.NONE
+            if isinstance(self.state, Doubting) and self.check is Check.NONE and not self._proving:
+                self._serve_again()
+                return
+        elif self.check is Check.NONE and not self._proving:
+            self._proving = True
+            self._prove = Prove()
+        open_ones = [other for other in disputing if not self._settled(other)]
+        if isinstance(self.state, Serving):
+            if open_ones:
+                self._doubt(self.progress[open_ones[0]].fault or f"{open_ones[0]} cannot apply what follows")
+            return
+        if self.check is Check.WHOLE and not open_ones:
+            self._serve_again()
+        elif self.check is not Check.NONE and not self.state.source and self.state.retry_at is None:
+            self._choose_source(self.state, open_ones)
+
+    def _settled(self, replica: str) -> bool:
+        """Whether a disagreement is decided in the own favour, so that serving may go on."""
+        claim = self.progress[replica].claim
+        assert claim is not None, replica
+        if self.check is Check.DAMAGED:
+            return False
+        if claim.check is Check.DAMAGED:
+            return True
+        if self.check is Check.NONE and not self.progress[replica].fault:
+            # It shares our root and yet our rows do not fit: the own copy is the likelier one.
+            return False
+        return self._outvoted(replica)
+
+    def _doubt(self, why: str) -> None:
+        self._alarm("leader_in_doubt", self.name, why)
+        self.state = Doubting(why)
+
+    def _own_damaged(self, reason: str) -> None:
+        if not self.others:
+            # Nobody could know better. Reads check what they find; what is missing only this alarm names.
+            self._alarm("only_copy_damaged", self.name, reason)
+            return
+        self.check = Check.DAMAGED
+        if isinstance(self.state, Serving):
+            self._doubt(f"damaged: {reason}")
+        if isinstance(self.state, Doubting):
+            self.state.why = f"damaged: {reason}"
+            self.state.back_at = self._now + limits.COME_UP_S
+        self._decide()
+
+    def _proved(self, reason: str, *, whole: bool) -> None:
+        self._proving = False
+        if not whole:
+            self._own_damaged(reason)
+            return
+        self.check = Check.WHOLE
+        self._decide()
+        self._review_held_pulls()
+
+    def _choose_source(self, state: Doubting, disputing: list[str]) -> None:
+        damaged = self.check is Check.DAMAGED
+        source = self._whole_source() if damaged else self._majority_source(disputing)
+        if source:
+            claim = self.progress[source].claim
+            assert claim is not None, source
+            state.source = source
+            self._repair = Repair(source, claim.position, recount=damaged)
+        elif not damaged and not state.named and all(self._proved_whole(other) for other in disputing):
+            state.named = True
+            self._alarm(
+                "two_histories",
+                ", ".join(disputing),
+                f"{self.name} and {', '.join(disputing)} are whole and differ: {state.why}; nothing is served",
+            )
+
+    def _proved_whole(self, replica: str) -> bool:
+        claim = self.progress[replica].claim
+        return claim is not None and claim.check is Check.WHOLE
+
+    def _whole_source(self) -> str:
+        """Return the best replica for a damaged own copy (invariant 8), empty when there is none yet.
+
+        One that stands where the own copy stands; or behind it, when it could not apply what follows or had its time
+        to come up.
+        """
+        assert isinstance(self.state, Doubting), self.state
+        floor = max(self.committed, self.served_from)
+        waiting = self.state.back_at is None or self._now < self.state.back_at
+        told = {
+            other: progress.claim
+            for other, progress in sorted(self.progress.items())
+            if progress.claim is not None
+            and not (progress.claim.filling or progress.fault or progress.claim.check is Check.DAMAGED)
+        }
+        trusted = [claim.position.sequence for claim in told.values() if claim.trusted]
+        # As at a start: so many disks that are what they were hold every acknowledged write between them.
+        highest = max(trusted) if len(trusted) >= quorum.others_needed(len(self.others) + 1) else None
+        best, found = (-1, False), ""
+        for other, claim in told.items():
+            sequence = claim.position.sequence
+            complete = (self.progress[other].held == sequence and sequence >= floor) or sequence == highest
+            comes_up = waiting and sequence < self.own.sequence and claim.check is not Check.WHOLE
+            rank = (sequence, other != self.state.avoid)
+            if complete and not comes_up and sequence <= self.own.sequence and rank > best:
+                best, found = rank, other
+        return found
+
+    def _majority_source(self, disputing: list[str]) -> str:
+        """Return a replica of a majority that agrees on another root at the own sequence, empty when there is none."""
+        avoid = self.state.avoid if isinstance(self.state, Doubting) else ""
+        votes: dict[tuple[int, bytes], list[str]] = {}
+        for other in disputing:
+            claim = self.progress[other].claim
+            if claim is not None and claim.check is Check.WHOLE and claim.trusted:
+                votes.setdefault((claim.position.sequence, claim.position.root), []).append(other)
+        for (sequence, _), voters in sorted(votes.items()):
+            if sequence == self.own.sequence and len(voters) >= quorum.majority(len(self.others) + 1):
+                # Another than the one that failed, when there is one.
+                return min(voters, key=lambda other: (other == avoid, other))
+        return ""
+
+    def _repair_over(self, message: Repaired | RepairFailed) -> None:
+        if not isinstance(self.state, Doubting) or not self.state.source:
+            return
+        if isinstance(message, RepairFailed):
+            self.state.avoid, self.state.source, self.state.failed = self.state.source, "", message.reason
+            self.state.retry_at = self._now + limits.HALT_RETRY_S
+            return
+        position = message.position
+        if position.sequence < self.own.sequence:
+            # What was beyond is gone: it was never acknowledged, and the next write takes its sequences.
+            self._quorum_waits = self._forget_above(self._quorum_waits, position.sequence)
+            self._all_waits = self._forget_above(self._all_waits, position.sequence)
+        # The transaction that ended the exchange was proved by the root: as good as a proof of ours.
+        self.own, self.check = position, Check.WHOLE
+        self._serve_again()
+
+    def _forget_above(self, waits: list[tuple[int, int]], sequence: int) -> list[tuple[int, int]]:
+        self._waiting.difference_update(token for wanted, token in waits if wanted > sequence)
+        kept = [wait for wait in waits if wait[0] <= sequence]
+        heapq.heapify(kept)
+        return kept
+
+    def _serve_again(self) -> None:
+        self.state = Serving()
+        for other in self.others:
+            claim = self.progress[other].claim
+            if claim is not None:
+                self._count(other, claim)
+        self._advance()
+        self._decide()
+        self._review_held_pulls()
 
     # --- the start ---------------------------------------------------------------------------------------------------
 
@@ -573,6 +905,13 @@ class LeaderMachine:
             return
         self._serve()
 
+    def _distrusted(self, reason: str) -> None:
+        if isinstance(self.state, Starting):
+            self.own_trusted = False
+            self.state.grace_until = None
+        else:
+            self._alarm("leader_restored", self.name, f"{reason}, and found only after serving began")
+
     def _recovered(self, position: Position) -> None:
         if not isinstance(self.state, Recovering):
             return
@@ -590,4 +929,7 @@ class LeaderMachine:
             if claim is not None:
                 self._count(other, claim)
         self._advance()
+        if self.check is Check.DAMAGED:
+            self._own_damaged("found before it served")
+        self._decide()
         self._review_held_pulls()

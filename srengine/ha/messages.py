@@ -43,6 +43,8 @@ class Pull(msgspec.Struct, frozen=True):
     filling: bool = False
     committed_known: int = 0
     leader_seen: ProcessId | None = None
+    check: str = ""
+    """A value of `srengine.ha.proof.Check`: what came out when the replica added its records up."""
 
 
 class Fetch(msgspec.Struct, frozen=True):

@@ -56,7 +56,6 @@ class Claims:
     def __init__(
         self,
         *,
-        name: str,
         node_id: NodeId,
         boot_number: Callable[[], int],
         copied: Callable[[], bool],
@@ -71,7 +70,7 @@ class Claims:
         those that should be the others belong to another cluster.
         """
         self._foreign = foreign
-        self._name = name
+        self._name = contact.name
         self._node_id = node_id
         self._boot_number = boot_number
         self._copied = copied

@@ -86,7 +86,6 @@ class Coordination:
         node = self._node
         if isinstance(self.backend, RaftBackend):
             self.claims = Claims(
-                name=node.name,
                 node_id=NodeId(node.identity.node_id),
                 boot_number=lambda: node.identity.boot_number,
                 copied=lambda: node.identity.distrusted,

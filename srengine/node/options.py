@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from srengine import errors, types
+from srengine import errors, limits, types
 
 OPTIONS_FILE_BYTES_MAX: Final = 1024 * 1024
 MEMBERS_MAX: Final = 64
@@ -52,6 +52,8 @@ class NodeOptions:
     ``unstable_grace_s``: how long a joiner must have been caught up before it votes. ``transition_s_max``: how long a
     change of role may take before the process exits. ``journal_kept``: entries kept behind what is applied. Alarms
     (watch.py): ``disk_free_min`` bytes, ``waiting_max`` proposals and reads, ``rtt_s_max`` seconds to another member.
+    ``scrub_bytes_s``: how much the scrub reads a second, 0: it reads nothing unasked; ``scrub_interval_s``: how often
+    each tablet is read whole.
     """
 
     name: str
@@ -83,6 +85,8 @@ class NodeOptions:
     disk_free_min: int = 256 * 1024 * 1024
     waiting_max: int = 10_000
     rtt_s_max: float = 1.0
+    scrub_bytes_s: int = limits.SCRUB_BYTES_S
+    scrub_interval_s: float = limits.SCRUB_INTERVAL_S
 
     def checked(self) -> NodeOptions:
         """Return the options with every default filled in; `InvalidValue` or `UsageError` for what cannot be meant."""
@@ -102,6 +106,10 @@ class NodeOptions:
         if self.join:
             split_address(self.join.partition("#")[0])
         self._check_coordination()
+        if self.scrub_bytes_s < 0 or not self.scrub_interval_s > 0:
+            raise errors.InvalidValue(
+                f"a scrub of {self.scrub_bytes_s} bytes a second each {self.scrub_interval_s} s is not possible"
+            )
         return replace(
             self,
             data=Path(self.data),

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
 from srengine.ha.messages import Fetch, Ping, Pong, Pull
+from srengine.node.repairs import RepairServices
 from srengine.sync.messages import Copy, ReplicaStates
 from srengine.transport import Peer, Reply
 
@@ -26,6 +27,7 @@ class PeerServices:
         serve(Fetch, self._fetched, ports=("peer",))
         serve(Ping, self._pinged, ports=("peer",))
         serve(ReplicaStates, self._asked_states, ports=("peer",))
+        RepairServices(self._node).register()
         self._node.endpoint.serve_stream(Copy, self._copied)
 
     async def _pulled(self, peer: Peer, message: Pull, attachments: Sequence[memoryview]) -> Reply:

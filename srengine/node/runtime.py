@@ -234,6 +234,8 @@ class Runtime:
             file_ids=identity_file_id,
             metrics=self.metrics,
             directory_trusted=self.trust.trusted,
+            scrub_bytes_s=self.options.scrub_bytes_s,
+            scrub_interval_s=self.options.scrub_interval_s,
         )
         self._stack.callback(self.sync.close)
         PeerServices(self).register()
@@ -242,6 +244,7 @@ class Runtime:
         await self.coordination.start()
         await self.agreed.refresh(self.sync)
         self.trust.opened()
+        self.sync.start()
         self.supervisor.spawn(self.agreed.follow(self.sync), "follow the journal")
         self.supervisor.spawn(self.agreed.look_again(self.sync), "look at the agreed state")
         self.supervisor.spawn(self._call_members(), "call members")

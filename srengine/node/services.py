@@ -22,6 +22,7 @@ from srengine.cluster import catalog
 from srengine.ha import epochs
 from srengine.ha import leader_machine as lm
 from srengine.ha.journal import Command
+from srengine.node.repairs import run_rounds
 from srengine.storage import Batch, check_operations
 from srengine.storage.entries import KIND_OPEN_SESSION
 from srengine.sync.leading import TabletLeader
@@ -55,6 +56,7 @@ class Services:
         serve(messages.ClusterInfo, self.cluster_info)
         serve(messages.Status, self.status)
         serve(messages.SyncStatus, self.sync_status)
+        serve(messages.SyncRun, self._counted(self.sync_run))
         serve(messages.CreateDatabase, self.create_database)
         serve(messages.ListDatabases, self.list_databases)
         serve(messages.CreateTable, self.create_table)
@@ -112,6 +114,14 @@ class Services:
         if message.table:
             await self._table(message.table)
         return Reply(messages.SyncStatusReply(msgspec.json.encode(await self._node.sync_status(message.table))))
+
+    async def sync_run(self, peer: Peer, message: messages.SyncRun, attachments: Sequence[memoryview]) -> Reply:
+        """See docs/cli.md (State)."""
+        del peer, attachments
+        if message.table:
+            await self._table(message.table)
+        rounds = await run_rounds(self._node, message.table, message.timeout_s)
+        return Reply(messages.SyncRunReply(msgspec.json.encode(rounds)))
 
     # --- catalog -----------------------------------------------------------------------------------------------------
 

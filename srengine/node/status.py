@@ -146,6 +146,10 @@ def _row(
             "bytes_received_total": None,
             "path": None,
             "reason": "the node does not answer",
+            "scrubbed_at": None,
+            "scrub_records": None,
+            "repairs": None,
+            "quarantined": [],
         }
     behind = max(0, led.sequence - replica.sequence) if led is not None else replica.behind
     return row | {
@@ -160,4 +164,8 @@ def _row(
         "bytes_received_total": replica.bytes_received_total,
         "path": replica.path,
         "reason": replica.reason,
+        "scrubbed_at": replica.scrubbed_at or None,
+        "scrub_records": replica.scrub_records,
+        "repairs": replica.repairs,
+        "quarantined": list(replica.quarantined),
     }

@@ -92,6 +92,12 @@ def decode_meta(data: bytes | memoryview) -> list[tuple[int, bytes, bytes]]:
     return rows
 
 
+def decode_place(state: bytes) -> tuple[int, bytes, int]:
+    """Return (sequence, root, count) of a state row. Raises `FrameError`."""
+    sequence, root, count, *_ = kernel.decode_state(state)
+    return sequence, root, count
+
+
 class View:
     """A pinned point-in-time reader of a tablet; a context manager. Thread-safe, one call at a time.
 

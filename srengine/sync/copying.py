@@ -64,7 +64,7 @@ def rows_after(tablet: Tablet, position: Position, process: ProcessId, *, commit
     try:
         delta = tablet.delta_since(position.sequence, bytes_max=limits.PULL_BYTES_MAX)
     except errors.BelowPurgeMark as error:
-        return plain(fm.SourceState.COPY, f"below the purge mark or log floor: {error.message}")
+        return plain(fm.SourceState.EXCHANGE, f"below the purge mark or log floor: {error.message}")
     if delta is None:
         return plain(fm.SourceState.TOO_LARGE)
     # Request rows differ in their numbers only; without this they would outweigh small records.
@@ -208,7 +208,12 @@ async def bring_up_to(slot: Slot, target: Position, source: str, replica: str, r
                 delta = delta_of(reply, attachments)
                 async with slot.writing:
                     await asyncio.to_thread(slot.opened().apply_delta, delta)
-            case fm.SourceState.TOO_LARGE.value | fm.SourceState.COPY.value | fm.SourceState.DELTA.value:
+            case (
+                fm.SourceState.TOO_LARGE.value
+                | fm.SourceState.COPY.value
+                | fm.SourceState.EXCHANGE.value
+                | fm.SourceState.DELTA.value
+            ):
                 worth = reply.state == fm.SourceState.TOO_LARGE.value and slot.position.count > 0
                 path = fm.Path.DELTA if worth else fm.Path.FULL
                 await Copier(slot, replica).run(channel, path)

@@ -8,14 +8,21 @@ full copy.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 
 from srengine import errors, limits
 from srengine.ha import follower_machine as fm
 from srengine.ha.contact import answered
 from srengine.ha.group import FollowerDriver, Surroundings
+from srengine.ha.proof import Check
+from srengine.metrics import Metrics
 from srengine.storage import Delta
+from srengine.storage.checking import unreadable
 from srengine.sync.copying import COPY_PROGRESS_S, Copier, delta_of
+from srengine.sync.exchanging import Exchanges, Goal, Unproven
+from srengine.sync.keeping import CHANGE_WAIT_S, Keeper
 from srengine.sync.reading import Found, Range, read_keys, read_range
 from srengine.sync.slots import Slot
 from srengine.types import Position
@@ -33,6 +40,8 @@ class TabletFollower:
         *,
         around: Surroundings,
         trusted: Callable[[], bool],
+        exchanges: Exchanges,
+        metrics: Metrics,
     ) -> None:
         self.slot = slot
         self._name = around.name
@@ -41,16 +50,33 @@ class TabletFollower:
         self._clock = around.clock
         self._spawn = around.spawn
         self._trusted = trusted
+        self._metrics = metrics
         self._delta: Delta | None = None
         self._copier: Copier | None = None
         self.verified_at = 0.0
         """Unix seconds of the last answer that proved the own root, 0: never."""
         self.driver = FollowerDriver(
             fm.FollowerMachine(
-                own=slot.position, filling=slot.filling, created=slot.created, now=around.clock.boottime_s()
+                own=slot.position,
+                filling=slot.filling,
+                created=slot.created,
+                now=around.clock.boottime_s(),
+                provable=True,
             ),
             self,
             around=around,
+            prover=self,
+        )
+        self.keeper = Keeper(
+            slot,
+            name=around.name,
+            reach=around.reach,
+            clock=around.clock,
+            alarm=around.alarm,
+            exchanges=exchanges,
+            metrics=metrics,
+            sources=self._sources,
+            damaged=self.damaged,
         )
 
     def start(self) -> None:
@@ -105,13 +131,20 @@ class TabletFollower:
         """See `srengine.ha.group.FollowerActions`."""
         delta, self._delta = self._delta, None
         assert delta is not None
-        async with self.slot.writing:
-            return await asyncio.to_thread(self.slot.opened().apply_delta, delta)
+        try:
+            async with self.slot.writing:
+                return await asyncio.to_thread(self.slot.opened().apply_delta, delta)
+        except errors.Error as error:
+            if unreadable(error) or isinstance(error, errors.CorruptionError):
+                # What the delta replaces cannot be read: not the delta's fault.
+                self.keeper.met(error)
+            raise
 
     async def copy(self, copy: fm.Copy) -> tuple[Position, int]:
         """See `srengine.ha.group.FollowerActions`."""
         self._copier = Copier(self.slot, self._name)
         position = await self._copier.run(await self._reach(self.slot.spec.leader), copy.path)
+        self._metrics.add("srengine_sync_catch_ups_total", path=copy.path.value)
         # A full copy is another file than the one that was noted.
         self._spawn(self._stamp_when_synced(), f"stamp {self.slot.spec.tablet_id}")
         return position, self._copier.bytes_received
@@ -124,6 +157,52 @@ class TabletFollower:
         """See `srengine.ha.group.FollowerActions`."""
         return 0 if self._copier is None else self._copier.bytes_received
 
+    # --- doubt -------------------------------------------------------------------------------------------------------
+
+    def damaged(self, reason: str) -> None:
+        """Take note that the own records are not what they were: the copy is proved, and repaired if they are not."""
+        self.driver.damaged(reason)
+
+    async def changed(self) -> None:
+        """Return after the machine's next turn, or a moment: for whoever waits for a state."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CHANGE_WAIT_S):
+                self.driver.changed.clear()
+                await self.driver.changed.wait()
+
+    @property
+    def right(self) -> bool:
+        """Whether copies, records and comparisons may be taken from here: nothing half applied, nothing in doubt."""
+        machine = self.driver.machine
+        busy = isinstance(machine.state, fm.Copying | fm.Proving)
+        return not (machine.filling or machine.doubt or machine.check is Check.DAMAGED or busy)
+
+    def _sources(self) -> list[str]:
+        """Return the other replicas, the leader first."""
+        others = [node for node in self.slot.spec.nodes if node not in {self._name, self.slot.spec.leader}]
+        return [self.slot.spec.leader, *others]
+
+    async def prove(self) -> fm.Proved:
+        """See `srengine.ha.group.FollowerProver`."""
+        proof = await self.keeper.prove()
+        return fm.Proved(proof.position, proof.whole, proof.reason)
+
+    async def exchange(self, copy: fm.Copy) -> fm.Copied | fm.CopyFailed:
+        """See `srengine.ha.group.FollowerProver`."""
+        position = self.slot.position
+        goal = Goal(self.slot.spec.lineage, at_least=position.sequence)
+        why = self.driver.machine.catch_up.reason
+        try:
+            copied = await self.keeper.become_equal(self.slot.spec.leader, goal, recount=copy.recount, why=why)
+        except errors.Error as error:
+            unproven = isinstance(error, Unproven) and not copy.recount
+            why = f"{error.code}: {error.message}"
+            return fm.CopyFailed(why, self.slot.position, self.slot.filling, unproven=unproven)
+        self._spawn(self._stamp_when_synced(), f"stamp {self.slot.spec.tablet_id}")
+        path = copied.path or copy.path
+        self._metrics.add("srengine_sync_catch_ups_total", path=path.value)
+        return copied
+
     # --- reading -----------------------------------------------------------------------------------------------------
 
     async def read(self, keys: Sequence[bytes], *, bytes_max: int, timeout_s: float) -> tuple[Found, float]:
@@ -134,7 +213,7 @@ class TabletFollower:
         deadline = self._clock.monotonic_s() + timeout_s
         await self._wait_synced(timeout_s)
         tablet = self.slot.opened()
-        found = await asyncio.to_thread(read_keys, tablet, keys, bytes_max=bytes_max)
+        found = await self.keeper.sound(functools.partial(read_keys, tablet, keys, bytes_max=bytes_max))
         await self.driver.wait_committed(found.depends_on, max(0.0, deadline - self._clock.monotonic_s()))
         return found, self._as_of()
 
@@ -153,15 +232,17 @@ class TabletFollower:
         deadline = self._clock.monotonic_s() + timeout_s
         await self._wait_synced(timeout_s)
         tablet = self.slot.opened()
-        found = await asyncio.to_thread(
-            read_range,
-            tablet,
-            start=start,
-            stop=stop,
-            reverse=reverse,
-            limit=limit,
-            bytes_max=bytes_max,
-            keys_only=keys_only,
+        found = await self.keeper.sound(
+            functools.partial(
+                read_range,
+                tablet,
+                start=start,
+                stop=stop,
+                reverse=reverse,
+                limit=limit,
+                bytes_max=bytes_max,
+                keys_only=keys_only,
+            )
         )
         await self.driver.wait_committed(found.depends_on, max(0.0, deadline - self._clock.monotonic_s()))
         return found, self._as_of()

@@ -15,6 +15,8 @@ anything is applied.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +26,14 @@ from srengine.ha import leader_machine as lm
 from srengine.ha import quorum
 from srengine.ha.group import LeaderDriver, Surroundings
 from srengine.ha.messages import Pull, PullReply
+from srengine.ha.proof import Check
+from srengine.metrics import Metrics
 from srengine.storage import Batch, Outcome
+from srengine.storage.checking import unreadable
+from srengine.sync.agreeing import differences
 from srengine.sync.copying import Rows, bring_up_to, rows_after
+from srengine.sync.exchanging import Exchanges, Goal
+from srengine.sync.keeping import CHANGE_WAIT_S, Keeper
 from srengine.sync.reading import Found, Range, read_keys, read_range
 from srengine.sync.slots import Slot
 from srengine.types import Position
@@ -49,6 +57,8 @@ class TabletLeader:
         *,
         around: Surroundings,
         trusted: Callable[[], bool],
+        exchanges: Exchanges,
+        metrics: Metrics,
     ) -> None:
         self.slot = slot
         self._name = around.name
@@ -75,9 +85,22 @@ class TabletLeader:
                 own_whole=not slot.filling,
                 root_at=slot.root_at,
                 now=around.clock.boottime_s(),
+                provable=True,
             ),
             around=around,
             recover=self._recover,
+            prover=self,
+        )
+        self.keeper = Keeper(
+            slot,
+            name=around.name,
+            reach=around.reach,
+            clock=around.clock,
+            alarm=around.alarm,
+            exchanges=exchanges,
+            metrics=metrics,
+            sources=self._sources,
+            damaged=self.damaged,
         )
 
     def start(self) -> None:
@@ -169,16 +192,20 @@ class TabletLeader:
 
     async def _commit_group(self, group: Sequence[_Pending]) -> None:
         try:
-            tablet = self.slot.opened()
-            outcomes = await asyncio.to_thread(tablet.apply, [pending.batch for pending in group])
+            async with self.slot.writing:
+                if not self.driver.machine.serving:
+                    raise errors.NotReady(f"{self.driver.machine.why_not_serving()}; nothing was applied")
+                tablet = self.slot.opened()
+                outcomes = await asyncio.to_thread(tablet.apply, [pending.batch for pending in group])
         except errors.Error as error:
             if len(group) > 1 and isinstance(error, errors.InvalidValue):
                 # One of them is malformed; the others must not suffer.
                 for pending in group:
                     await self._commit_group([pending])
                 return
-            if isinstance(error, errors.TabletFenced | errors.CorruptionError):
+            if unreadable(error) or isinstance(error, errors.CorruptionError):
                 self._alarm("tablet_failed", f"tablet {self.slot.spec.tablet_id}: {error.message}")
+                self.keeper.met(error)
             for pending in group:
                 if not pending.done.done():
                     pending.done.set_exception(errors.from_code(error.code, error.message, error.details))
@@ -205,12 +232,27 @@ class TabletLeader:
             self._check_reachable(need)
         as_of = self._clock.wall_ms() / 1000
         tablet = self.slot.opened()
-        if len(keys) <= KEYS_INLINE_MAX:
-            found = read_keys(tablet, keys, bytes_max=bytes_max)
-        else:
-            found = await asyncio.to_thread(read_keys, tablet, keys, bytes_max=bytes_max)
+        sequence = tablet.position.sequence
+        found = await self.keeper.sound(
+            functools.partial(read_keys, tablet, keys, bytes_max=bytes_max), inline=len(keys) <= KEYS_INLINE_MAX
+        )
+        self._check_right()
         await self._wait_readable(found.depends_on, need, deadline)
+        if need is lm.Need.ALL and sequence == tablet.position.sequence:
+            await self._agree(keys, found, sequence)
         return found, as_of
+
+    async def _agree(self, keys: Sequence[bytes], found: Found, sequence: int) -> None:
+        """Have every replica read the keys, too; `NotReady` when one has something else: all prove their copies."""
+        spec = self.slot.spec
+        others = [node for node in spec.nodes if node != self._name]
+        differing = await differences(spec.tablet_id, sequence, keys, found, others, self._reach)
+        if not differing:
+            return
+        proof = await self.keeper.prove()
+        if not proof.whole:
+            self.damaged(proof.reason)
+        raise errors.NotReady(f"{', '.join(differing)} found other records than the leader at {sequence}; repairing")
 
     async def scan(
         self,
@@ -232,18 +274,26 @@ class TabletLeader:
             self._check_reachable(need)
         as_of = self._clock.wall_ms() / 1000
         tablet = self.slot.opened()
-        found = await asyncio.to_thread(
-            read_range,
-            tablet,
-            start=start,
-            stop=stop,
-            reverse=reverse,
-            limit=limit,
-            bytes_max=bytes_max,
-            keys_only=keys_only,
+        found = await self.keeper.sound(
+            functools.partial(
+                read_range,
+                tablet,
+                start=start,
+                stop=stop,
+                reverse=reverse,
+                limit=limit,
+                bytes_max=bytes_max,
+                keys_only=keys_only,
+            )
         )
+        self._check_right()
         await self._wait_readable(found.depends_on, need, deadline)
         return found, as_of
+
+    def _check_right(self) -> None:
+        """Raise `NotReady` when the copy that was just read came into doubt meanwhile."""
+        if not self.driver.machine.serving:
+            raise errors.NotReady(self.driver.machine.why_not_serving())
 
     async def _wait_readable(self, sequence: int, need: lm.Need, deadline: float) -> None:
         try:
@@ -260,13 +310,66 @@ class TabletLeader:
         # What a commit just made durable may have been read by the replica before the commit's task woke up.
         if not self.slot.filling and self.driver.machine.serving:
             self.driver.step(lm.Applied(self.slot.position))
-        claim = lm.Claim(pull.position, pull.trusted, pull.filling, pull.committed_known)
+        try:
+            check = Check(pull.check)
+        except ValueError:
+            raise errors.FrameError(f"a proof says {pull.check[:40]!r}") from None
+        claim = lm.Claim(pull.position, pull.trusted, pull.filling, pull.committed_known, check)
         answer = await self.driver.pulled(pull.replica, claim, pull.process, pull.number)
         process = self._contact.process_id
         if answer.kind is not lm.AnswerKind.ROWS:
             return Rows(PullReply(answer.kind.value, answer.leader, process, answer.committed, reason=answer.reason))
         tablet = self.slot.opened()
-        return await asyncio.to_thread(rows_after, tablet, pull.position, process, committed=answer.committed)
+        return await self.keeper.sound(
+            functools.partial(rows_after, tablet, pull.position, process, committed=answer.committed)
+        )
+
+    # --- doubt -------------------------------------------------------------------------------------------------------
+
+    def damaged(self, reason: str) -> None:
+        """Take note that the own records are not what they were: nothing is served until they are repaired."""
+        self.driver.step(lm.Damaged(reason))
+
+    async def changed(self) -> None:
+        """Return after the machine's next turn, or a moment: for whoever waits for a state."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CHANGE_WAIT_S):
+                self.driver.changed.clear()
+                await self.driver.changed.wait()
+
+    @property
+    def right(self) -> bool:
+        """Whether copies, records and comparisons may be taken from here."""
+        return self.driver.machine.may_ship
+
+    def _sources(self) -> list[str]:
+        """Return the other replicas, those that are heard and hold most first."""
+        progress = self.driver.machine.progress
+        return sorted(
+            progress, key=lambda other: (not self._contact.alive(other), -progress[other].held, progress[other].fault)
+        )
+
+    async def prove(self) -> tuple[bool, str]:
+        """See `srengine.ha.group.LeaderProver`."""
+        try:
+            proof = await self.keeper.prove()
+        except errors.Error as error:
+            if not unreadable(error):
+                raise
+            self.keeper.met(error)
+            return False, error.message
+        return proof.whole, proof.reason
+
+    async def repair(self, repair: lm.Repair) -> Position:
+        """See `srengine.ha.group.LeaderProver`."""
+        goal = Goal(self.slot.spec.lineage, exactly=repair.target)
+        why = self.driver.machine.why_not_serving()
+        copied = await self.keeper.become_equal(repair.replica, goal, recount=repair.recount, why=why)
+        await asyncio.to_thread(self.slot.stamp)
+        self._alarm(
+            "leader_repaired", f"tablet {self.slot.spec.tablet_id} of {self.slot.spec.table} from {repair.replica}"
+        )
+        return copied.position
 
     # --- the start ---------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ import msgspec
 from srengine import errors
 from srengine.ha.metadata import Store as Rows
 from srengine.storage import Store, Tablet
+from srengine.sync.health import Health
 from srengine.types import Position
 
 TABLET_TABLE: Final = "local_tablets"
@@ -92,7 +93,8 @@ class Slot:
         self.created = False
         """Made or found missing in this run: whatever comes is a full copy."""
         self.writing = asyncio.Lock()
-        """Held by whoever changes the tablet other than by the leader's commits: delta, copy, switch."""
+        """Held by whoever changes the tablet: the leader's commits, a delta, a copy, a switch, a repair."""
+        self.health = Health()
         self._store = store
         self._rows = rows
         self._standing = standing

@@ -136,10 +136,23 @@ def test_sync_status(cluster, run):
     assert len(rows) == 12
     assert set(rows[0]) == {
         "table", "tablet", "node", "leader", "term", "state", "sequence", "behind", "root", "verified_at",
-        "bytes_received", "path", "reason",
+        "bytes_received", "path", "reason", "scrubbed_at", "scrub_records", "repairs", "quarantined",
     }  # fmt: skip
     assert len(run("sync", "status", T).text.splitlines()) == 12
     assert run("sync", "status", "shop.nothing").text == ""
+
+
+def test_sync_run(cluster, run):
+    """A round prints what came of each replica; one that is not right afterwards ends it with 7."""
+    rounds = run("sync", "run", "--json")
+    assert (rounds.code, len(rounds.json)) == (0, 12)
+    assert {each["outcome"] for each in rounds.json} == {"equal"}
+    cluster.outcomes = {"node-2": "healed", "node-3": "moving"}
+    assert run("sync", "run", T, "--wait", "5").code == 0
+    cluster.outcomes = {"node-2": "damaged"}
+    damaged = run("sync", "run", T)
+    assert damaged.code == 7
+    assert "damaged" in damaged.text
 
 
 @pytest.mark.parametrize("consistency", ["local", "one", "quorum", "all"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import srengine.node
-from srengine import errors
+from srengine import errors, limits
 from srengine.node import InitialMember
 
 
@@ -34,7 +34,7 @@ def test_flags(run, started):
     result = run(
         *BASE, "--peer-listen", "tcp://127.0.0.1:1", "--bulk-listen", "tcp://127.0.0.1:2", "--cluster", "c",
         "--initial", f"n1=tcp://127.0.0.1:7400,n2=tcp://h:1#{'ab' * 32}", "--insecure", "--allow-remote-fs",
-        "--map-bytes", 4096,
+        "--map-bytes", 4096, "--scrub-bytes-s", 1000, "--scrub-interval-s", 2.5,
     )  # fmt: skip
     assert result.json == {"event": "ready", "name": "n1"}
     (options,) = started
@@ -44,6 +44,7 @@ def test_flags(run, started):
     )  # fmt: skip
     assert options.initial == (InitialMember("n1", "tcp://127.0.0.1:7400"), InitialMember("n2", "tcp://h:1", "ab" * 32))
     assert (options.insecure, options.allow_remote_fs, options.map_bytes) == (True, True, 4096)
+    assert (options.scrub_bytes_s, options.scrub_interval_s) == (1000, 2.5)
     for form in ("json", "jsonl"):
         assert run(*BASE, "-o", form).json == {"event": "ready", "name": "n1"}
 
@@ -53,6 +54,7 @@ def test_defaults(run, started):
     assert run(*BASE).code == 0
     (options,) = started
     assert (options.insecure, options.allow_remote_fs, options.map_bytes, options.initial) == (False, False, None, ())
+    assert (options.scrub_bytes_s, options.scrub_interval_s) == (limits.SCRUB_BYTES_S, limits.SCRUB_INTERVAL_S)
 
 
 def test_precedence(run, started, tmp_path, monkeypatch):

@@ -51,6 +51,7 @@ class FakeCluster:
     """State and behaviour of all nodes."""
 
     def __init__(self, tables: dict[str, int] | None = None) -> None:
+        self.outcomes: dict[str, str] = {}
         self.databases = {name.partition(".")[0] for name in tables or {}}
         self.tables = {name: FakeTable([FakeTablet() for _ in range(count)]) for name, count in (tables or {}).items()}
         self.leader = ADDRESSES[0]
@@ -112,6 +113,8 @@ class FakeCluster:
                 return FakeReply(messages.StatusReply(json.dumps(self.status).encode()))
             case messages.SyncStatus(table=table):
                 return FakeReply(messages.SyncStatusReply(json.dumps(self._sync(table)).encode()))
+            case messages.SyncRun(table=table):
+                return FakeReply(messages.SyncRunReply(json.dumps(self._rounds(table)).encode()))
             case messages.CreateDatabase(name=name):
                 if name in self.databases:
                     raise errors.Conflict(f"database {name} exists", name=name)
@@ -167,9 +170,17 @@ class FakeCluster:
         return [
             {"table": name, "tablet": index, "node": f"node-{i}", "leader": "node-1", "term": 1, "state": "SYNCED",
              "sequence": tablet.sequence, "behind": 0, "root": "00", "verified_at": 0, "bytes_received": 0,
-             "path": "log", "reason": ""}
+             "path": "log", "reason": "", "scrubbed_at": None, "scrub_records": 0, "repairs": 0, "quarantined": []}
             for name in sorted(self.tables) if table in {"", name}
             for index, tablet in enumerate(self.tables[name].tablets) for i in (1, 2, 3)
+        ]  # fmt: skip
+
+    def _rounds(self, table: str) -> list[dict[str, Any]]:
+        return [
+            {"table": row["table"], "tablet": row["tablet"], "node": row["node"], "leader": "node-1",
+             "outcome": self.outcomes.get(row["node"], "equal"), "records": 7, "damages": 0, "repaired": 0, "bytes": 0,
+             "rounds": 0, "path": "", "reason": ""}
+            for row in self._sync(table)
         ]  # fmt: skip
 
     def _only_leader(self, address: str) -> None:

@@ -396,6 +396,7 @@ def test_async_client(cluster: FakeCluster) -> None:
             assert (await client.status())["leader"] == "node-1"
             assert [member["name"] for member in await client.members()] == ["node-1", "node-2", "node-3"]
             assert len(await client.sync_status("a.b")) == 6
+            assert {each["outcome"] for each in await client.sync_run("a.b", timeout_s=5)} == {"equal"}
 
     asyncio.run(scenario())
     opened = {message.session for _, message in writes(cluster)}

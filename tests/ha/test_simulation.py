@@ -28,6 +28,27 @@ def test_group_of_five_keeps_its_promises(seed: int) -> None:
     assert simulation.acknowledged, seed
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_rot_is_found_and_repaired(seed: int) -> None:
+    """K11, F10: records that are changed, lost or added behind one replica, the leader's too, with or without the root,
+    are repaired from the others; nothing acknowledged is lost, all end whole and equal.
+    """
+    simulation = Simulation(3000 + seed)
+    simulation.story(rot=True)
+    simulation.settle()
+    assert simulation.acknowledged, seed
+
+
+def test_rot_is_repaired_by_exchanges() -> None:
+    """K11: the simulated rot really is repaired, on the leader and on others."""
+    repairs = 0
+    for seed in range(5):
+        simulation = Simulation(3000 + seed)
+        simulation.story(rot=True)
+        repairs += simulation.repairs
+    assert repairs >= 5, repairs
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_single_node_group_serves(seed: int) -> None:
     """A group of one acknowledges alone and keeps everything over crashes."""

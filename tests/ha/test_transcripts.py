@@ -5,16 +5,18 @@ With ``SRENGINE_REWRITE=1`` the outputs are written anew: read the difference be
 
 Leader (n1; roots are ``r<sequence>``, the ring holds all)::
 
-    leader n=3 own=5 [untrusted] [broken]     make one
-    pull n2 seq=5 [root=x] [known=3] [untrusted] [filling] [lineage=other]
+    leader n=3 own=5 [untrusted] [broken] [provable]     make one
+    pull n2 seq=5 [root=x] [known=3] [untrusted] [filling] [lineage=other] [check=whole|damaged]
     applied 7 · wait quorum 7 · wait all 7 · tick 0.5 · recovered 9 · failed why · distrust why
+    damaged why · proved whole|damaged · repaired 7 · unrepaired why
 
 Follower (n2)::
 
-    follower own=5 [filling] [created]        make one
+    follower own=5 [filling] [created] [provable]        make one
     answer nothing source=5 committed=5 · answer delta target=7 source=7 committed=6
     answer copy|too_large|… source=9 [lineage=other] [reason=why]
-    lost why · applied 7 · refused why [diverged] · copied 7 · interrupted 5 [filling] · wait 7 · tick 0.5 · kick
+    lost why · applied 7 · refused why [diverged] · copied 7 [path=full] · interrupted 5 [filling] [unproven] · wait 7
+    tick 0.5 · kick · damaged why · proved whole|damaged
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import pytest
 
 from srengine.ha import follower_machine as fm
 from srengine.ha import leader_machine as lm
+from srengine.ha.proof import Check
 from srengine.types import Position
 
 FOLDER = Path(__file__).parent / "transcripts"
@@ -42,14 +45,23 @@ class LeaderStory:
         others = [f"n{number}" for number in range(2, int(options["n"]) + 1)]
         self.now = 0.0
         self.token = 0
+        self.roots: dict[int, bytes] = {}
+        """Roots that a repair brought, in place of the ring's."""
+        short = "short" in options
+
+        def root_at(sequence: int) -> bytes | None:
+            known = f"r{sequence}".encode() if not short or sequence >= 5 else None
+            return self.roots.get(sequence, known)
+
         self.machine = lm.LeaderMachine(
             name="n1",
             others=others,
             own=position(int(options["own"])),
             own_trusted="untrusted" not in options,
             own_whole="broken" not in options,
-            root_at=lambda sequence: f"r{sequence}".encode() if "short" not in options or sequence >= 5 else None,
+            root_at=root_at,
             now=0.0,
+            provable="provable" in options,
         )
 
     def do(self, words: list[str], options: dict[str, str]) -> None:
@@ -61,6 +73,7 @@ class LeaderStory:
                     trusted="untrusted" not in options,
                     filling="filling" in options,
                     committed_known=int(options.get("known", 0)),
+                    check=Check(options.get("check", "")),
                 )
                 self.machine.step(lm.Pulled(words[1], claim, self.token))
             case "applied":
@@ -73,6 +86,16 @@ class LeaderStory:
                 self.machine.step(lm.RecoveryFailed(" ".join(words[1:])))
             case "distrust":
                 self.machine.step(lm.Distrusted(" ".join(words[1:])))
+            case "damaged":
+                self.machine.step(lm.Damaged(" ".join(words[1:])))
+            case "proved":
+                self.machine.step(lm.Proved(words[1] == "whole", "" if words[1] == "whole" else "other sums"))
+            case "repaired":
+                reached = position(int(words[1]), options)
+                self.roots[reached.sequence] = reached.root
+                self.machine.step(lm.Repaired(reached))
+            case "unrepaired":
+                self.machine.step(lm.RepairFailed(" ".join(words[1:])))
             case "tick":
                 self.now += float(words[1])
                 self.machine.tick(self.now)
@@ -89,6 +112,11 @@ class LeaderStory:
         lines += [f"release #{release.token}" for release in effects.release]
         if effects.recover is not None:
             lines.append(f"recover from {effects.recover.replica} to {effects.recover.target.sequence}")
+        if effects.prove is not None:
+            lines.append("prove the own copy")
+        if effects.repair is not None:
+            how = ", recounting" if effects.repair.recount else ""
+            lines.append(f"repair from {effects.repair.replica} at {effects.repair.target.sequence}{how}")
         lines += [f"alarm {alarm.event}: {alarm.message}" for alarm in effects.alarms]
         return lines
 
@@ -104,7 +132,11 @@ class FollowerStory:
         self.now = 0.0
         self.token = 0
         self.machine = fm.FollowerMachine(
-            own=position(int(options["own"])), filling="filling" in options, created="created" in options, now=0.0
+            own=position(int(options["own"])),
+            filling="filling" in options,
+            created="created" in options,
+            now=0.0,
+            provable="provable" in options,
         )
 
     def do(self, words: list[str], options: dict[str, str]) -> None:
@@ -131,9 +163,19 @@ class FollowerStory:
             case "refused":
                 machine.step(fm.DeltaRefused(words[1], diverged=words[-1] == "diverged"))
             case "copied":
-                machine.step(fm.Copied(position(int(words[1])), 5000))
+                path = fm.Path(options["path"]) if "path" in options else None
+                machine.step(fm.Copied(position(int(words[1])), 5000, path))
             case "interrupted":
-                machine.step(fm.CopyFailed("cut", position(int(words[1])), "filling" in options, 700))
+                machine.step(
+                    fm.CopyFailed(
+                        "cut", position(int(words[1])), "filling" in options, 700, unproven="unproven" in options
+                    )
+                )
+            case "damaged":
+                machine.step(fm.Damaged(" ".join(words[1:])))
+            case "proved":
+                whole = words[1] == "whole"
+                machine.step(fm.Proved(machine.own, whole, "" if whole else "other sums"))
             case "wait":
                 self.token += 1
                 machine.step(fm.AwaitCommitted(self.token, int(words[1])))
@@ -151,11 +193,15 @@ class FollowerStory:
         if effects.ask is not None:
             lines.append(
                 f"ask #{effects.ask.number} at {effects.ask.position.sequence} knows {effects.ask.committed_known}"
+                + (f", {effects.ask.check.value}" if effects.ask.check is not Check.NONE else "")
             )
         if effects.apply is not None:
             lines.append("apply the delta")
         if effects.copy is not None:
-            lines.append(f"copy {effects.copy.path.value} from {effects.copy.source.sequence}")
+            how = ", recounting" if effects.copy.recount else ""
+            lines.append(f"copy {effects.copy.path.value} from {effects.copy.source.sequence}{how}")
+        if effects.prove is not None:
+            lines.append("prove the own copy")
         lines += [f"release #{release.token}" for release in effects.release]
         lines += [f"alarm {alarm.event}: {alarm.message}" for alarm in effects.alarms]
         return lines
@@ -196,7 +242,7 @@ def tell(text: str) -> str:
     return "\n\n".join(told) + "\n"
 
 
-FLAGS = {"untrusted", "filling", "created", "broken", "short"}
+FLAGS = {"untrusted", "filling", "created", "broken", "short", "provable", "unproven"}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.txt")), ids=lambda path: path.stem)

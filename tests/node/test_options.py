@@ -70,6 +70,14 @@ def test_options_file(tmp_path: Path) -> None:
     found = load_options_file(file)
     assert found["initial"] == parse_initial("n1=tcp://h:1")
     assert found["map_bytes"] == 5
+    file.write_text("scrub-interval-s = 60\nscrub-bytes-s = 0\n")
+    assert load_options_file(file) == {"scrub_interval_s": 60.0, "scrub_bytes_s": 0}
+    file.write_text("scrub-bytes-s = 1.5\n")
+    with pytest.raises(errors.InvalidValue):
+        load_options_file(file)
+    for wrong in ({"scrub_bytes_s": -1}, {"scrub_interval_s": 0.0}):
+        with pytest.raises(errors.InvalidValue):
+            NodeOptions("n1", tmp_path, "tcp://127.0.0.1:0", **wrong).checked()
     file.write_text('lissten = "x"')
     with pytest.raises(errors.UsageError, match="did you mean listen"):
         load_options_file(file)

@@ -8,7 +8,7 @@ of the directory would hold. Used by the simulations of groups; the arithmetic i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Self
 
 from srengine import errors
@@ -55,6 +55,27 @@ class ReferenceTablet:
     @property
     def position(self) -> Position:
         return Position(self.lineage, self.sequence, self.root, len(self.records))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the records give the root that the copy carries."""
+        return root_of(self.records.values()) == self.root
+
+    def rot(self, change: Callable[[dict[bytes, Row]], None]) -> None:
+        """Change records behind the engine's back: the carried root stays what it was."""
+        change(self.records)
+
+    def forge(self, key: bytes, value: bytes) -> None:
+        """Change a record with everything that belongs to it: whole, and of another history."""
+        old = self.records.get(key)
+        self._put((key, old[1] if old else self.sequence, value))
+        self._ring = {self.sequence: self.root}
+
+    def repair_by(self, other: ReferenceTablet, *, recount: bool) -> Position:
+        """Become equal as an exchange does; `Diverged` when the sums do not reach the root of ``other``."""
+        if not other.whole or not (recount or self.whole):
+            raise errors.Diverged("the root was not reached")
+        return self.replace_by(other)
 
     def root_at(self, sequence: int) -> bytes | None:
         return self._ring.get(sequence)

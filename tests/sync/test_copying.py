@@ -12,45 +12,14 @@ import pytest
 from srengine import errors
 from srengine.ha import follower_machine as fm
 from srengine.ha.messages import Fetch, ProcessId, PullReply
-from srengine.storage import Batch, MetadataStore, Store, Tablet, encode_puts
+from srengine.storage import Batch, Store, encode_puts
 from srengine.sync import copying
 from srengine.sync.messages import Copy
-from srengine.sync.slots import FileId, Slot, Spec, Standing
+from srengine.sync.slots import Slot
 from srengine.types import Position
+from tests.sync.copies import TABLET, Side
 
 PROCESS = ProcessId("id", 1, "nonce")
-TABLET, LINEAGE, SEED = "ab" * 16, "cd" * 16, b"seedseed"
-
-
-class Side:
-    """A node's directory with one tablet."""
-
-    def __init__(self, path: Path, *, lineage: str = LINEAGE) -> None:
-        self.path = path
-        self.store = Store(path)
-        self.rows = MetadataStore(path / "meta")
-        self.slot = self.open(lineage)
-
-    def open(self, lineage: str = LINEAGE, **standing: int | bool) -> Slot:
-        spec = Spec(TABLET, "db.t", 0, lineage, SEED, ("node-1", "node-2"))
-        slot = Slot(
-            spec,
-            store=self.store,
-            rows=self.rows,
-            standing=Standing(**{"boot_number": 1, "stamped": 0, "distrusted": False, **standing}),
-            file_ids=lambda path: FileId(path.stat().st_ino, 0) if path.exists() else None,
-            data=self.path,
-        )
-        slot.open()
-        return slot
-
-    @property
-    def tablet(self) -> Tablet:
-        return self.slot.opened()
-
-    def close(self) -> None:
-        self.store.close()
-        self.rows.close()
 
 
 class Wire:
@@ -150,15 +119,17 @@ def test_what_a_source_answers(sides: tuple[Side, Side]) -> None:
     assert ask(source, own).reply.state == "too_large"
 
 
-def test_below_the_purge_mark_only_a_copy_helps(sides: tuple[Side, Side]) -> None:
-    """K05: a replica from before the purge mark gets a full copy, with the reason, and deleted keys stay deleted."""
+def test_below_the_purge_mark_no_delta_helps(sides: tuple[Side, Side]) -> None:
+    """K05: a replica from before the purge mark is told to exchange, with the reason; a leader that recovers copies
+    whole. Deleted keys stay deleted.
+    """
     source, target = sides
     fill(source, 0, 100)
     bring(target, Wire(source), source.slot.position)
     source.tablet.delete_many([b"%08d" % number for number in range(50)])
     source.tablet.purge(source.slot.position.sequence)
     rows = ask(source, target.slot.position)
-    assert rows.reply.state == "copy"
+    assert rows.reply.state == "exchange"
     assert "purge" in rows.reply.reason
     assert bring(target, Wire(source), source.slot.position) == source.slot.position
     assert target.tablet.get(b"%08d" % 7) is None
