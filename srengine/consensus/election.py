@@ -104,6 +104,8 @@ class Election(Leading):
     # --- voting ------------------------------------------------------------------------------------------------------
 
     def _on_vote(self, message: Vote) -> None:
+        if isinstance(self.state, Leader):
+            self._tell_removed(self.state, message.sender)
         if message.pre:
             granted = self._would_vote(message)
             self._reply_vote(message, granted=granted, term=message.term if granted else self.term)
