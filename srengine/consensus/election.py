@@ -173,7 +173,7 @@ class Election(Leading):
                 self._drop("late")
 
     def _note_vote(self, votes: dict[NodeId, bool], message: VoteReply) -> None:
-        """Note an answer. A refusal may be one of an earlier term's question, in a later term's answer: a vote stays."""
+        """Note an answer. A vote stays: a refusal may answer a question of an earlier term, and name this one."""
         votes[message.sender] = message.granted or votes.get(message.sender, False)
         self._count_votes()
 

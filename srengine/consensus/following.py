@@ -53,8 +53,8 @@ class Following(Election):
     def _refuse_term(self, message: Append | Install) -> None:
         """Answer a leader whose term is over, so that it stands back.
 
-        NB: round 0, not the one that it asked with. It may lead the later term by now, and would take the answer for one
-        to a round of that term, hence for a promise that was never given.
+        NB: round 0, not the one that it asked with. It may lead the later term by now, and would take the answer for
+        one to a round of that term, hence for a promise that was never given.
         """
         reply = AppendReply(
             group=self.group,

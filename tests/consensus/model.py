@@ -4,8 +4,8 @@ Every state that three nodes can reach is visited, within these bounds:
 
 * the machines are `RaftMachine` itself, with time taken out: a time-out may fire at any moment, so promises and leases
   are off (they only forbid what is allowed here), and pre-votes are skipped (they promise nothing);
-* the network keeps every message for ever and delivers any of them at any time: so messages are lost (never chosen),
-  late, reordered and repeated without bound. Appends without entries are left out: they say nothing about elections;
+* the network keeps every message for ever and delivers any of them at any time: so messages are lost, late, reordered
+  and repeated without bound. Appends without entries are left out: they say nothing about elections;
 * ``standing`` nodes may stand for election as often as terms up to ``term_max`` allow; ``restarts`` times a node loses
   its memory and starts again from its disk;
 * a leader proposes an epoch at once, as ha/ does after its election: the newest that it has applied, plus one. Who
@@ -19,6 +19,7 @@ applies it.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
