@@ -11,8 +11,8 @@ Every state that three nodes can reach is visited, within these bounds:
 * a leader proposes an epoch at once, as ha/ does after its election: the newest that it has applied, plus one. Who
   applies it first in the log owns it (SUCCESS), a later one of the same number is refused (KEYEXIST).
 
-What must hold in every state: one leader in a term; equal entries at equal (index, term); what is decided at an index is
-decided for ever; whatever is decided before a leader's term is in its log; and every epoch has one owner, whoever
+What must hold in every state: one leader in a term; equal entries at equal (index, term); what is decided at an index
+is decided for ever; whatever is decided before a leader's term is in its log; and every epoch has one owner, whoever
 applies it.
 """
 
@@ -328,9 +328,8 @@ def main() -> None:
     for name, bounds in BOUNDS.items():
         model = Model(**bounds)  # type: ignore[arg-type]
         worlds = model.run()
-        print(
-            f"{name:8} {worlds:8} worlds, {len(model.nodes):4} states of a node, {model.events:8} events, all is well"
-        )
+        told = f"{len(model.nodes):4} states of a node, {model.events:8} events, all is well"
+        sys.stdout.write(f"{name:8} {worlds:8} worlds, {told}\n")
 
 
 if __name__ == "__main__":
