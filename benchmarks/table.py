@@ -80,6 +80,8 @@ ORDER = (
     "16 threads",
     "rejoin",
     "exchange",
+    "one write of the log",
+    "writes of the log",
     "durable put_many, inserts",
     "get, warm",
     "scan, warm",
