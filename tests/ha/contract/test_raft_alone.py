@@ -478,3 +478,30 @@ def test_an_unstable_node_stays_so_for_its_grace(on, monkeypatch):
         assert time.monotonic() - began >= 1.4
 
     on(scenario)
+
+
+def test_a_node_of_doubtful_memory_regains_its_vote(on):
+    """F14: a node whose directory may be behind what it promised follows without a vote until it has caught up with a
+    leader that a majority without it confirms; or until it is told that its directory is right.
+    """
+
+    async def scenario(cluster):
+        leader = await cluster.leader()
+        follower = await cluster.follower()
+        await cluster.stop_node(follower.name)
+        back = await cluster.start_node(follower.name, follower.number, trusted=False)
+        assert not back.protocol.machine.trusted
+        await leader.protocol.propose(set_to(b"x"))
+        await until(lambda: back.protocol.machine.trusted)
+        for node in cluster.nodes.values():
+            if node is not back:
+                await cluster.stop_node(node.name)
+                break
+        numbers = {"n0": 1, "n1": 2, "n2": 3}
+        missing = next(name for name in numbers if name not in cluster.nodes)
+        again = await cluster.start_node(missing, numbers[missing], trusted=False)
+        assert again.protocol.trust(trusted=True)
+        await until(lambda: again.protocol.machine.trusted)
+        await again.protocol.propose(set_to(b"y"))
+
+    on(scenario)
