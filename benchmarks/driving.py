@@ -131,7 +131,6 @@ async def obey(driver: Driver, command: list[Any]) -> object:
 
 
 async def main(number: int, directory: Path) -> None:
-    directory.mkdir(mode=0o700)
     loop = asyncio.get_running_loop()
     ports = json.loads(await loop.run_in_executor(None, sys.stdin.readline))
     endpoint = Endpoint(Identity(node_id=NODES[number], cluster_id="c" * 32))
@@ -162,4 +161,5 @@ async def main(number: int, directory: Path) -> None:
 
 
 if __name__ == "__main__":
+    Path(sys.argv[2]).mkdir(mode=0o700)
     asyncio.run(main(int(sys.argv[1]), Path(sys.argv[2])))

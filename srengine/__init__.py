@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from srengine.errors import Denied as Denied
     from srengine.errors import DiskFull as DiskFull
     from srengine.errors import Diverged as Diverged
+    from srengine.errors import EpochTaken as EpochTaken
     from srengine.errors import Error as Error
     from srengine.errors import ForeignData as ForeignData
     from srengine.errors import ForkedEnvironment as ForkedEnvironment
@@ -91,6 +92,7 @@ _HOME = {
     "Denied": "errors",
     "DiskFull": "errors",
     "Diverged": "errors",
+    "EpochTaken": "errors",
     "Error": "errors",
     "ForeignData": "errors",
     "ForkedEnvironment": "errors",
