@@ -307,6 +307,33 @@ def test_a_proposal_that_is_not_decided_times_out(tmp_path):
     run(main())
 
 
+def test_a_node_that_starts_ends_the_back_off_of_the_others(tmp_path):
+    """F30: a node says that it is here as soon as it starts, so that nobody waits out a back-off to reach it."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            away = followers(c, leader)[0]
+            await leader.propose(b"p1")
+            await away.stop()
+            channel = leader.channels[away.id]
+            await until(lambda: not channel.connected and channel._attempt is None)
+            channel._not_before = asyncio.get_running_loop().time() + 1000
+            bundles = []
+            receive = leader.driver.receive
+            leader.endpoint._post_handlers["peer", Bundle] = lambda peer, bundle: (
+                bundles.append((peer.node_id, bundle)),
+                receive(peer, bundle),
+            )
+            await away.start()
+            await until(lambda: channel.connected)
+            first = next(bundle for node, bundle in bundles if node == away.id)
+            assert first == Bundle(()), "before it has anything to say"
+            await c.settled()
+
+    run(main())
+
+
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 
