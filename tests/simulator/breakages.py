@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from srengine.consensus.entries import HardState
 from srengine.consensus.roles import Follower
 
 
@@ -47,7 +48,15 @@ def _vote_twice(machine: Any) -> None:
 
 def _skip_term_checks(machine: Any) -> None:
     machine._is_over = lambda message: message.term < machine.term and not isinstance(machine.state, Follower)
-    machine._is_current = lambda _message: True
+    original = machine._reply
+
+    def reply(message: Any, **given: Any) -> None:
+        kept = machine.hard_state
+        machine.hard_state = HardState(min(kept.term, message.term), kept.vote)
+        original(message, **given)
+        machine.hard_state = kept
+
+    machine._reply = reply
 
 
 def _lease_from_receipt(machine: Any) -> None:
@@ -127,7 +136,7 @@ BREAKAGES: dict[str, Breakage] = {
     breakage.name: breakage
     for breakage in (
         Breakage("vote twice", "a voter gives its vote of a term again", _vote_twice),
-        Breakage("skip term checks", "messages of terms that are over count", _skip_term_checks),
+        Breakage("skip term checks", "a leader whose term is over is followed as well", _skip_term_checks),
         Breakage("commit by count", "what a majority holds is committed, of any term", _always("_may_commit", True)),
         Breakage(
             "send before persist", "messages leave before what they say is on the disk", sends_before_persist=True

@@ -302,6 +302,9 @@ class Process:
                 log = self.host.log(run.group)
                 self.world.judges.election.leads(run.group, change.term, self.id)
                 self.world.judges.completeness.leads(run.group, self.id, change.term, log.floor.index, log.term_at)
+            if self.world.on_leader is not None:
+                on_leader, self.world.on_leader = self.world.on_leader, None
+                on_leader(self.host)
             self._maybe_fence(run)
         else:
             run.leading_term = run.epoch = 0

@@ -61,6 +61,8 @@ class World:
         self.network = Network(self.schedule, random.Random(f"{seed} network"), replace(self.regime.weather))
         self.groups = [f"g{number}" for number in range(self.regime.groups)]
         self.hosts: dict[str, Host] = {}
+        self.on_leader: Callable[[Host], object] | None = None
+        """Called with the host of the next leader of any group, once."""
         self._names: dict[str, str] = {}
         self._digests: dict[int, tuple[Entry, int]] = {}
         for number in range(self.regime.hosts):
