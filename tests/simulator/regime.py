@@ -90,6 +90,11 @@ def shrunk(regime: Regime) -> Iterator[None]:
             setattr(limits, name, value)
 
 
+def regime_of(seed: int) -> Regime:
+    """Return the regime of a seed."""
+    return draw(random.Random(f"{seed} regime"))
+
+
 def draw(source: random.Random) -> Regime:
     """Return the regime of a seed."""
     voters = source.choices((1, 2, 3, 4, 5), (2, 2, 60, 6, 20))[0]

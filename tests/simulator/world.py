@@ -21,7 +21,7 @@ from tests.simulator.host import Host
 from tests.simulator.machines import open_machine
 from tests.simulator.network import Network
 from tests.simulator.process import Process
-from tests.simulator.regime import Regime, draw
+from tests.simulator.regime import Regime, regime_of
 from tests.simulator.registers import Registers
 from tests.simulator.schedule import Schedule
 from tests.simulator.trace import Trace
@@ -54,7 +54,7 @@ class World:
         self.breakage = breakage
         self.schedule = Schedule()
         self.trace = Trace(self.schedule, show)
-        self.regime = regime or draw(random.Random(f"{seed} regime"))
+        self.regime = regime or regime_of(seed)
         self.judges = Judges()
         broken = {"repeats_requests": breakage.repeats_requests, "reuses_epochs": breakage.reuses_epochs}
         self._state_kind: type[Registers] = type("Registers", (Registers,), {"__slots__": (), **broken})
