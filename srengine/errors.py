@@ -127,6 +127,12 @@ class StaleEpoch(Conflict):
     code = "STALE_EPOCH"
 
 
+class EpochTaken(Conflict):
+    """Another leader owns the epoch; ``newest`` is the newest one (KEYEXIST in the words of BDB HA)."""
+
+    code = "EPOCH_TAKEN"
+
+
 class RequestExpired(Conflict):
     """The request id is older than the kept window, or its session is unknown; it was not executed."""
 

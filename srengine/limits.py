@@ -79,6 +79,12 @@ is closed. ZeroMQ counts whole messages only: one that never ends would fill the
 """
 CONNECTIONS_MAX: Final = 256
 """Accepted connections of one port, half-done handshakes included; beyond it new ones are closed at once."""
+POSTS_BYTES_MAX: Final = 16 * MIB
+"""Bytes of one-way messages on their way over one connection; what does not fit is dropped, and said again by whoever
+needs it heard.
+"""
+POSTS_HELD_MAX: Final = 16
+"""One-way messages that wait for a connection which is just being made."""
 REQUEST_WINDOW: Final = 4096
 """Request ids remembered behind the highest one, so that a repeated frame is not answered twice."""
 HANDSHAKE_MS: Final = 2000
@@ -174,6 +180,10 @@ READ_KEYS_MAX: Final = 100_000
 TABLETS_PER_TABLE_MAX: Final = 1024
 JOURNAL_ENTRY_BYTES_MAX: Final = 4 * MIB
 JOURNAL_PULL_BYTES_MAX: Final = 4 * MIB
+PROPOSE_S_MAX: Final = 120.0
+"""How long a leader keeps a proposal of another node, whatever that asks for."""
+STATE_ITEM_BYTES_MAX: Final = 2 * JOURNAL_ENTRY_BYTES_MAX
+"""One item of the agreed state on its way to another node: it holds at least one row that one command made."""
 
 # --- consensus -------------------------------------------------------------------------------------------------------
 GROUP_NODES_MAX: Final = 256
@@ -207,6 +217,7 @@ assert BODY_BYTES_MAX + ENVELOPES_BYTES_TARGET + 64 * KIB <= CLIENT_FRAME_BYTES_
     BODY_BYTES_MAX,
     CLIENT_FRAME_BYTES_MAX,
 )
+assert POSTS_BYTES_MAX >= 2 * PEER_FRAME_BYTES_MAX, (POSTS_BYTES_MAX, PEER_FRAME_BYTES_MAX)
 assert CONNECTION_BYTES_MAX >= ENTRY_BYTES_MAX, (CONNECTION_BYTES_MAX, ENTRY_BYTES_MAX)
 assert UNREAD_BYTES_MAX >= REQUESTS_IN_FLIGHT_MAX * PART_BYTES_MAX + 32 * MIB, (UNREAD_BYTES_MAX, PART_BYTES_MAX)
 assert UNREAD_BYTES_MAX >= 2 * CREDIT_FRAMES * BULK_FRAME_BYTES_MAX, (UNREAD_BYTES_MAX, BULK_FRAME_BYTES_MAX)

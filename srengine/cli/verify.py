@@ -16,13 +16,16 @@ EXIT_CORRUPTION = 7
 @click.pass_context
 @pass_settings
 def verify(settings: Settings, context: click.Context, *, directory: str) -> None:
-    """Check every checksum, page and root in DIRECTORY; exit code 7 when something is damaged.
+    """Check every checksum, page, root and epoch in DIRECTORY; exit code 7 when something is damaged.
 
     The directory must not be in use. Nothing is changed.
     """
+    from srengine.consensus.log import LOG_NAME
+    from srengine.consensus.log_check import check_log
+    from srengine.ha.verify import METADATA_NAME, check_epoch_rows
     from srengine.storage import verify_directory
 
-    report = verify_directory(directory)
+    report = verify_directory(directory, {LOG_NAME: check_log, METADATA_NAME: check_epoch_rows})
     values = report.as_dict()
     out = settings.out
     if out.format == "text":

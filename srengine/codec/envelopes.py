@@ -11,6 +11,9 @@
       | <------------ Data(request 8, 1, size, last) ---- |
       | Credit(request 8, 4) ---------------------------> |     four more may come
       | <------------------------------ End(request 8) -- |     or Failure
+      |                                                   |
+      | Post(kind, body, total) ------------------------> |     said, not asked: no answer
+      | <--------------------------------- Taken(total) - |     posts were taken in up to there
 
 Attachments of an Ask or Answer that together exceed ``limits.PART_BYTES_MAX`` are not in its frame. The receiver
 answers with Credit as soon as it has room for the whole, and they come as Data of the same request.
@@ -103,4 +106,22 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=8):
     request: RequestId
 
 
-Envelope = Ask | Answer | Failure | Open | Data | Credit | End | Cancel
+class Post(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """A message that gets no answer. ``total``: bytes of all posts of this connection up to the end of this one.
+
+    ``size``: 0 when the body is here; else ``body`` is nil and the body is so many bytes of the frame's data.
+    """
+
+    kind: str
+    body: msgspec.Raw
+    total: Count
+    size: Count = 0
+
+
+class Taken(msgspec.Struct, frozen=True, array_like=True, tag=10):
+    """The callee has taken in the post that ended at ``total``: what came before it is not on its way any more."""
+
+    total: Count
+
+
+Envelope = Ask | Answer | Failure | Open | Data | Credit | End | Cancel | Post | Taken

@@ -30,7 +30,7 @@ import xxhash
 
 from srengine import errors, limits
 from srengine.codec import scanner
-from srengine.codec.envelopes import Answer, Ask, Data, Envelope
+from srengine.codec.envelopes import Answer, Ask, Data, Envelope, Post
 
 PROTOCOL_VERSION: Final = 1
 """Said at hello; raised with every change that an older release would misunderstand."""
@@ -120,7 +120,7 @@ def inline_bytes(envelope: Envelope) -> int:
     ones follow as `Data`.
     """
     match envelope:
-        case Data(size=size):
+        case Data(size=size) | Post(size=size):
             return size
         case Ask(sizes=sizes) | Answer(sizes=sizes):
             total = sum(sizes)

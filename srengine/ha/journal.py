@@ -20,15 +20,23 @@ from srengine import errors, limits
 from srengine.types import Position
 
 DIGEST_BYTES: Final = 16
+REQUEST_BYTES: Final = 16
 TERM: Final = 1
 """Term of all entries until elections exist."""
 
 
 class Command(msgspec.Struct, frozen=True):
-    """What is to change. ``kind`` (``room.verb``) names the applier that reads ``body``."""
+    """What is to change. ``kind`` (``room.verb``) names the applier that reads ``body``.
+
+    ``epoch``: of the leader that put it into the journal; where it is applied under another newest one, it changes
+    nothing. A proposer leaves 0: the leader fills it in; one that acts for an epoch states it.
+    ``request``: 16 random bytes of the proposer, or none; a command that comes twice is applied once.
+    """
 
     kind: str
     body: bytes
+    epoch: int = 0
+    request: bytes = b""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -55,7 +63,7 @@ class Journal(Protocol):
         ...
 
     async def propose(self, command: Command, *, timeout_s: float = 10.0) -> int:
-        """Return the command's index when a majority holds it and this node has applied it.
+        """Return the command's index when a majority holds it and this node has applied it: its next read sees it.
 
         Raises what the applier raises (the entry then stands in the journal and changed nothing), `NoQuorum`,
         `NotReady`, `TimedOut` (whether it will stand is unknown).
@@ -99,7 +107,24 @@ def check_chain(before: Position, entries: Sequence[Entry]) -> Position:
     return Position(before.lineage, index, digest, index)
 
 
+def encode_command(command: Command) -> bytes:
+    """Return the command as the data of an entry."""
+    return _encoder.encode(command)
+
+
+def decode_command(data: bytes | memoryview) -> Command:
+    """Return the command in an entry's data; `FrameError` for anything else."""
+    try:
+        command = _command_decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+        raise errors.FrameError(f"not a command: {error}") from error
+    if not 0 <= command.epoch < 1 << 63 or len(command.request) not in {0, REQUEST_BYTES}:
+        raise errors.FrameError(f"a command of epoch {command.epoch} with a request of {len(command.request)} bytes")
+    return command
+
+
 _encoder = msgspec.msgpack.Encoder()
+_command_decoder = msgspec.msgpack.Decoder(Command)
 _decoder = msgspec.msgpack.Decoder(list[Entry])
 
 

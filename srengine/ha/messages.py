@@ -82,15 +82,23 @@ registry.register("ha.pull_reply", PullReply)
 
 
 class Propose(msgspec.Struct, frozen=True):
-    """Ask the first member to put a command into the journal."""
+    """Ask the leader to put a command into the journal.
+
+    ``epoch``: 0, or the one that the proposer acts for; ``request``: its id, the same when it is asked again.
+    ``force``: a change of membership may cost the quorum. ``acknowledge``: a value of `protocol.Acknowledge`.
+    """
 
     kind: str
     body: bytes
     timeout_s: float = 10.0
+    epoch: int = 0
+    request: bytes = b""
+    force: bool = False
+    acknowledge: str = "majority"
 
 
 class Proposed(msgspec.Struct, frozen=True):
-    """The command stands at ``index`` and was applied at the leader. A refusal is answered by its error."""
+    """The command was decided at ``index`` and is applied at the leader. A refusal is answered by its error."""
 
     index: int
 
@@ -120,6 +128,58 @@ class Introduction(msgspec.Struct, frozen=True):
     """Names of the cluster's members in their order, as far as this node knows them."""
 
 
+class AwaitApplied(msgspec.Struct, frozen=True):
+    """Answer when you have applied ``index``; `TimedOut` after ``timeout_s``. How a leader learns that a node has
+    caught up, or that all have a command.
+    """
+
+    index: int
+    timeout_s: float
+
+
+class AppliedAt(msgspec.Struct, frozen=True):
+    """This node has applied ``index``, which may be more than was asked for."""
+
+    index: int
+
+
+class TransferLeader(msgspec.Struct, frozen=True):
+    """Ask the leader to hand over; ``target``: a node's id, empty: to the best one."""
+
+    target: str = ""
+    timeout_s: float = 10.0
+
+
+class Transferred(msgspec.Struct, frozen=True):
+    """This node id leads now."""
+
+    leader: str
+
+
+class FetchState(msgspec.Struct, frozen=True):
+    """Ask for the agreed state at ``index`` or later; answered by a stream of items (state.py)."""
+
+    index: int
+
+
+class Belongs(msgspec.Struct, frozen=True):
+    """Ask whether the sender still is a member; the answer is `MemberStanding`, or the error `Removed`."""
+
+
+class MemberStanding(msgspec.Struct, frozen=True):
+    """``member``: as far as the answering node has applied, ``index``."""
+
+    member: bool
+    index: int
+
+
+registry.register("ha.await_applied", AwaitApplied)
+registry.register("ha.applied_at", AppliedAt)
+registry.register("ha.transfer_leader", TransferLeader)
+registry.register("ha.transferred", Transferred)
+registry.register("ha.fetch_state", FetchState)
+registry.register("ha.belongs", Belongs)
+registry.register("ha.standing", MemberStanding)
 registry.register("ha.propose", Propose)
 registry.register("ha.proposed", Proposed)
 registry.register("ha.introduce", Introduce)

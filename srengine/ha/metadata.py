@@ -1,171 +1,250 @@
-"""The metadata state machine: applies the journal's entries, in order, to named tables of the metadata store.
+"""The metadata state machine: applies the journal's commands, in order, to named tables of the metadata store.
 
 Each room that keeps cluster-wide state contributes one *applier*. The machine finds the applier by the command's kind,
 gives it a transaction, and commits its changes together with the entry's index: so after any crash the state is exactly
 that of some index. Appliers read nothing but the command and the tables, hence every node comes to the same state;
 `MetadataMachine.digest` proves it.
 
-An applier refuses a command by raising one of our errors: nothing of it is kept, the index is raised all the same, and
-the error is what the proposer gets. Refusals are as deterministic as changes.
+What happens to a command, in this order:
+
+1. It was applied before (its request id has a kept outcome): that outcome is the answer, nothing changes.
+2. Its epoch is not the newest one (epochs.py): `StaleEpoch`, nothing changes, and no outcome is kept. Exempt are what
+   makes an epoch (`epochs.FENCE`), the first entry, and changes of membership that consensus itself has put in force
+   with the entry: the table of members must follow it.
+3. Its applier refuses it by raising one of our errors: nothing of it is kept but the outcome.
+4. Else its changes are kept.
+
+In all cases the index is raised. Refusals are as deterministic as changes.
+
+A node that lacks more than the log keeps gets the whole state: `export` writes it to a file, `install` puts it in
+place, verified, all or nothing (state.py).
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Final, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from srengine import errors
-from srengine.ha.journal import Entry
+from srengine.ha import state
+from srengine.ha.epochs import FENCE, newest_epoch
+from srengine.ha.journal import Command
+from srengine.ha.members import BOOTSTRAP
+from srengine.ha.outcomes import OUTCOME_TABLE, Outcome, find_outcome, keep_outcome, refused
+from srengine.ha.tables import Applier, Overlay, ReplaceableStore, Row, Store, Tables
+
+__all__ = ["STATE_TABLE", "Applier", "Applying", "MetadataMachine", "Store", "Tables"]
 
 STATE_TABLE: Final = "journal_state"
 _APPLIED: Final = b"applied"
 
 
-class Tables(Protocol):
-    """Reads and writes of one transaction; what an applier sees."""
+@dataclass(frozen=True, slots=True)
+class Applying:
+    """One entry. ``command``: None for one without meaning here (the first of a term). ``in_force``: consensus has put
+    the change of membership in force with the entry.
+    """
 
-    def get(self, table: str, key: bytes) -> bytes | None:
-        """Return a value, None without one."""
-        ...
-
-    def put(self, table: str, key: bytes, value: bytes) -> None:
-        """Set a value."""
-        ...
-
-    def delete(self, table: str, key: bytes) -> bool:
-        """Remove a value; return whether there was one."""
-        ...
-
-    def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
-        """Yield (key, value) in key order, ``start`` inclusive, ``stop`` exclusive."""
-        ...
-
-
-class Store(Protocol):
-    """What this room needs of `srengine.storage.MetadataStore`."""
-
-    def get(self, table: str, key: bytes) -> bytes | None:
-        """Return a value, None without one."""
-        ...
-
-    def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
-        """Yield (key, value) in key order, ``start`` inclusive, ``stop`` exclusive."""
-        ...
-
-    def transaction(self) -> AbstractContextManager[Tables]:
-        """Durable, all or nothing, when the with-block ends."""
-        ...
-
-
-class Applier(Protocol):
-    """One room's part of the state."""
-
-    @property
-    def kinds(self) -> Sequence[str]:
-        """Kinds of commands that it applies."""
-        ...
-
-    @property
-    def tables(self) -> Sequence[str]:
-        """Tables that it owns; they are part of the digest."""
-        ...
-
-    def apply(self, tables: Tables, index: int, kind: str, body: bytes) -> None:
-        """Change the tables, or raise an `errors.Error` that refuses the command."""
-        ...
+    index: int
+    term: int
+    command: Command | None
+    in_force: bool = False
 
 
 class MetadataMachine:
-    """The appliers in their order, over one metadata store."""
+    """The appliers in their order, over one metadata store. Thread-safe: one call changes, others wait."""
 
-    def __init__(self, store: Store, appliers: Sequence[Applier]) -> None:
-        self._store = store
+    def __init__(self, store: ReplaceableStore, appliers: Sequence[Applier]) -> None:
+        self.store = store
+        self._lock = threading.RLock()
         self._appliers: dict[str, Applier] = {}
-        self._tables: list[str] = []
+        tables = [OUTCOME_TABLE]
         for applier in appliers:
             for kind in applier.kinds:
                 assert kind not in self._appliers, kind
                 self._appliers[kind] = applier
             for table in applier.tables:
-                assert table not in self._tables, table
-                self._tables.append(table)
+                assert table not in tables, table
+                tables.append(table)
+        self._tables = tuple(sorted(tables))
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the tables that make the state, sorted."""
+        return self._tables
 
     @property
     def applied_index(self) -> int:
         """Index of the last applied entry, 0 before the first."""
-        stored = self._store.get(STATE_TABLE, _APPLIED)
-        return 0 if stored is None else int.from_bytes(stored, "little")
+        return self.applied[0]
 
-    def apply(self, entry: Entry) -> errors.Error | None:
-        """Apply the next entry durably; return the refusal, if it was refused."""
-        refusal: errors.Error | None = None
-        with self._store.transaction() as transaction:
-            stored = transaction.get(STATE_TABLE, _APPLIED)
-            applied = 0 if stored is None else int.from_bytes(stored, "little")
-            assert entry.index == applied + 1, (entry.index, applied)
-            aside = _Aside(transaction)
-            try:
-                applier = self._appliers.get(entry.kind)
-                if applier is None:
-                    raise errors.UnsupportedFeature(f"nobody applies {entry.kind}", kind=entry.kind)
-                applier.apply(aside, entry.index, entry.kind, entry.body)
-            except msgspec.MsgspecError as error:
-                refusal = errors.InvalidValue(f"the body of {entry.kind} cannot be read: {error}", kind=entry.kind)
-            except errors.Error as error:
-                refusal = error
-            else:
-                aside.write()
-            transaction.put(STATE_TABLE, _APPLIED, entry.index.to_bytes(8, "little"))
-        return refusal
+    @property
+    def applied(self) -> tuple[int, int]:
+        """Index and term of the last applied entry, (0, 0) before the first."""
+        return _applied(self.store)
+
+    def apply(self, index: int, term: int, command: Command | None) -> Outcome:
+        """Apply the next entry durably; return what it came to."""
+        return self.apply_all([Applying(index, term, command)])[0]
+
+    def apply_all(self, entries: Sequence[Applying]) -> list[Outcome]:
+        """Apply the next entries, which follow each other, in one durable transaction; return what each came to."""
+        if not entries:
+            return []
+        with self._lock, _faults_of_the_disk(), self.store.transaction() as transaction:
+            applied, _ = _applied(transaction)
+            outcomes = []
+            for applied, entry in enumerate(entries, applied + 1):  # noqa: B020  (it is the applied index)
+                assert entry.index == applied, (entry.index, applied)
+                outcomes.append(self._apply(transaction, entry))
+            transaction.put(STATE_TABLE, _APPLIED, _encode_applied(entries[-1].index, entries[-1].term))
+        return outcomes
+
+    def _apply(self, transaction: Tables, entry: Applying) -> Outcome:
+        command = entry.command
+        if command is None:
+            return Outcome(entry.index)
+        if command.request:
+            earlier = find_outcome(transaction, command.request)
+            if earlier is not None:
+                return earlier
+        if not entry.in_force and command.kind not in {FENCE, BOOTSTRAP}:
+            newest, _ = newest_epoch(transaction)
+            if command.epoch != newest:
+                return refused(
+                    entry.index,
+                    errors.StaleEpoch(
+                        f"{command.kind} was proposed in epoch {command.epoch}, the newest is {newest}",
+                        epoch=command.epoch,
+                        newest=newest,
+                    ),
+                )
+        outcome = self._decide(transaction, entry.index, command)
+        if command.request:
+            keep_outcome(transaction, command.request, outcome)
+        return outcome
+
+    def _decide(self, transaction: Tables, index: int, command: Command) -> Outcome:
+        aside = Overlay(_Guarded(transaction))
+        try:
+            # NB: a fault of this node's disk is no outcome: it leaves as `_LocalFaultError` and takes the whole
+            # transaction back.
+            applier = self._appliers.get(command.kind)
+            if applier is None:
+                raise errors.UnsupportedFeature(f"nobody applies {command.kind}", kind=command.kind)
+            applier.apply(aside, index, command.kind, command.body)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            text = f"the body of {command.kind} cannot be read: {error}"
+            return refused(index, errors.InvalidValue(text, kind=command.kind))
+        except errors.Error as error:
+            return refused(index, error)
+        aside.write(transaction)
+        return Outcome(index)
+
+    # --- the whole state ---------------------------------------------------------------------------------------------
 
     def digest(self) -> bytes:
         """Return 16 bytes over all rows of the appliers' tables and the index; equal states have equal digests."""
-        state = hashlib.blake2b(self.applied_index.to_bytes(8, "little"), digest_size=16)
-        for table in sorted(self._tables):
-            for key, value in self._store.scan(table):
-                for part in (table.encode(), key, value):
-                    state.update(len(part).to_bytes(8, "little"))
-                    state.update(part)
-        return state.digest()
+        with self._lock:
+            digest = state.Digest(self.applied_index)
+            for table, key, value in self._rows():
+                digest.add(table, key, value)
+            return digest.value()
+
+    def export(self, path: Path) -> state.Described:
+        """Write the state to a new file; nothing is applied meanwhile."""
+        with self._lock:
+            index, term = self.applied
+            count = size = 0
+            for _, key, value in self._rows():
+                count += 1
+                size += len(key) + len(value)
+            header = state.Header(state.FORMAT, index, term, self._tables, count, size)
+            with path.open("xb") as file:
+                return state.write_items(header, self._rows(), file)
+
+    def install(self, path: Path, *, index: int | None = None, term: int | None = None) -> state.Described:
+        """Replace the state by that of a file, durably, all or nothing.
+
+        ``index`` and ``term``: what the file must hold. Raises `SnapshotDamaged`, `UnsupportedFeature` (of another
+        version), and `Conflict` for a state that is older than the own one.
+        """
+        with self._lock, contextlib.closing(state.read_file(path)) as items:
+            header = state.read_header(items, self._tables)
+            if index is not None and header.index != index:
+                raise errors.SnapshotDamaged(f"the state is that of index {header.index}, not {index}")
+            if term is not None and header.term != term:
+                raise errors.SnapshotDamaged(f"the state is that of term {header.term}, not {term}")
+            if header.index < self.applied_index:
+                raise errors.Conflict(f"the state of index {header.index} is older than {self.applied_index} here")
+            digest = state.Digest(header.index)
+
+            def rows() -> Iterator[Row]:
+                nonlocal digest
+                digest = state.Digest(header.index)
+                with contextlib.closing(state.read_file(path)) as again:
+                    first = state.read_header(again, self._tables)
+                    for table, key, value in state.read_rows(first, again):
+                        digest.add(table, key, value)
+                        yield table, key, value
+                yield STATE_TABLE, _APPLIED, _encode_applied(header.index, header.term)
+
+            self.store.replace_tables(self._tables, rows, bytes_expected=header.row_bytes)
+            return state.Described(header.index, header.term, digest.value(), header.rows)
+
+    def _rows(self) -> Iterator[Row]:
+        for table in self._tables:
+            for key, value in self.store.scan(table):
+                yield table, key, value
 
 
-class _Aside:
-    """Changes kept aside over a transaction until the applier has finished, so that a refusal leaves nothing."""
+def _applied(rows: Store | Tables) -> tuple[int, int]:
+    stored = rows.get(STATE_TABLE, _APPLIED)
+    if stored is None:
+        return 0, 0
+    return int.from_bytes(stored[:8], "little"), int.from_bytes(stored[8:16], "little")
+
+
+def _encode_applied(index: int, term: int) -> bytes:
+    return index.to_bytes(8, "little") + term.to_bytes(8, "little")
+
+
+class _LocalFaultError(Exception):
+    """The store could not be read: says nothing about the command. Never leaves this module."""
+
+    def __init__(self, error: errors.Error) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+@contextlib.contextmanager
+def _faults_of_the_disk() -> Iterator[None]:
+    try:
+        yield
+    except _LocalFaultError as fault:
+        raise fault.error from None
+
+
+class _Guarded:
+    """Reads of a transaction, whose faults are this node's alone."""
 
     def __init__(self, below: Tables) -> None:
         self._below = below
-        self._changes: dict[tuple[str, bytes], bytes | None] = {}
 
     def get(self, table: str, key: bytes) -> bytes | None:
-        if (table, key) in self._changes:
-            return self._changes[table, key]
-        return self._below.get(table, key)
-
-    def put(self, table: str, key: bytes, value: bytes) -> None:
-        self._changes[table, key] = value
-
-    def delete(self, table: str, key: bytes) -> bool:
-        there = self.get(table, key) is not None
-        self._changes[table, key] = None
-        return there
+        try:
+            return self._below.get(table, key)
+        except errors.Error as error:
+            raise _LocalFaultError(error) from error
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
-        rows: dict[bytes, bytes | None] = dict(self._below.scan(table, start, stop))
-        for (changed, key), value in self._changes.items():
-            if changed == table and (start is None or key >= start) and (stop is None or key < stop):
-                rows[key] = value
-        for key in sorted(rows):
-            value = rows[key]
-            if value is not None:
-                yield key, value
-
-    def write(self) -> None:
-        for (table, key), value in sorted(self._changes.items(), key=lambda item: item[0]):
-            if value is None:
-                self._below.delete(table, key)
-            else:
-                self._below.put(table, key, value)
+        try:
+            yield from self._below.scan(table, start, stop)
+        except errors.Error as error:
+            raise _LocalFaultError(error) from error

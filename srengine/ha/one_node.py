@@ -61,7 +61,8 @@ class _Applying:
                 index = self._applied + 1
                 entry = await asyncio.to_thread(self.store.entry, index)
                 assert entry is not None, index
-                refusal = await asyncio.to_thread(self.machine.apply, entry)
+                outcome = await asyncio.to_thread(self.machine.apply, index, entry.term, entry.command)
+                refusal = outcome.refusal
                 if refusal is not None and index in self._proposed:
                     self._refusals[index] = refusal
                 async with self._changed:

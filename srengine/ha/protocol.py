@@ -22,7 +22,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from srengine.ha.journal import Journal
+from srengine.ha.journal import Command, Journal
+from srengine.ha.members import MemberRole
 
 ENTRY_POINTS: Final = "srengine.ha"
 """Group of entry points; each names a callable that takes a `backends.Surroundings` and returns an `HAProtocol`."""
@@ -60,6 +61,16 @@ class Fencing(enum.Enum):
     """It is not known, or could not be tried; tried again."""
 
 
+class Acknowledge(enum.Enum):
+    """When a proposer is answered. What is kept and what is applied does not depend on it."""
+
+    NONE = "none"
+    """When the leader has taken the command: it may be lost with the leader, and a refusal is not told."""
+    MAJORITY = "majority"
+    ALL = "all"
+    """When every member that votes has applied it, too."""
+
+
 class HAProtocol(Journal, Protocol):
     """One backend, on one node. Started and used on the node's event loop.
 
@@ -85,7 +96,16 @@ class HAProtocol(Journal, Protocol):
         ...
 
     def observe(self) -> AsyncIterator[Observed]:
-        """Yield what the election says, now and at every change, in order, without end; none is left out."""
+        """Yield what the election says, now and at every change, in order, without end; none is left out.
+
+        A node that becomes an observer, or a follower again, is UNKNOWN in between.
+        """
+        ...
+
+    async def resign(self, reason: str) -> None:
+        """Give up leadership, if the election names this node, so that another election begins: fencing failed, or a
+        promotion. Nothing happens elsewhere; never raises for a reason of the network.
+        """
         ...
 
     async def fencing(self) -> bool:
@@ -97,6 +117,14 @@ class HAProtocol(Journal, Protocol):
     @property
     def epoch(self) -> int:
         """The epoch that this node owns and acts for; 0 when it owns none."""
+        ...
+
+    async def propose(
+        self, command: Command, *, timeout_s: float = 10.0, acknowledge: Acknowledge = Acknowledge.MAJORITY
+    ) -> int:
+        """See `journal.Journal.propose`. Epochs and membership are always acknowledged by a majority at least. The
+        index is 0 with NONE: it is not known yet.
+        """
         ...
 
     async def get_leader(self) -> str:
@@ -120,10 +148,18 @@ class HAProtocol(Journal, Protocol):
         ...
 
     async def add_node(
-        self, name: str, node_id: str, address: str, *, role: str = "follower", public_key: str = ""
+        self,
+        name: str,
+        node_id: str,
+        address: str,
+        *,
+        role: MemberRole = "follower",
+        public_key: str = "",
+        ticket: bytes = b"",
     ) -> None:
-        """Add a member; a follower begins as an unstable node (a learner). `Conflict` for a name or address in use by
-        a member that is not older (see members.py), `InvalidValue`.
+        """Add a member; a follower begins as an unstable node (a learner). Whoever holds the name or the address, as
+        this node knows it, is replaced in the same entry; `Conflict` when that is not so any more (see members.py),
+        `Removed` for an id that was removed, `Denied` for a ticket, `InvalidValue`.
         """
         ...
 
@@ -131,6 +167,10 @@ class HAProtocol(Journal, Protocol):
         """Remove a member: `MasterState` for the leader, `MemberNotFound`, `NoQuorum` when what is left alive would be
         no majority and not ``force``.
         """
+        ...
+
+    async def set_role(self, name: str, role: MemberRole, *, force: bool = False) -> None:
+        """Make a follower an observer, or an observer an (unstable) follower. As `remove_node`."""
         ...
 
     async def update_address(self, name: str, address: str) -> None:
@@ -149,6 +189,11 @@ class HAProtocol(Journal, Protocol):
         """Hand leadership over and return the new leader's name. `MasterState` when this is not possible now (nothing
         changed), `MemberNotFound`.
         """
+        ...
+
+    @property
+    def current(self) -> bool:
+        """Whether this node has lately applied all that the leader called committed, and is in contact."""
         ...
 
     async def read_barrier(self, *, timeout_s: float = 10.0) -> int:

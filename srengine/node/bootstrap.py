@@ -94,7 +94,7 @@ class Settling:
             store.append([chained(bytes(16), 1, Command(BOOTSTRAP, body))])
         entry = store.entry(1)
         assert entry is not None
-        refusal = node.machine.apply(entry)
+        refusal = node.machine.apply(entry.index, entry.term, entry.command).refusal
         if refusal is not None:
             raise refusal
         founded = read_cluster(node.metadata)

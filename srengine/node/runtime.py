@@ -33,6 +33,7 @@ from srengine import errors, limits
 from srengine.clock import Clock, SystemClock
 from srengine.cluster import catalog
 from srengine.ha.contact import Contact
+from srengine.ha.epochs import EpochsApplier
 from srengine.ha.group import Surroundings
 from srengine.ha.journal import Command
 from srengine.ha.journal_store import JournalStore
@@ -130,7 +131,7 @@ class Runtime:
         self._stack.callback(self.metadata.close)
         await self._open_ports()
         self._stack.push_async_callback(self.supervisor.stop)
-        self.machine = MetadataMachine(self.metadata, [MembersApplier(), catalog.CatalogApplier()])
+        self.machine = MetadataMachine(self.metadata, [MembersApplier(), EpochsApplier(), catalog.CatalogApplier()])
         settled = bootstrap.Settling(self)
         work = asyncio.ensure_future(settled.run())
         await self._or_failure(work)

@@ -29,7 +29,7 @@ import os
 import secrets
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, Self
 
 import lmdb
 import xxhash
@@ -38,13 +38,15 @@ from srengine import errors, limits, types
 from srengine.storage import fences, files, pages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
 FORMAT: Final = b"1"
 TABLES_MAX: Final = 64
 SCAN_ROWS: Final = 256
 """Rows read in one LMDB transaction by a scan, so that no reader holds old pages or the map for long."""
+SCAN_BYTES: Final = 8 * limits.MIB
+"""Or fewer, when together they are larger: what a scan holds in memory."""
 VALUE_BYTES_MAX: Final = limits.ENTRY_BYTES_MAX
 MAP_BYTES_MIN: Final = 16 * limits.MIB
 MAP_BYTES_MAX: Final = 1 << 40
@@ -57,6 +59,17 @@ _ENGINE: Final[dict[str, Any]] = {"lib_version": 0} if int(lmdb.__version__.spli
 """py-lmdb 3 brings two engines, and an environment variable may choose: ours is the 0.9 line, as for tablets."""
 _OWN_TABLE: Final = "srengine"
 _FORMAT_KEY: Final = b"format"
+
+
+class Row(NamedTuple):
+    """One row as `MetadataStore.survey` finds it.
+
+    ``sound``: the value passed its check. Else ``value`` is everything that is stored, the check included.
+    """
+
+    key: bytes
+    value: bytes
+    sound: bool
 
 
 class MetadataStore:
@@ -150,11 +163,23 @@ class MetadataStore:
         position, first = start, True
         while True:
             with self._reading() as reader:
-                rows = self._rows(reader, self._tables.get(table), table, position, stop, after=not first)
+                rows, done = self._rows(reader, self._tables.get(table), table, position, stop, after=not first)
             yield from rows
-            if len(rows) < SCAN_ROWS:
+            if done:
                 return
             position, first = rows[-1][0], False
+
+    def survey(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[Row]:
+        """Yield what `scan` yields, and damaged rows as well instead of raising: for whoever can do without them."""
+        position, first = start, True
+        while True:
+            with self._reading() as reader:
+                found, done = self._stored_rows(reader, self._tables.get(table), position, stop, after=not first)
+            for key, stored in found:
+                yield read_row(table, key, stored)
+            if done:
+                return
+            position, first = found[-1][0], False
 
     def tables(self) -> list[str]:
         """Return the names of the tables that were ever written to, sorted."""
@@ -210,21 +235,39 @@ class MetadataStore:
         stop: bytes | None,
         *,
         after: bool,
-    ) -> list[tuple[bytes, bytes]]:
+    ) -> tuple[list[tuple[bytes, bytes]], bool]:
+        found, done = self._stored_rows(transaction, database, start, stop, after=after)
+        return [(key, self._unsealed(table, key, stored)) for key, stored in found], done
+
+    def _stored_rows(
+        self,
+        transaction: lmdb.Transaction,
+        database: lmdb._Database | None,
+        start: bytes | None,
+        stop: bytes | None,
+        *,
+        after: bool,
+    ) -> tuple[list[tuple[bytes, bytes]], bool]:
+        """Return some rows of the range, and whether they are the last of it."""
         if database is None:
-            return []
+            return [], True
         rows: list[tuple[bytes, bytes]] = []
+        size = 0
         with transaction.cursor(db=database) as cursor:
             found = cursor.first() if not start else cursor.set_range(_checked_key(start))
             if found and after and cursor.key() == start:
                 found = cursor.next()
-            while found and len(rows) < SCAN_ROWS:
+            while found:
+                if len(rows) >= SCAN_ROWS or size >= SCAN_BYTES:
+                    return rows, False
                 key = bytes(cursor.key())
                 if stop is not None and key >= stop:
                     break
-                rows.append((key, self._unsealed(table, key, bytes(cursor.value()))))
+                value = bytes(cursor.value())
+                rows.append((key, value))
+                size += len(value)
                 found = cursor.next()
-        return rows
+        return rows, True
 
     def _unsealed(self, table: str, key: bytes, stored: bytes) -> bytes:
         if not is_sealed(table, key, stored):
@@ -258,6 +301,62 @@ class MetadataStore:
             finally:
                 transaction._end()
                 self._transaction = None
+
+    def replace_tables(
+        self, tables: Sequence[str], rows: Callable[[], Iterator[tuple[str, bytes, bytes]]], *, bytes_expected: int
+    ) -> None:
+        """Empty ``tables`` and put ``rows()`` (table, key, value) in one durable transaction; nothing if it raises.
+
+        For many rows: they are not kept in memory. ``rows`` is called again when the map has to grow, and must then
+        yield the same; ``bytes_expected`` (keys and values) makes that rare. It may put rows into other tables, too.
+        Raises as `transaction`, and whatever ``rows`` raises.
+        """
+        with self._write_lock:
+            self._check_usable()
+            if self._transaction is not None:
+                raise errors.InvalidValue("a transaction of the metadata store is open in this thread already")
+            used = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
+            if used + 3 * bytes_expected > self._map_bytes:
+                self._grow(used + 3 * bytes_expected)
+            while True:
+                try:
+                    self._replace_once(tables, rows())
+                except _MapFullError:
+                    self._grow(self._map_bytes * 2)
+                else:
+                    return
+
+    def _replace_once(self, tables: Sequence[str], rows: Iterator[tuple[str, bytes, bytes]]) -> None:
+        with self._translated("cannot write"):
+            writer = self._environment.begin(write=True)
+        made: dict[str, lmdb._Database] = {}
+        committed = False
+        try:
+            with self._translated("cannot write"), _map_full():
+                for table in tables:
+                    if table in self._tables:
+                        writer.drop(self._tables[table], delete=False)
+            for table, key, value in rows:
+                types.check_name(table, "table")
+                _checked_key(key)
+                if len(value) > VALUE_BYTES_MAX:
+                    raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
+                with self._translated("cannot write"), _map_full():
+                    database = self._tables.get(table) or made.get(table)
+                    if database is None:
+                        if len(self._tables) + len(made) >= TABLES_MAX:
+                            raise errors.InvalidValue(f"a metadata store has at most {TABLES_MAX} tables")
+                        database = made[table] = self._environment.open_db(table.encode(), txn=writer)
+                    writer.put(key, value + _check(table, key, value), db=database)
+            with self._translated("cannot commit to"), _map_full():
+                writer.commit()
+            committed = True
+            self._tables.update(made)
+        finally:
+            if not committed and os.getpid() == self._pid:
+                # NB: see Transaction._abort.
+                with self._all_readers_gone():
+                    writer.abort()
 
     def _maybe_grow(self) -> bool:
         """Double the map once three quarters are used, so that a transaction rarely meets its end."""
@@ -345,6 +444,18 @@ class MetadataStore:
             fences.set_fence(self.path, "io-error", text)
 
 
+class _MapFullError(Exception):
+    """The memory map has no room left."""
+
+
+@contextlib.contextmanager
+def _map_full() -> Iterator[None]:
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise _MapFullError from error
+
+
 class Transaction:
     """Reads and changes inside `MetadataStore.transaction`; reads see the transaction's own changes."""
 
@@ -380,15 +491,23 @@ class Transaction:
         self._remember(table, key, None)
         return True
 
+    def discard(self, table: str, key: bytes) -> None:
+        """Delete ``key`` if it is there, without looking at its value, which may be damaged."""
+        self._check_open()
+        if self._database(table) is not None:
+            self._remember(table, _checked_key(key), None)
+
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Yield (key, value) with ``start`` <= key < ``stop`` in order; rows changed behind the place reached show."""
         position, first = start, True
         while True:
             self._check_open()
             with self._store._translated("cannot read"):
-                rows = self._store._rows(self._writer, self._database(table), table, position, stop, after=not first)
+                rows, done = self._store._rows(
+                    self._writer, self._database(table), table, position, stop, after=not first
+                )
             yield from rows
-            if len(rows) < SCAN_ROWS:
+            if done:
                 return
             position, first = rows[-1][0], False
 
@@ -486,6 +605,20 @@ def recover_metadata(path: str | os.PathLike[str]) -> None:
         fences.prove(directory, lambda: _check_values(directory / pages.DATA_NAME))
 
 
+def read_offline(path: str | os.PathLike[str], table: str) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (key, value) of a table of a store that nobody has open, in key order, without LMDB: for checks.
+
+    Values whose checksum is wrong are left out (`storage.verify` names them). An unknown table is an empty one. Raises
+    `NotFound` and `CorruptionError`.
+    """
+    with pages.PageFile(Path(path) / pages.DATA_NAME) as file:
+        if table not in file.tables():
+            return
+        for key, stored in file.items(table):
+            if is_sealed(table, key, stored):
+                yield key, stored[:-_CHECK_BYTES]
+
+
 def _check_values(path: Path) -> None:
     with pages.PageFile(path) as file:
         for table in sorted(file.tables()):
@@ -510,6 +643,13 @@ def _checked_key(key: bytes) -> bytes:
 def is_sealed(table: str, key: bytes, stored: bytes) -> bool:
     """Return whether a stored value ends in the checksum of its table, key and bytes."""
     return len(stored) >= _CHECK_BYTES and stored[-_CHECK_BYTES:] == _check(table, key, stored[:-_CHECK_BYTES])
+
+
+def read_row(table: str, key: bytes, stored: bytes) -> Row:
+    """Return a row of `table` from its stored bytes, sound or not."""
+    if is_sealed(table, key, stored):
+        return Row(key, stored[:-_CHECK_BYTES], sound=True)
+    return Row(key, stored, sound=False)
 
 
 def _check(table: str, key: bytes, value: bytes) -> bytes:

@@ -19,7 +19,18 @@ from srengine.codec import registry
 from srengine.metrics import Metrics
 from srengine.transport.caller import Caller
 from srengine.transport.messages import Hello
-from srengine.transport.peers import Authenticator, Buffer, Handler, Identity, Peer, Port, Reply, StreamHandler, meet
+from srengine.transport.peers import (
+    Authenticator,
+    Buffer,
+    Handler,
+    Identity,
+    Peer,
+    Port,
+    PostHandler,
+    Reply,
+    StreamHandler,
+    meet,
+)
 from srengine.transport.transfers import Budget
 
 _PORTS: Final = ("client", "peer", "bulk")
@@ -46,6 +57,10 @@ class Channel:
         self._not_before = 0.0
         self._last_error: errors.Error | None = None
         self._closed = False
+        self._held: list[msgspec.Struct] = []
+        """Posts that wait for the attempt that is being made; at most `limits.POSTS_HELD_MAX`."""
+        self.on_down: Callable[[errors.Error], None] | None = None
+        """Told whenever a connection that stood has ended, and whenever an attempt failed (refused, hello included)."""
 
     @property
     def peer(self) -> Peer | None:
@@ -94,6 +109,30 @@ class Channel:
         finally:
             await items.aclose()
 
+    def post(self, message: msgspec.Struct) -> bool:
+        """Say a message that gets no answer and may be lost; return False when it is known to be dropped.
+
+        It is encoded and handed to the connection before this returns. Without a connection one is begun, unless the
+        back-off goes on, and the message waits for it; it is dropped when that fails, and when
+        `limits.POSTS_BYTES_MAX` are on their way already. Each drop is counted. `InvalidValue` for a message that is
+        larger than a part of the port, or than the port's frame.
+        """
+        caller = self._caller
+        if caller is not None and caller.closed is None:
+            return caller.post_message(message)
+        if not self._closed and self._attempt is None:
+            loop = asyncio.get_running_loop()
+            if self._not_before <= loop.time():
+                self._begin_attempt(loop)
+        if self._attempt is None or len(self._held) >= limits.POSTS_HELD_MAX:
+            self._drop_posts(1)
+            return False
+        self._held.append(message)
+        return True
+
+    def _drop_posts(self, count: int) -> None:
+        self.endpoint.metrics.add("srengine_transport_posts_dropped_total", count, port=self.port)
+
     def wake(self) -> None:
         """End the back-off: the address is known to be there again (its node has just called us)."""
         self._failures = 0
@@ -124,10 +163,7 @@ class Channel:
                 if self.connected:
                     assert self._caller is not None
                     return self._caller
-        if self._attempt is None:
-            self._attempt = loop.create_task(self.endpoint.open_caller(self))
-            self._attempt.add_done_callback(self._attempted)
-        attempt = self._attempt
+        attempt = self._attempt if self._attempt is not None else self._begin_attempt(loop)
         # Others may wait for the same attempt: a caller that gives up does not end it.
         await asyncio.wait([attempt], timeout=max(0.0, deadline - loop.time()))
         if not attempt.done():
@@ -139,20 +175,39 @@ class Channel:
             raise _again(error)
         return attempt.result()
 
+    def _begin_attempt(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[Caller]:
+        self._attempt = attempt = loop.create_task(self.endpoint.open_caller(self))
+        attempt.add_done_callback(self._attempted)
+        return attempt
+
     def _attempted(self, attempt: asyncio.Task[Caller]) -> None:
         self._attempt = None
+        held, self._held = self._held, []
         if attempt.cancelled():
+            self._drop_posts(len(held))
             return
         error = attempt.exception()
         if error is None:
-            self._caller = attempt.result()
+            self._caller = caller = attempt.result()
             self._failures = 0
             self._not_before = 0.0
+            for message in held:
+                caller.post_message(message)
+            if caller.closed is None:
+                caller.on_end = self._tell_down
+            else:
+                self._tell_down(caller.closed)
             return
+        self._drop_posts(len(held))
         self._last_error = error if isinstance(error, errors.Error) else errors.Error(f"cannot connect: {error}")
         self._failures += 1
         pause_ms = min(limits.RECONNECT_MS_MIN * 2 ** min(self._failures - 1, 16), limits.RECONNECT_MS_MAX)
         self._not_before = asyncio.get_running_loop().time() + pause_ms / 1000 * random.uniform(0.5, 1.0)
+        self._tell_down(self._last_error)
+
+    def _tell_down(self, error: errors.Error) -> None:
+        if self.on_down is not None and not self._closed:
+            self.on_down(error)
 
     def tick(self, now: float) -> None:
         """Look after the connection; called by the endpoint about once a second."""
@@ -185,6 +240,7 @@ class BaseEndpoint:
         self.closed = False
         self._handlers: dict[tuple[str, type[msgspec.Struct]], Handler] = {}
         self._stream_handlers: dict[tuple[str, type[msgspec.Struct]], StreamHandler] = {}
+        self._post_handlers: dict[tuple[str, type[msgspec.Struct]], PostHandler] = {}
         self._channels: set[Channel] = set()
 
     # --- services ----------------------------------------------------------------------------------------------------
@@ -209,6 +265,16 @@ class BaseEndpoint:
             assert (port, message_type) not in self._stream_handlers, (port, message_type)
             self._stream_handlers[port, message_type] = handler
 
+    def serve_posts(
+        self, message_type: type[msgspec.Struct], handler: Any, *, ports: tuple[Port, ...] = ("peer",)
+    ) -> None:
+        """Hand on such posts to ``handler(peer, message)``, a plain function that does not block, in their order."""
+        registry.kind_of(message_type)
+        for port in ports:
+            assert port in _PORTS, port
+            assert (port, message_type) not in self._post_handlers, (port, message_type)
+            self._post_handlers[port, message_type] = handler
+
     def handler(self, port: str, message_type: type[msgspec.Struct]) -> Handler | None:
         """Return who answers such a message at this port."""
         return self._handlers.get((port, message_type))
@@ -216,6 +282,10 @@ class BaseEndpoint:
     def stream_handler(self, port: str, message_type: type[msgspec.Struct]) -> StreamHandler | None:
         """Return who serves such a stream at this port."""
         return self._stream_handlers.get((port, message_type))
+
+    def post_handler(self, port: str, message_type: type[msgspec.Struct]) -> PostHandler | None:
+        """Return who takes such posts at this port."""
+        return self._post_handlers.get((port, message_type))
 
     def welcome(self, peer: Peer) -> None:
         """Let ``admit`` look at a peer that has just said hello."""

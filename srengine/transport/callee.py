@@ -4,6 +4,7 @@
 * A request id is answered once: ids seen before are counted and dropped (`_Window`), so a repeated frame has no effect.
 * A handler that raises an `errors.Error` answers with it. Anything else is a mistake of ours: logged, and answered
   INTERNAL.
+* A post is handed on in the next turn of the loop, in order, and forgotten; its bytes are confirmed in groups.
 * Memory: `limits.REQUESTS_IN_FLIGHT_MAX` unanswered requests, `limits.CONNECTION_BYTES_MAX` of large attachments, held
   until the handler is done. A peer that goes beyond is cut off.
 """
@@ -19,12 +20,12 @@ import msgspec
 
 from srengine import errors, limits
 from srengine.codec import registry
-from srengine.codec.envelopes import Answer, Ask, Cancel, Credit, Data, End, Envelope, Failure, Open
+from srengine.codec.envelopes import Answer, Ask, Cancel, Credit, Data, End, Envelope, Failure, Open, Post, Taken
 from srengine.metrics import Metrics
 from srengine.transport.connection import Connection, Wire, encode_message, slices
 from srengine.transport.failures import INTERNAL, failure_of
 from srengine.transport.messages import Hello
-from srengine.transport.peers import Buffer, Handler, Identity, Peer, StreamHandler, meet
+from srengine.transport.peers import Buffer, Handler, Identity, Peer, PostHandler, StreamHandler, meet
 from srengine.transport.transfers import Assembly, Budget, Outgoing, Reservation, check_sizes, cut
 
 _logger = logging.getLogger(__name__)
@@ -41,6 +42,10 @@ class Service(Protocol):
 
     def stream_handler(self, port: str, message_type: type[msgspec.Struct]) -> StreamHandler | None:
         """Return who serves such a stream at this port."""
+        ...
+
+    def post_handler(self, port: str, message_type: type[msgspec.Struct]) -> PostHandler | None:
+        """Return who takes such posts at this port."""
         ...
 
     def welcome(self, peer: Peer) -> None:
@@ -126,6 +131,8 @@ class Callee(Connection):
         self._window = _Window()
         self._serving: dict[int, _Serving] = {}
         self._feeds: dict[int, _Feed] = {}
+        self._confirmed_bytes = 0
+        """Up to where the caller knows that its posts were taken in."""
 
     def handle(self, envelope: Envelope, data: memoryview) -> None:
         """Act on one envelope of the caller."""
@@ -150,7 +157,9 @@ class Callee(Connection):
                 self._credited(number, pieces)
             case Cancel(request=number):
                 self._cancelled(number)
-            case Answer() | Failure() | End():
+            case Post():
+                self._posted(self.peer, envelope, data)
+            case Answer() | Failure() | End() | Taken():
                 raise errors.FrameError("an answer where only questions are expected")
 
     # --- hello -------------------------------------------------------------------------------------------------------
@@ -274,6 +283,23 @@ class Callee(Connection):
         feed = self._feeds.get(number)
         if feed is not None and feed.task is not None:
             feed.task.cancel()
+
+    # --- posts -------------------------------------------------------------------------------------------------------
+
+    def _posted(self, peer: Peer, post: Post, data: memoryview) -> None:
+        if post.size:
+            message = registry.decode(post.kind, data)
+        else:
+            message = registry.decode_scanned(post.kind, post.body)
+        if post.total - self._confirmed_bytes >= limits.POSTS_BYTES_MAX // 4:
+            self._confirmed_bytes = post.total
+            self.post(Taken(post.total))
+        handler = self._service.post_handler(self.port, type(message))
+        if handler is None:
+            self.metrics.add("srengine_transport_posts_refused_total", port=self.port)
+            return
+        # Not called from here: its mistakes are not the connection's.
+        self.loop.call_soon(handler, peer, message)
 
     # --- streams -----------------------------------------------------------------------------------------------------
 

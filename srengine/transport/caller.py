@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 
 from srengine import errors, limits
 from srengine.codec import registry
-from srengine.codec.envelopes import Answer, Ask, Cancel, Credit, Data, End, Envelope, Failure, Open
+from srengine.codec.envelopes import (
+    NOTHING,
+    Answer,
+    Ask,
+    Cancel,
+    Credit,
+    Data,
+    End,
+    Envelope,
+    Failure,
+    Open,
+    Post,
+    Taken,
+)
 from srengine.metrics import Metrics
 from srengine.transport.connection import Connection, Wire, encode_message, slices
 from srengine.transport.failures import error_of
@@ -69,6 +82,12 @@ class Caller(Connection):
         self._pending: dict[int, _Pending] = {}
         self._streams: dict[int, _Incoming] = {}
         self._room = asyncio.Semaphore(limits.REQUESTS_IN_FLIGHT_MAX)
+        self._posted_bytes = 0
+        """Bytes of all posts so far."""
+        self._taken_bytes = 0
+        """As far as the callee has said to have taken them in; ``posted - taken <= limits.POSTS_BYTES_MAX``."""
+        self.on_end: Callable[[errors.Error], None] | None = None
+        """Told once why the connection has ended."""
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -132,6 +151,29 @@ class Caller(Connection):
         self._room.release()
         if pending.assembly is not None and pending.assembly.reservation is not None:
             pending.assembly.reservation.release()
+
+    # --- posts -------------------------------------------------------------------------------------------------------
+
+    def post_message(self, message: msgspec.Struct) -> bool:
+        """Send a message that gets no answer, now; see `Channel.post`."""
+        kind, body = registry.encode(message)
+        if len(body) > self.wire.part_bytes_max:
+            raise errors.InvalidValue(
+                f"a {kind} of {len(body)} bytes; at most {self.wire.part_bytes_max} go through the {self.port} port",
+                bytes=len(body),
+            )
+        assert self.peer is not None, "a post before hello"
+        fits = self._posted_bytes - self._taken_bytes + len(body) <= limits.POSTS_BYTES_MAX
+        if self.closed is not None or not fits or "posts" not in self.peer.features:
+            self.metrics.add("srengine_transport_posts_dropped_total", port=self.port)
+            return False
+        self._posted_bytes += len(body)
+        if len(body) <= limits.ENVELOPES_BYTES_TARGET:
+            self.post(Post(kind, msgspec.Raw(body), self._posted_bytes))
+        else:
+            self.post(Post(kind, NOTHING, self._posted_bytes, len(body)), (body,))
+        self.flush()
+        return True
 
     # --- streams -----------------------------------------------------------------------------------------------------
 
@@ -217,6 +259,8 @@ class Caller(Connection):
                 self._piece(envelope, data)
             case Credit(request=number, pieces=pieces):
                 self._credited(number, pieces)
+            case Taken(total=total):
+                self._taken_bytes = max(self._taken_bytes, min(total, self._posted_bytes))
             case End(request=number):
                 incoming = self._streams.get(number)
                 if incoming is not None and not incoming.ended:
@@ -224,7 +268,7 @@ class Caller(Connection):
                         raise errors.FrameError("a stream ended inside an item")
                     incoming.ended = True
                     incoming.wake()
-            case Ask() | Open() | Cancel():
+            case Ask() | Open() | Cancel() | Post():
                 raise errors.FrameError("a question where only answers are expected")
 
     def _piece(self, data: Data, piece: memoryview) -> None:
@@ -316,6 +360,8 @@ class Caller(Connection):
             if not incoming.ended:
                 incoming.ended = errors.Unreachable(f"the connection ended inside a stream: {error}", sent=True)
                 incoming.wake()
+        if self.on_end is not None:
+            self.on_end(error)
 
     def transfers_pending(self) -> bool:
         """Return whether the callee owes bytes or credit."""

@@ -21,7 +21,7 @@ import msgspec
 
 from srengine import errors, limits
 from srengine.codec import frames, registry
-from srengine.codec.envelopes import Answer, Ask, Cancel, Credit, Data, End, Envelope, Failure, Open
+from srengine.codec.envelopes import Answer, Ask, Cancel, Credit, Data, End, Envelope, Failure, Open, Post, Taken
 from srengine.metrics import Metrics
 from srengine.transport.peers import Buffer, Peer
 from srengine.transport.transfers import Budget
@@ -183,5 +183,7 @@ def _body_bytes(envelope: Envelope) -> int:
             return memoryview(body).nbytes
         case Failure():
             return limits.FAILURE_BYTES_MAX // 8
-        case Data() | Credit() | End() | Cancel():
+        case Data() | Credit() | End() | Cancel() | Taken():
             return 16
+        case Post(body=body):
+            return memoryview(body).nbytes

@@ -16,7 +16,7 @@ from srengine.transport.messages import Hello
 Port = Literal["client", "peer", "bulk"]
 Buffer = bytes | bytearray | memoryview
 
-FEATURES: frozenset[str] = frozenset({"attachments", "streams"})
+FEATURES: frozenset[str] = frozenset({"attachments", "posts", "streams"})
 """What this version of the transport can do; rooms add theirs to `Identity.features`."""
 
 
@@ -87,6 +87,7 @@ class Reply(NamedTuple):
 
 Handler = Callable[[Peer, "msgspec.Struct", Sequence[memoryview]], Awaitable[Reply]]
 StreamHandler = Callable[[Peer, "msgspec.Struct"], AsyncIterator[Buffer]]
+PostHandler = Callable[[Peer, "msgspec.Struct"], None]
 
 
 class Authenticator(Protocol):

@@ -1,0 +1,808 @@
+r"""Runs the machines of many groups over one log and one transport.
+
+::
+
+      posts of peers    timers    proposals, reads
+            \             |            /
+             '-----> inbox of each group                          loop
+                          |  a turn: step everything that arrived, drain every group
+                          v
+              one transaction for all of them                     log thread
+                          |  Persisted
+                          v
+              send: one bundle for each peer; apply               loop, apply thread
+                          |  Applied: proposals and reads end
+                          v
+                        again
+
+* **A turn.** A group whose effects wait for the disk is *busy*: nothing is stepped into it, what arrives waits in its
+  inbox. So everything that arrives during one transaction of the log shares the next one: group commit needs no timer.
+  A busy group is still ticked and drained: its leader beats on, and gives up when its own disk hangs.
+* **The disk.** A transaction that takes too long, or a full disk (tried again until there is space), shows in `health`;
+  its groups stay busy, so they promise nothing and their machines step down. An input/output error fences the log: no
+  group takes part any more.
+* **Damage.** A group whose log opened damaged is not trusted by what peers say, only by catching up; then the mark is
+  lifted (`NodeLog.heal`). A group that meets damage while it runs stops taking part.
+
+The driver knows nothing of what entries mean (services.py names what does). Everything runs on the loop but the log's
+transactions, `StateMachine.apply` and what a `StateSink` returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from srengine import errors, limits
+from srengine.clock import Clock
+from srengine.consensus.effects import (
+    Applied,
+    Effects,
+    Hint,
+    Input,
+    Installed,
+    InstallFailed,
+    InstallState,
+    Persisted,
+    Propose,
+    Read,
+    Received,
+    Role,
+    RoleChanged,
+    StepDown,
+    Transfer,
+    Trimmed,
+    Trust,
+)
+from srengine.consensus.entries import Configuration, Entry, Floor
+from srengine.consensus.log import GroupLog, NodeLog, entry_bytes
+from srengine.consensus.messages import Append, Bundle, Message
+from srengine.consensus.services import (
+    Bounds,
+    GroupStatus,
+    Health,
+    Machine,
+    Peers,
+    PostChannel,
+    StateMachine,
+    StateSink,
+    StateSource,
+)
+from srengine.consensus.waiting import PROPOSAL, READ, TRANSFER, WaitingRoom, no_leader
+from srengine.consensus.worker import Done, Job, Worker
+from srengine.metrics import Metrics
+from srengine.transport import Peer
+from srengine.types import NodeId
+
+_logger = logging.getLogger(__name__)
+
+BUNDLE_BYTES_TARGET: Final = limits.MIB
+"""No further message joins a bundle that has grown to this."""
+INBOX_MESSAGES_MAX: Final = 4096
+"""Messages of peers that wait for a busy group; later ones are dropped, as a network may."""
+INBOX_BYTES_MAX: Final = 64 * limits.MIB
+APPLY_ENTRIES_MAX: Final = 1024
+"""Entries handed to the state machine at a time."""
+APPLY_BYTES_MAX: Final = 16 * limits.MIB
+RETRY_S: Final = 0.5
+"""Pause before a write that met a full disk is tried again, and before a state is fetched again."""
+
+_NEVER: Final = float("inf")
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """One group on this node."""
+
+    name: str
+    machine: Machine
+    log: GroupLog
+    state: StateMachine
+    source: StateSource | None
+    sink: StateSink | None
+    role: RoleChanged
+    visible: int
+    """Index up to which the state machine shows entries; not less than what it holds durably."""
+    waiting: WaitingRoom
+    inbox: deque[Input] = field(default_factory=deque)
+    inbox_messages: int = 0
+    inbox_bytes: int = 0
+    busy: bool = False
+    """Its effects wait for the disk: nothing is stepped into it."""
+    locked: bool = False
+    """Its log is being trimmed, reset or healed under the machine, which is left alone meanwhile."""
+    deadline: float = _NEVER
+    """When the machine is due if nothing comes before."""
+    to_apply: deque[Entry] = field(default_factory=deque)
+    applying: bool = False
+    """The state machine works."""
+    installing: bool = False
+    put: Callable[[], None] | None = None
+    """Puts a fetched state in place as soon as everything handed out is applied."""
+    trimming: bool = False
+    healing: bool = False
+    watchers: list[Callable[[RoleChanged], None]] = field(default_factory=list)
+    failed: errors.Error | None = None
+
+
+class Driver:
+    """Runs groups; made and used on one event loop. See the module's text."""
+
+    def __init__(
+        self,
+        node: NodeId,
+        log: NodeLog,
+        peers: Peers,
+        clock: Clock,
+        *,
+        bounds: Bounds | None = None,
+        metrics: Metrics | None = None,
+        on_health: Callable[[Health, errors.Error | None], None] | None = None,
+        on_group_failed: Callable[[str, errors.Error], None] | None = None,
+    ) -> None:
+        """``on_health``: told of every change of `health`. ``on_group_failed``: a group takes part no more."""
+        self.node = node
+        self.log = log
+        self.health = Health.OK
+        self.metrics = metrics if metrics is not None else Metrics()
+        self._peers = peers
+        self._clock = clock
+        self._bounds = bounds if bounds is not None else Bounds()
+        self._on_health = on_health
+        self._on_group_failed = on_group_failed
+        self._loop = asyncio.get_running_loop()
+        self._groups: dict[str, _Group] = {}
+        self._ready: dict[str, _Group] = {}
+        """Groups with something in their inbox, or whose deadline has passed."""
+        self._due = False
+        self._deadlines: list[tuple[float, str]] = []
+        """A heap; an entry that is not its group's deadline any more is void."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._pending: dict[str, Effects] = {}
+        """Drained, to be persisted next."""
+        self._jobs: deque[tuple[_Group, Job, Done]] = deque()
+        """Other work on the log: trims, installs, healing."""
+        self._log_works = False
+        self._outbox: dict[NodeId, list[Message]] = {}
+        self._watched: dict[NodeId, PostChannel] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
+        self._log_worker = Worker("srengine-log", self._loop)
+        self._apply_worker = Worker("srengine-apply", self._loop)
+
+    # --- groups ------------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        name: str,
+        machine: Machine,
+        state: StateMachine,
+        *,
+        source: StateSource | None = None,
+        sink: StateSink | None = None,
+    ) -> None:
+        """Begin to run a group; ``machine`` was made with what `prepare` returned.
+
+        Without ``source`` and ``sink`` a node that lags behind what the others keep cannot catch up.
+        """
+        log = self.log.group(name)
+        assert name not in self._groups, name
+        assert log.damage is None or not machine.trusted, (name, log.damage)
+        role = RoleChanged(Role.FOLLOWER, log.hard_state.term, None, "started")
+        waiting = WaitingRoom(name, self._loop)
+        group = _Group(name, machine, log, state, source, sink, role, state.applied.index, waiting)
+        if log.floor.index:
+            group.inbox.append(_trimmed(group))
+        self._groups[name] = group
+        self._wake(group)
+
+    def watch_roles(self, name: str, watcher: Callable[[RoleChanged], None]) -> Callable[[], None]:
+        """Call ``watcher`` with the present role now, and with every change, in order; return what ends that."""
+        group = self._group(name)
+        group.watchers.append(watcher)
+        watcher(group.role)
+        return lambda: group.watchers.remove(watcher)
+
+    def status(self, name: str) -> GroupStatus:
+        """Return how a group stands. `NotFound`."""
+        group = self._group(name)
+        damage = group.log.damage
+        return GroupStatus(
+            group.role.role,
+            group.role.term,
+            group.role.leader,
+            group.log.floor.index,
+            group.log.last_index,
+            group.visible,
+            len(group.waiting),
+            group.machine.trusted,
+            damage.detail if damage is not None else None,
+            group.failed,
+        )
+
+    def _group(self, name: str) -> _Group:
+        group = self._groups.get(name)
+        if group is None:
+            raise errors.NotFound(f"this node runs no group {name}", group=name)
+        return group
+
+    # --- what the layer above asks -----------------------------------------------------------------------------------
+
+    async def propose(
+        self, name: str, data: bytes, configuration: Configuration | None = None, *, timeout_s: float = 10.0
+    ) -> tuple[int, int]:
+        """Append an entry and return its (index, term) once it was applied here.
+
+        Raises `NotLeader` (``leader``: the id of who leads), `NoLeader`, `NotReady` (busy, or too much is waiting) and
+        `InvalidValue` (no such step of membership): nothing happened; `Conflict`: another leader's entry took its
+        place, it will never be applied; `TimedOut`, `Closed`, and what ended the group: not known.
+        """
+        group, token, future = self._begin(name, PROPOSAL, timeout_s)
+        self._step(group, Propose(token, data, configuration))
+        decided: tuple[int, int] = await future
+        return decided
+
+    async def read_index(self, name: str, *, timeout_s: float = 10.0) -> int:
+        """Return an index that is applied here and at which reads are linearizable. Raises as `propose`."""
+        group, token, future = self._begin(name, READ, timeout_s)
+        self._step(group, Read(token))
+        index: int = await future
+        return index
+
+    async def transfer(self, name: str, target: NodeId | None = None, *, timeout_s: float = 10.0) -> NodeId:
+        """Hand leadership over and return who leads then. Raises as `propose`."""
+        group, token, future = self._begin(name, TRANSFER, timeout_s)
+        self._step(group, Transfer(token, target))
+        leader: NodeId = await future
+        return leader
+
+    def step_down(self, name: str, reason: str) -> None:
+        """Give up leadership of a group, if this node has it."""
+        self._step(self._group(name), StepDown(reason))
+
+    def trust(self, name: str, *, trusted: bool) -> bool:
+        """Tell whether this node may vote in a group; return whether that was passed on: a damaged log is not trusted
+        by what peers say, only by catching up.
+        """
+        group = self._group(name)
+        if trusted and group.log.damage is not None:
+            return False
+        self._step(group, Trust(trusted))
+        return True
+
+    def _begin(self, name: str, what: str, timeout_s: float) -> tuple[_Group, int, asyncio.Future[Any]]:
+        group = self._group(name)
+        if self._stopped:
+            raise errors.Closed("the node stops")
+        if group.failed is not None:
+            raise _again(group.failed)
+        if group.busy and self.health is not Health.OK and group.role.role is not Role.LEADER:
+            # The machine cannot be asked while the disk does not answer, and what it would say is known.
+            raise no_leader(name, group.role.leader)
+        return (group, *group.waiting.begin(what, timeout_s))
+
+    # --- arriving ----------------------------------------------------------------------------------------------------
+
+    def receive(self, peer: Peer, bundle: Bundle) -> None:
+        """Take the posts of a peer: the handler of `messages.Bundle` at the peer port."""
+        if peer.node_id is None or self._stopped:
+            return
+        sender = NodeId(peer.node_id)
+        channel = self._watched.get(sender)
+        if channel is not None and not channel.connected:
+            # It is there: no reason to wait for the end of a back-off.
+            channel.wake()
+        for message in bundle.messages:
+            group = self._groups.get(message.group)
+            if message.sender != sender or group is None or group.failed is not None:
+                self.metrics.add("srengine_consensus_messages_refused_total")
+                continue
+            size = _message_bytes(message)
+            if group.inbox_messages >= INBOX_MESSAGES_MAX or group.inbox_bytes + size > INBOX_BYTES_MAX:
+                self.metrics.add("srengine_consensus_messages_dropped_total")
+                continue
+            group.inbox_messages += 1
+            group.inbox_bytes += size
+            self._step(group, Received(message))
+
+    def _hint(self, node: NodeId) -> None:
+        for group in self._groups.values():
+            self._step(group, Hint(node))
+
+    def _step(self, group: _Group, arrived: Input) -> None:
+        if group.failed is None:
+            group.inbox.append(arrived)
+            self._wake(group)
+
+    def _wake(self, group: _Group) -> None:
+        self._ready[group.name] = group
+        if not self._due and not self._stopped:
+            self._due = True
+            self._loop.call_soon(self._turn)
+
+    # --- a turn ------------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        self._due = False
+        if self._stopped:
+            return
+        now = self._clock.boottime_s()
+        ready, self._ready = self._ready, {}
+        for group in ready.values():
+            if group.failed is None and not group.locked:
+                self._advance(group, now)
+        self._work_on_log()
+        self._send()
+        self._arm(now)
+
+    def _advance(self, group: _Group, now: float) -> None:
+        """Step what arrived into a group that is not busy, and take what comes out of it."""
+        machine = group.machine
+        try:
+            machine.tick(now)
+            while True:
+                if not group.busy:
+                    self._step_inbox(group)
+                effects = machine.drain()
+                if not effects:
+                    break
+                if effects.persist is not None:
+                    assert not group.busy, group.name
+                    group.busy = True
+                    self._pending[group.name] = effects
+                    break
+                self._carry_out(group, effects)
+        except errors.Error as error:
+            self._fail_group(group, error)
+            return
+        except BaseException:
+            self._fail_group(group, errors.Error(f"the machine of {group.name} failed"))
+            raise
+        deadline = machine.next_deadline
+        if deadline != group.deadline and deadline < _NEVER:
+            heapq.heappush(self._deadlines, (deadline, group.name))
+        group.deadline = deadline
+
+    def _step_inbox(self, group: _Group) -> None:
+        inbox = group.inbox
+        while inbox:
+            arrived = inbox.popleft()
+            if isinstance(arrived, Propose | Read | Transfer) and arrived.token not in group.waiting:
+                continue  # who asked has gone
+            group.machine.step(arrived)
+        group.inbox_messages = group.inbox_bytes = 0
+
+    def _carry_out(self, group: _Group, effects: Effects) -> None:
+        """Do what comes after the persist, in the order of the duties."""
+        waiting = group.waiting
+        for accepted in effects.accepted:
+            waiting.accepted(accepted)
+        for refused in effects.refused:
+            waiting.refused(refused)
+        for role in effects.roles:
+            self._publish(group, role)
+        for read in effects.reads:
+            waiting.read_ready(read, group.visible, group.role.leader)
+        for outgoing in effects.send:
+            self._outbox.setdefault(outgoing.target, []).append(outgoing.message)
+        if effects.apply:
+            group.to_apply.extend(effects.apply)
+            self._apply(group)
+        if effects.install is not None:
+            self._install(group, effects.install)
+        if group.log.damage is not None and group.machine.trusted:
+            self._heal(group)
+
+    def _publish(self, group: _Group, role: RoleChanged) -> None:
+        group.role = role
+        self.metrics.add("srengine_consensus_role_changes_total", role=role.role.value)
+        if role.leader is not None and role.leader != self.node:
+            group.waiting.leads(role.leader)
+        if group.busy and role.role is not Role.LEADER:
+            self._refuse_inbox(group, role.leader)
+        for watcher in list(group.watchers):
+            watcher(role)
+
+    def _refuse_inbox(self, group: _Group, leader: NodeId | None) -> None:
+        """Let those go whose question the machine has not seen: nobody leads here, and it cannot be asked now."""
+        for arrived in group.inbox:
+            if isinstance(arrived, Propose | Read | Transfer):
+                group.waiting.end(arrived.token, no_leader(group.name, leader))
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    def _arm(self, now: float) -> None:
+        """Have a turn at the earliest deadline."""
+        deadlines = self._deadlines
+        while deadlines and self._groups[deadlines[0][1]].deadline != deadlines[0][0]:
+            heapq.heappop(deadlines)
+        if not deadlines:
+            return
+        at = deadlines[0][0]
+        if self._timer is not None:
+            if self._timer_at == at:
+                return
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = self._loop.call_later(max(0.0, at - now), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now = self._clock.boottime_s()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, name = heapq.heappop(self._deadlines)
+            group = self._groups[name]
+            if group.deadline == deadline:
+                group.deadline = _NEVER
+                self._wake(group)
+        if not self._due:
+            self._arm(now)
+
+    # --- the log -----------------------------------------------------------------------------------------------------
+
+    def _work_on_log(self) -> None:
+        """Give the log thread its next piece: everything that waits to be persisted, else another job."""
+        if self._log_works or self._stopped:
+            return
+        if self._pending:
+            batch, self._pending = self._pending, {}
+            self._persist(batch)
+            return
+        for _ in range(len(self._jobs)):
+            group, job, done = self._jobs.popleft()
+            if group.busy:
+                self._jobs.append((group, job, done))
+            elif group.failed is None:
+                self._log_works = group.locked = True
+                self._work(group, job, done)
+                return
+
+    def _work(self, group: _Group, job: Job, done: Done) -> None:
+        def ended(error: BaseException | None) -> None:
+            self._log_works = group.locked = False
+            if error is not None and not isinstance(error, errors.DiskFull | errors.QuotaExceeded):
+                self._log_failed(error)
+                return
+            done(error)
+            self._wake(group)
+
+        self._log_worker.submit(job, ended)
+
+    def _persist(self, batch: dict[str, Effects]) -> None:
+        if self._stopped:
+            return
+        self._log_works = True
+        turn = {name: effects.persist for name, effects in batch.items() if effects.persist is not None}
+        started = self._loop.time()
+        alarm = self._loop.call_later(self._bounds.persist_s_max, self._overrun)
+        self._log_worker.submit(
+            lambda: self.log.append(turn), lambda error: self._persisted(batch, started, alarm, error)
+        )
+
+    def _overrun(self) -> None:
+        self.metrics.add("srengine_consensus_persist_overruns_total")
+        self._set_health(Health.SLOW, None)
+
+    def _persisted(
+        self, batch: dict[str, Effects], started: float, alarm: asyncio.TimerHandle, error: BaseException | None
+    ) -> None:
+        alarm.cancel()
+        self._log_works = False
+        if isinstance(error, errors.DiskFull | errors.QuotaExceeded):
+            # What was drained stays as it is, and goes first: its groups are busy, nothing was stepped into them.
+            self._log_works = True
+            self._set_health(Health.FULL, error)
+            self._loop.call_later(RETRY_S, self._persist, batch)
+            return
+        if error is not None:
+            self._log_failed(error)
+            return
+        self.metrics.add("srengine_consensus_turns_total")
+        self.metrics.add("srengine_consensus_persist_seconds_total", self._loop.time() - started)
+        self._set_health(Health.OK, None)
+        for name, effects in batch.items():
+            group = self._groups[name]
+            if group.failed is not None:
+                continue
+            group.busy = False
+            self._carry_out(group, effects)
+            group.inbox.appendleft(Persisted(group.log.last_index))
+            self._ready[name] = group
+        self._turn()
+
+    def _log_failed(self, error: BaseException) -> None:
+        """Stop taking part in every group: nothing can be promised any more."""
+        typed = error if isinstance(error, errors.Error) else errors.Error(f"the log failed: {error!r}")
+        if typed is not error:
+            _logger.error("the log failed", exc_info=error)
+        self._set_health(Health.FENCED, typed)
+        for group in self._groups.values():
+            self._fail_group(group, typed)
+
+    def _set_health(self, health: Health, error: errors.Error | None) -> None:
+        if health is self.health or self.health is Health.FENCED:
+            return
+        self.health = health
+        if self._on_health is not None:
+            self._on_health(health, error)
+
+    def _fail_group(self, group: _Group, error: errors.Error) -> None:
+        """End a group on this node, for this process."""
+        if group.failed is not None:
+            return
+        _logger.error("the group %s takes part no more: %s", group.name, error.message)
+        group.failed = error
+        group.deadline = _NEVER
+        group.inbox.clear()
+        group.to_apply.clear()
+        self._pending.pop(group.name, None)
+        self._publish(group, RoleChanged(Role.FOLLOWER, group.role.term, None, error.message))
+        group.waiting.end_all(lambda: _again(error))
+        if self._on_group_failed is not None:
+            self._on_group_failed(group.name, error)
+
+    def _heal(self, group: _Group) -> None:
+        if group.healing:
+            return
+        group.healing = True
+
+        def healed(error: BaseException | None) -> None:
+            group.healing = False
+            if error is None:
+                _logger.warning("the log of %s is whole again", group.name)
+
+        self._jobs.append((group, lambda: self.log.heal(group.name), healed))
+
+    # --- sending -----------------------------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        outbox, self._outbox = self._outbox, {}
+        for target, messages in outbox.items():
+            channel = self._peers.channel(target)
+            if channel is None:
+                self.metrics.add("srengine_consensus_messages_unroutable_total", len(messages))
+                continue
+            if self._watched.get(target) is not channel:
+                self._watch(target, channel)
+            for bundle in _bundles(messages):
+                channel.post(bundle)
+
+    def _watch(self, node: NodeId, channel: PostChannel) -> None:
+        self._watched[node] = channel
+        channel.on_down = lambda _: self._hint(node)
+
+    # --- applying ----------------------------------------------------------------------------------------------------
+
+    def _apply(self, group: _Group) -> None:
+        """Hand the next committed entries to the state machine, unless it works already."""
+        if group.applying or group.failed is not None or self._stopped:
+            return
+        if not group.to_apply:
+            if group.put is not None:
+                group.put()
+            return
+        entries: list[Entry] = []
+        size = 0
+        while group.to_apply and len(entries) < APPLY_ENTRIES_MAX and size < APPLY_BYTES_MAX:
+            entry = group.to_apply.popleft()
+            assert entry.index == group.visible + len(entries) + 1, (group.name, entry.index, group.visible)
+            entries.append(entry)
+            size += entry_bytes(entry)
+        group.applying = True
+        self._submit_apply(group, entries)
+
+    def _submit_apply(self, group: _Group, entries: list[Entry]) -> None:
+        if not self._stopped:
+            self._apply_worker.submit(
+                lambda: group.state.apply(entries), lambda error: self._applied(group, entries, error)
+            )
+
+    def _applied(self, group: _Group, entries: list[Entry], error: BaseException | None) -> None:
+        if self._stopped or group.failed is not None:
+            return
+        if isinstance(error, errors.DiskFull):
+            self._set_health(Health.FULL, error)
+            self._loop.call_later(RETRY_S, self._submit_apply, group, entries)
+            return
+        if error is not None:
+            self._fail_group(group, _typed(error, f"an entry of {group.name} cannot be applied"))
+            return
+        group.applying = False
+        group.visible = entries[-1].index
+        if group.waiting:
+            for entry in entries:
+                group.waiting.applied(entry)
+            group.waiting.visible(group.visible)
+        self._step(group, Applied(group.state.applied.index))
+        self._maybe_trim(group)
+        self._apply(group)
+
+    # --- trims and installs ------------------------------------------------------------------------------------------
+
+    def _maybe_trim(self, group: _Group) -> bool:
+        """Trim the log behind what is applied durably, when more is kept than need be."""
+        if group.trimming or group.installing or group.log.damage is not None:
+            return False
+        log, bounds = group.log, self._bounds
+        applied = min(group.state.applied.index, log.last_index)
+        kept = applied - log.floor.index
+        wanted = bounds.entries_kept
+        if log.bytes > bounds.bytes_kept + bounds.bytes_kept // 8 and kept > 1:
+            wanted = min(wanted, kept * bounds.bytes_kept // log.bytes)
+        # In steps, so that a trim is not one entry each time.
+        if kept <= wanted + max(1, min(wanted // 10, 1000)):
+            return False
+        group.trimming = True
+        floor = log.floor_at(applied - wanted)
+
+        def trimmed(error: BaseException | None) -> None:
+            group.trimming = False
+            if error is None:
+                group.inbox.appendleft(_trimmed(group))
+
+        self._jobs.append((group, lambda: self.log.trim(group.name, floor), trimmed))
+        self._wake(group)
+        return True
+
+    def _install(self, group: _Group, install: InstallState) -> None:
+        assert not group.installing, (group.name, install)
+        group.installing = True
+        task = self._loop.create_task(self._fetch(group, install))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _fetch(self, group: _Group, install: InstallState) -> None:
+        try:
+            if group.sink is None:
+                raise errors.NotFound(f"nothing here can fetch a state of {group.name}", group=group.name)
+            put = await group.sink.fetch(install.source, install.floor, install.reference)
+        except errors.Error as error:
+            _logger.warning("the state of %s cannot be fetched: %s", group.name, error.message)
+            await asyncio.sleep(RETRY_S)
+            self._install_failed(group, install)
+            return
+        floors: list[Floor] = []
+
+        def begin() -> None:
+            group.put = None
+            group.applying = True
+            self._apply_worker.submit(
+                lambda: floors.append(put()), lambda error: self._put_done(group, install, floors, error)
+            )
+
+        group.put = begin
+        self._apply(group)
+
+    def _install_failed(self, group: _Group, install: InstallState) -> None:
+        group.installing = False
+        self._step(group, InstallFailed(install.floor.index))
+
+    def _put_done(self, group: _Group, install: InstallState, floors: list[Floor], error: BaseException | None) -> None:
+        if self._stopped or group.failed is not None:
+            return
+        group.applying = False
+        if isinstance(error, errors.DiskFull):
+            self._set_health(Health.FULL, error)
+            self._loop.call_later(RETRY_S, self._install_failed, group, install)
+            return
+        if error is not None:
+            # It is not known what is in place now.
+            self._fail_group(group, _typed(error, f"the state of {group.name} cannot be put in place"))
+            return
+        floor = floors[0]
+        assert floor.index >= install.floor.index, (group.name, floor, install)
+        self.metrics.add("srengine_consensus_installs_total")
+        group.visible = floor.index
+        group.waiting.replaced(floor.index)
+        group.waiting.visible(floor.index)
+
+        def installed(failure: BaseException | None) -> None:
+            if failure is not None:
+                # The state is in place already; the log follows when there is space.
+                self._set_health(Health.FULL, _typed(failure, "the log"))
+                self._loop.call_later(RETRY_S, self._reset_log, group, floor, installed)
+                return
+            group.installing = False
+            group.inbox.extendleft((_trimmed(group), Installed(floor)))
+
+        self._reset_log(group, floor, installed)
+
+    def _reset_log(self, group: _Group, floor: Floor, installed: Done) -> None:
+        self._jobs.append((group, lambda: self.log.install(group.name, floor), installed))
+        self._wake(group)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """Stop taking part: whoever waits gets `Closed`, what is being written is finished. Idempotent.
+
+        The log may be closed afterwards. Hand leadership over before (`transfer`) where that matters.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for channel in self._watched.values():
+            channel.on_down = None
+        for group in self._groups.values():
+            group.waiting.end_all(lambda: errors.Closed("the node stops"))
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for worker in (self._log_worker, self._apply_worker):
+            worker.stop()
+            while not await self._loop.run_in_executor(None, worker.join, 1.0):
+                _logger.warning("a thread still waits for the disk")
+
+
+def prepare(log: NodeLog, name: str, state: StateMachine) -> GroupLog:
+    """Return a group's log fit for a machine: a log that ends before what the state machine holds begins behind it.
+
+    Raises `CorruptionError` when term and vote are lost: the node can promise nothing under its id any more.
+    """
+    group = log.group(name)
+    if group.damage is not None and group.damage.lost:
+        raise errors.CorruptionError(
+            f"what this node promised in {name} is lost: {group.damage.detail}", group=name, kind=group.damage.kind
+        )
+    applied = state.applied
+    if applied.index < group.floor.index:
+        raise errors.CorruptionError(
+            f"the state of {name} is at {applied.index} and its log begins behind {group.floor.index}: a part is gone",
+            group=name,
+        )
+    if applied.index > group.last_index:
+        if applied.term > group.hard_state.term:
+            raise errors.CorruptionError(
+                f"the log of {name} is of term {group.hard_state.term} and the state has applied term {applied.term}",
+                group=name,
+            )
+        log.install(name, applied)
+    return group
+
+
+def _trimmed(group: _Group) -> Trimmed:
+    """Return what tells the machine where its log begins, and where others fetch what came before."""
+    floor = group.log.floor
+    return Trimmed(floor, group.source.reference(floor) if group.source is not None else None)
+
+
+def _again(error: errors.Error) -> errors.Error:
+    return errors.from_code(error.code, error.message, {**error.details})
+
+
+def _typed(error: BaseException, what: str) -> errors.Error:
+    if isinstance(error, errors.Error):
+        return error
+    _logger.error(what, exc_info=error)
+    return errors.Error(f"{what}: {error!r}")
+
+
+def _message_bytes(message: Message) -> int:
+    if isinstance(message, Append) and message.entries:
+        return 256 + sum(map(entry_bytes, message.entries))
+    return 256
+
+
+def _bundles(messages: list[Message]) -> list[Bundle]:
+    """Return the messages of one peer in as few bundles as their size allows."""
+    if len(messages) == 1:
+        return [Bundle((messages[0],))]
+    found: list[Bundle] = []
+    start = size = 0
+    for position, message in enumerate(messages):
+        more = _message_bytes(message)
+        if position > start and size + more > BUNDLE_BYTES_TARGET:
+            found.append(Bundle(tuple(messages[start:position])))
+            start, size = position, 0
+        size += more
+    found.append(Bundle(tuple(messages[start:])))
+    return found

@@ -1,0 +1,150 @@
+"""The journal's state machine as consensus sees it: committed entries in, copies of the whole state in and out.
+
+`JournalState` applies entries in the driver's apply thread and tells the event loop; `StateCopies` serves and fetches
+copies. A copy is written to a file first on both sides: the sender must not stop applying while a slow receiver reads,
+and the receiver proves all of it before it touches what it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from srengine import errors
+from srengine.consensus.entries import Entry, EntryKind, Floor
+from srengine.ha import state
+from srengine.ha.journal import Command, decode_command
+from srengine.ha.members import read_members
+from srengine.ha.membership import configuration_of
+from srengine.ha.messages import FetchState
+from srengine.ha.metadata import Applying, MetadataMachine
+from srengine.types import NodeId
+
+if TYPE_CHECKING:
+    from srengine.ha.backends import Wire
+
+COPIES_NAME: Final = "copies"
+"""Directory for files on their way; emptied at every start."""
+SILENCE_S_MAX: Final = 10.0
+"""A stream of state that brings nothing for so long is given up."""
+
+
+class JournalState:
+    """See `consensus.services.StateMachine`. ``on_applied(index)`` is called on the event loop after every batch."""
+
+    def __init__(self, machine: MetadataMachine, on_applied: Callable[[int], None]) -> None:
+        self.machine = machine
+        self._on_applied = on_applied
+        self._loop = asyncio.get_running_loop()
+        self._applied = self._floor()
+
+    def _floor(self) -> Floor:
+        index, term = self.machine.applied
+        return Floor(index, term, configuration_of(read_members(self.machine.store)))
+
+    @property
+    def applied(self) -> Floor:
+        """See `consensus.services.StateMachine`."""
+        return self._applied
+
+    def apply(self, entries: Sequence[Entry]) -> None:
+        """See `consensus.services.StateMachine`."""
+        self.machine.apply_all(
+            [
+                Applying(entry.index, entry.term, _command(entry), entry.kind is EntryKind.CONFIGURATION)
+                for entry in entries
+            ]
+        )
+        self._changed()
+
+    def install(self, path: Path) -> Floor:
+        """Put a copy in place; in the apply thread."""
+        self.machine.install(path)
+        self._changed()
+        return self._applied
+
+    def _changed(self) -> None:
+        self._applied = self._floor()
+        # The loop may be closing: then nobody waits any more.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._on_applied, self._applied.index)
+
+
+def _command(entry: Entry) -> Command | None:
+    """Return an entry's command; None for the first of a term. What cannot be read is a command that nobody applies."""
+    if not entry.data:
+        return None
+    try:
+        return decode_command(entry.data)
+    except errors.FrameError:
+        return Command("unreadable", b"")
+
+
+class StateCopies:
+    """Serves the state to others, and fetches it (`consensus.services.StateSink`)."""
+
+    def __init__(self, directory: Path, journal: JournalState, wire: Wire) -> None:
+        self._directory = directory
+        self._journal = journal
+        self._wire = wire
+        self._serving = asyncio.Lock()
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(mode=0o700)
+
+    def _path(self) -> Path:
+        return self._directory / secrets.token_hex(8)
+
+    async def serve(self, node: NodeId, message: msgspec.Struct) -> AsyncGenerator[bytes, None]:
+        """Answer `FetchState`: one copy is written at a time."""
+        del node
+        assert isinstance(message, FetchState), message
+        path = self._path()
+        machine = self._journal.machine
+        try:
+            async with self._serving:
+                if machine.applied_index < message.index:
+                    raise errors.NotReady(f"this node has applied {machine.applied_index} only", index=message.index)
+                await asyncio.to_thread(machine.export, path)
+            with contextlib.closing(state.read_file(path)) as items:
+                while (item := await asyncio.to_thread(next, items, None)) is not None:
+                    yield item
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def fetch(self, source: NodeId, floor: Floor, reference: bytes) -> Callable[[], Floor]:
+        """See `consensus.services.StateSink`."""
+        del reference
+        path = self._path()
+        try:
+            stream = self._wire.stream(source, FetchState(floor.index), timeout_s=SILENCE_S_MAX)
+            with path.open("xb") as file:
+                async with contextlib.aclosing(stream) as items:
+                    async for item in items:
+                        await asyncio.to_thread(state.write_item, file, bytes(item))
+            described = await asyncio.to_thread(state.check_file, path, self._journal.machine.tables)
+            _check_place(described, floor)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+        def put() -> Floor:
+            try:
+                return self._journal.install(path)
+            finally:
+                path.unlink(missing_ok=True)
+
+        return put
+
+
+def _check_place(described: state.Described, floor: Floor) -> None:
+    if described.index < floor.index or (described.index == floor.index and described.term != floor.term):
+        raise errors.SnapshotDamaged(
+            f"a state at index {described.index}, term {described.term} came for {floor.index}, {floor.term}"
+        )

@@ -1,0 +1,117 @@
+"""Tables of the metadata store as this room sees them: what appliers read and write, what they are.
+
+An *applier* is one room's part of the cluster-wide state. It reads nothing but the command and the tables, so every
+node comes to the same rows; see `metadata.MetadataMachine`, which calls it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+Row = tuple[str, bytes, bytes]
+"""(table, key, value)."""
+
+
+class Readable(Protocol):
+    """Reads; outside a transaction every read stands alone."""
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """Return a value, None without one."""
+        ...
+
+    def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """Yield (key, value) in key order, ``start`` inclusive, ``stop`` exclusive."""
+        ...
+
+
+class Tables(Readable, Protocol):
+    """Reads and writes of one transaction; what an applier sees."""
+
+    def put(self, table: str, key: bytes, value: bytes) -> None:
+        """Set a value."""
+        ...
+
+    def delete(self, table: str, key: bytes) -> bool:
+        """Remove a value; return whether there was one."""
+        ...
+
+
+class Store(Readable, Protocol):
+    """What this room needs of `srengine.storage.MetadataStore`."""
+
+    def transaction(self) -> AbstractContextManager[Tables]:
+        """Durable, all or nothing, when the with-block ends."""
+        ...
+
+
+class ReplaceableStore(Store, Protocol):
+    """The same, for who installs a whole state."""
+
+    def replace_tables(self, tables: Sequence[str], rows: Callable[[], Iterator[Row]], *, bytes_expected: int) -> None:
+        """Empty ``tables`` and put the rows, durably, all or nothing."""
+        ...
+
+
+class Applier(Protocol):
+    """One room's part of the state."""
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """Kinds of commands that it applies."""
+        ...
+
+    @property
+    def tables(self) -> Sequence[str]:
+        """Tables that it owns; they are part of the digest."""
+        ...
+
+    def apply(self, tables: Tables, index: int, kind: str, body: bytes) -> None:
+        """Change the tables, or raise an `errors.Error` that refuses the command."""
+        ...
+
+
+class Overlay:
+    """Changes kept aside over rows: for an applier that may still refuse, and to see what a command would do."""
+
+    def __init__(self, below: Readable) -> None:
+        self._below = below
+        self._changes: dict[tuple[str, bytes], bytes | None] = {}
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """See `Readable.get`."""
+        if (table, key) in self._changes:
+            return self._changes[table, key]
+        return self._below.get(table, key)
+
+    def put(self, table: str, key: bytes, value: bytes) -> None:
+        """See `Tables.put`."""
+        self._changes[table, key] = value
+
+    def delete(self, table: str, key: bytes) -> bool:
+        """See `Tables.delete`."""
+        there = self.get(table, key) is not None
+        self._changes[table, key] = None
+        return there
+
+    def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """See `Readable.scan`; rows changed behind the place reached may or may not show."""
+        changed = sorted(
+            (key, value)
+            for (of, key), value in self._changes.items()
+            if of == table and (start is None or key >= start) and (stop is None or key < stop)
+        )
+        hidden = {key for key, _ in changed}
+        below = ((key, value) for key, value in self._below.scan(table, start, stop) if key not in hidden)
+        put: list[tuple[bytes, bytes]] = [(key, value) for key, value in changed if value is not None]
+        yield from heapq.merge(below, put)
+
+    def write(self, target: Tables) -> None:
+        """Make the changes there."""
+        for (table, key), value in sorted(self._changes.items(), key=lambda item: item[0]):
+            if value is None:
+                target.delete(table, key)
+            else:
+                target.put(table, key, value)
