@@ -63,12 +63,12 @@ class CommitsWithoutMajority(RaftMachine):
 
 
 class WinsWithHalf(RaftMachine):
-    """Takes half of the votes for a majority."""
+    """Takes half of the votes, rounded down, for a majority."""
 
     def _count_votes(self):
         voters = self.configuration.voters
         given = sum(self.state.votes.get(voter, False) for voter in voters)
-        if given >= (len(voters) + 1) // 2 and type(self.state).__name__ == "Candidate":
+        if given >= max(len(voters) // 2, 1) and type(self.state).__name__ == "Candidate":
             self._become_leader("elected by half")
         else:
             super()._count_votes()

@@ -1,20 +1,19 @@
-"""A storm over one group: everything that may happen to it, from one seed, and the promises that must hold all the same.
+"""A storm over one group: everything that may happen to it, from one seed, and the promises that hold all the same.
 
 Faults: messages lost, repeated, reordered and late; cuts in one direction; clocks that run differently within what
 `Timing.drift` allows; crashes; directories put back to an older state (the node is not trusted then); disks that do not
 answer; trimmed logs; state that cannot be fetched. With them proposals, reads, changes of membership, transfers, hints.
 
-Promises (see machine.py): election safety, log matching, leader completeness, state machine safety, leases, linearizable
-read indexes, and progress once the storm is over.
+Promises (see machine.py): election safety, log matching, leader completeness, state machine safety, leases,
+linearizable read indexes, and progress once the storm is over.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 from srengine.consensus import effects as fx
-from srengine.consensus.entries import Configuration, Entry, Floor
+from srengine.consensus.entries import Configuration, Entry
 from srengine.consensus.machine import RaftMachine
 from srengine.consensus.messages import TimeoutNow
 from tests.consensus.groups import Group, MemoryLog, Node

@@ -23,8 +23,8 @@ hang a · wake a                        its disk does not answer · answers
 inject a append term=9 … · state       a message that no honest node sends · how all nodes stand
 =====================================  ==============================================================================
 
-Said: ``a>b append 2 after 1@1: 2@2 noop (commit 1, round 1)`` is a message of term 2; ``1@1`` is index@term. ``a persists``,
-``a applies``, ``a takes proposal 1 as 3@2``, ``a answers read 1 at 3`` and so on are the rest of what leaves a machine.
+Said: ``a>b append 2 after 1@1: 2@2 noop (commit 1, round 1)`` is a message of term 2; ``1@1`` is index@term.
+``a persists``, ``a applies``, ``a takes proposal 1 as 3@2``, ``a answers read 1 at 3`` are the rest of what it says.
 """
 
 from __future__ import annotations
