@@ -20,7 +20,9 @@ lose a>b [2] · repeat a>b              throw them away · deliver the next one,
 cut a>b · cut a · mend                 nothing arrives in that direction · nothing from and to a · heal
 crash a [untrusted] [empty]            start it anew from its disk (untrusted: it may be an old one; empty: it is new)
 hang a · wake a                        its disk does not answer · answers
-inject a append term=9 … · state       a message that no honest node sends · how all nodes stand
+stop a · go a                          its process does not run · goes on; what was sent to it is waiting
+jump a 3600                            its clock alone jumps
+inject a append term=9 … · state       a message out of nowhere arrives · how all nodes stand
 =====================================  ==============================================================================
 
 Said: ``a>b append 2 after 1@1: 2@2 noop (commit 1, round 1)`` is a message of term 2; ``1@1`` is index@term.
@@ -144,9 +146,11 @@ class Told(Group):
         dropped = "".join(
             f", {count} {reason}" for reason, count in sorted(machine.dropped.items()) if reason != "late"
         )
+        lease = machine.lease_until
+        leased = f", lease for {lease - self.now:.2f} s" if self.timing.lease_reads and lease > self.now else ""
         return (
             f"= {name} {role}{trust} {machine.term} of {told_configuration(machine.configuration) or 'nobody'}: "
-            f"{floor}{log or '-'}; commit {machine.commit_index}{dropped}"
+            f"{floor}{log or '-'}; commit {machine.commit_index}{leased}{dropped}"
         )
 
 
@@ -162,6 +166,7 @@ class Story:
         parts = line.removeprefix("quietly ").split()
         options = dict(part.split("=", 1) for part in parts[1:] if "=" in part)
         words = [part for part in parts if "=" not in part]
+        before = list(self.group.said) if self.group is not None else []
         if words[0] == "group":
             names = tuple(word for word in words[1:] if word != "lease")
             learners = tuple(filter(None, options.get("learners", "").split(",")))
@@ -171,7 +176,7 @@ class Story:
             assert self.group is not None
             getattr(self, f"do_{words[0]}")(self.group, words[1:], options)
         if quietly:
-            self.group.said.clear()
+            self.group.said = before
 
     def do_alone(self, group, words, options):
         group.add(words[0], MemoryLog())
@@ -285,6 +290,16 @@ class Story:
         else:
             group.restart(words[0], trusted="untrusted" not in words)
 
+    def do_stop(self, group, words, options):
+        group.stopped.add(words[0])
+
+    def do_go(self, group, words, options):
+        group.stopped.discard(words[0])
+
+    def do_jump(self, group, words, options):
+        group[words[0]].tick(group.now + float(words[1]))
+        group.settle(words[0])
+
     def do_hang(self, group, words, options):
         group.blocked.add(words[0])
 
@@ -306,6 +321,9 @@ class Story:
                 message = Vote(GROUP, sender=sender, pre="pre" in words, transfer="transfer" in words, **numbers)
             case "yes":
                 message = VoteReply(GROUP, sender=sender, granted=True, **numbers)
+            case "install":
+                configuration = Configuration(group.names, group.learners)
+                message = Install(GROUP, sender=sender, configuration=configuration, **numbers)
             case "timeout":
                 message = TimeoutNow(GROUP, sender=sender, **numbers)
             case _:
