@@ -439,7 +439,7 @@ class Process:
             run.fenced_term = 0
             self._maybe_fence(run)
 
-        command = Command(Verb.FENCE, epoch, self.id, b"")
+        command = Command(Verb.FENCE, epoch, self.id, b"", claim=state.claim(self.id, term))
         self._propose(run, command, decided, lambda _why: self.later(0.2, again))
 
     def _propose(
@@ -497,7 +497,7 @@ class Process:
 
         def value() -> None:
             state = self.host.state(group)
-            reply(Outcome(Result.DONE, state.index, state.values.get(register)))
+            reply(Outcome(Result.DONE, state.index, state.value(register)))
 
         def ready(index: int) -> None:
             if index == 0:

@@ -9,6 +9,7 @@ from typing import Any
 
 from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor
 from srengine.types import NodeId
+from tests.simulator.appliers import MetadataRegisters
 from tests.simulator.breakages import NONE, Breakage
 from tests.simulator.checkers.acknowledged import Acknowledged
 from tests.simulator.checkers.application import StateMachineSafety
@@ -56,8 +57,10 @@ class World:
         self.trace = Trace(self.schedule, show)
         self.regime = regime or regime_of(seed)
         self.judges = Judges()
-        broken = {"repeats_requests": breakage.repeats_requests, "reuses_epochs": breakage.reuses_epochs}
-        self._state_kind: type[Registers] = type("Registers", (Registers,), {"__slots__": (), **broken})
+        self._state_kind: type[Registers] = MetadataRegisters if self.regime.metadata else Registers
+        if breakage.reuses_epochs or breakage.repeats_requests:
+            broken = {"repeats_requests": breakage.repeats_requests, "reuses_epochs": breakage.reuses_epochs}
+            self._state_kind = type("Registers", (Registers,), {"__slots__": (), **broken})
         self.network = Network(self.schedule, random.Random(f"{seed} network"), replace(self.regime.weather))
         self.groups = [f"g{number}" for number in range(self.regime.groups)]
         self.hosts: dict[str, Host] = {}
