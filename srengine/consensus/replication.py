@@ -109,7 +109,7 @@ class Replication(Reading):
 
     def _on_append_reply(self, message: AppendReply) -> None:
         leader = self.state
-        if message.term != self.term or not isinstance(leader, Leader):
+        if message.term != self.term or message.round == 0 or not isinstance(leader, Leader):
             self._drop("late")
             return
         peer = leader.peers.get(message.sender)

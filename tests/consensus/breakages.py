@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from srengine.consensus import quorum
 from srengine.consensus.entries import HardState
 from srengine.consensus.machine import RaftMachine
 
@@ -162,14 +161,11 @@ class TrustsWithoutBarrier(RaftMachine):
         return not self.trusted and match_index >= message.commit_index
 
 
-class SendsWhatIsNotDurable(RaftMachine):
-    """Counts its own log before it is on the disk."""
+class AnswersOldTermsWithTheirRound(RaftMachine):
+    """Echoes the round of a heartbeat whose term is over."""
 
-    def _held_by_majority(self, leader):
-        def held(voter):
-            return self.view.last_index if voter == self.node_id else leader.peers[voter].counted_index
-
-        return quorum.agreed(self.configuration.voters, held)
+    def _refuse_term(self, message):
+        self._reply(message, success=False)
 
 
 ALL = [

@@ -4,21 +4,22 @@ Every state that three nodes can reach is visited, within these bounds:
 
 * the machines are `RaftMachine` itself, with time taken out: a time-out may fire at any moment, so promises and leases
   are off (they only forbid what is allowed here), and pre-votes are skipped (they promise nothing);
-* the network keeps every message for ever and delivers any of them at any time: so messages are lost (never chosen),
-  late, reordered and repeated without bound. Appends without entries are left out: they say nothing about elections;
+* the network keeps every message for ever and delivers any of them at any time: so messages are lost, late, reordered
+  and repeated without bound. Appends without entries are left out: they say nothing about elections;
 * ``standing`` nodes may stand for election as often as terms up to ``term_max`` allow; ``restarts`` times a node loses
   its memory and starts again from its disk;
 * a leader proposes an epoch at once, as ha/ does after its election: the newest that it has applied, plus one. Who
   applies it first in the log owns it (SUCCESS), a later one of the same number is refused (KEYEXIST).
 
-What must hold in every state: one leader in a term; equal entries at equal (index, term); what is decided at an index is
-decided for ever; whatever is decided before a leader's term is in its log; and every epoch has one owner, whoever
+What must hold in every state: one leader in a term; equal entries at equal (index, term); what is decided at an index
+is decided for ever; whatever is decided before a leader's term is in its log; and every epoch has one owner, whoever
 applies it.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -327,9 +328,8 @@ def main() -> None:
     for name, bounds in BOUNDS.items():
         model = Model(**bounds)  # type: ignore[arg-type]
         worlds = model.run()
-        print(
-            f"{name:8} {worlds:8} worlds, {len(model.nodes):4} states of a node, {model.events:8} events, all is well"
-        )
+        told = f"{len(model.nodes):4} states of a node, {model.events:8} events, all is well"
+        sys.stdout.write(f"{name:8} {worlds:8} worlds, {told}\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tests.consensus.model import BOUNDS, Broken, Model
 
 @pytest.mark.parametrize("name", ["votes", "terms"])
 def test_no_state_of_three_nodes_breaks_a_promise(name):
-    """B37: within its bounds no order of events makes two leaders of a term, two decisions or two owners of an epoch."""
+    """B37: within its bounds no order of events makes two leaders of a term, or two owners of an epoch."""
     model = Model(**BOUNDS[name])
     worlds = model.run()
     assert worlds > 4000

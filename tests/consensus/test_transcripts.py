@@ -39,6 +39,7 @@ import pytest
 
 from srengine.consensus import effects as fx
 from srengine.consensus.entries import Configuration, Entry, EntryKind, HardState
+from srengine.consensus.machine import RaftMachine
 from srengine.consensus.messages import (
     Append,
     AppendReply,
@@ -51,6 +52,7 @@ from srengine.consensus.messages import (
     VoteReply,
 )
 from srengine.consensus.roles import PreCandidate
+from tests.consensus import breakages
 from tests.consensus.groups import GROUP, Group, MemoryLog, Node
 
 FOLDER = Path(__file__).parent / "transcripts"
@@ -158,6 +160,7 @@ class Told(Group):
 class Story:
     """One transcript being told."""
 
+    machine_type: type[RaftMachine] = RaftMachine
     group: Told | None = None
     shown: dict[str, str] = field(default_factory=dict)
 
@@ -170,7 +173,8 @@ class Story:
         if words[0] == "group":
             names = tuple(word for word in words[1:] if word != "lease")
             learners = tuple(filter(None, options.get("learners", "").split(",")))
-            self.group = Told(names, learners, timing=fx.Timing(lease_reads="lease" in words), now=100.0)
+            timing = fx.Timing(lease_reads="lease" in words)
+            self.group = Told(names, learners, timing=timing, machine_type=self.machine_type, now=100.0)
             self.shown = {}
         else:
             assert self.group is not None
@@ -341,9 +345,9 @@ class Story:
         return changed
 
 
-def tell(text: str) -> str:
+def tell(text: str, machine_type: type[RaftMachine] = RaftMachine) -> str:
     """Run a transcript; return it with the outputs that the machines give now."""
-    story = Story()
+    story = Story(machine_type)
     told: list[str] = []
     for block in text.strip().split("\n\n"):
         commands = [line for line in block.split("\n----")[0].splitlines() if line != "----"]
@@ -367,3 +371,46 @@ def test_transcript(path: Path) -> None:
     if os.environ.get("SRENGINE_REWRITE"):
         path.write_text(told)
     assert told == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (breakages.VotesTwice, "vote_once"),
+        (breakages.ForgetsItsVote, "vote_once"),
+        (breakages.VotesForShorterLogs, "vote_restriction"),
+        (breakages.VotesByLengthAlone, "vote_restriction"),
+        (breakages.FollowsOldTerms, "repeated_and_late"),
+        (breakages.CommitsByCountAlone, "figure8_replaced"),
+        (breakages.CommitsWithoutMajority, "old_leader"),
+        (breakages.WinsWithHalf, "split_vote"),
+        (breakages.DoesNotCheckThePlaceBefore, "figure7_f"),
+        (breakages.BelievesEveryCommitIndex, "repeated_and_late"),
+        (breakages.BreaksItsPromise, "promise"),
+        (breakages.ReadsWithoutAsking, "read_index"),
+        (breakages.ReadsBeforeTheTermIsSettled, "no_change_before_own_term"),
+        (breakages.CountsItsLeaseFromReceipt, "late_answers_give_no_lease"),
+        (breakages.KeepsItsLeaseWhileHandingOver, "transfer_times_out"),
+        (breakages.ChangesTwoVotersAtOnce, "one_change_at_a_time"),
+        (breakages.ChangesWithoutWaiting, "no_change_before_own_term"),
+        (breakages.TrustsItself, "untrusted"),
+        (breakages.CountsTheUntrusted, "untrusted_does_not_count"),
+        (breakages.TrustsWithoutBarrier, "untrusted"),
+        (breakages.AnswersOldTermsWithTheirRound, "answer_to_an_old_term"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_broken_rule_tells_another_story(kind, name):
+    """Each rule is held by a transcript: a machine without it says something else, or is stopped by an assertion."""
+    text = (FOLDER / f"{name}.txt").read_text()
+    try:
+        told = tell(text, kind)
+    except AssertionError:
+        return
+    assert told != text
+
+
+def test_every_breakage_has_its_transcript():
+    """No deliberate breakage is left out of the test above."""
+    (mark,) = test_a_broken_rule_tells_another_story.pytestmark
+    assert {kind for kind, _ in mark.args[1]} == set(breakages.ALL)
