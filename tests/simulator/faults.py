@@ -163,6 +163,17 @@ class Faults:
         fresh = [pair for pair in pairs if pair not in cut]
         cut.update(fresh)
         self._later(lambda: cut.difference_update(fresh))
+        if self.source.random() < 0.6:
+            self._close(fresh)
+
+    def _close(self, pairs: list[tuple[str, str]]) -> None:
+        """Connections that are cut both ways are seen to close, as by a router that says so."""
+        hosts = self.world.hosts
+        for here, there in pairs:
+            process = hosts[here].process if here in hosts else None
+            if process is not None and there in hosts and (there, here) in pairs:
+                gone = hosts[there].id
+                process.later(0.002 * self.source.random(), lambda process=process, gone=gone: process.hint(gone))
 
     def _everybody(self) -> list[str]:
         return [*self.world.hosts, *(f"c{number}" for number in range(self.world.regime.clients))]
