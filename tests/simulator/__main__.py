@@ -129,7 +129,7 @@ def many(parsed: argparse.Namespace) -> int:
         )
         faults.update(dict(result.faults))
         healed.append(result.healed_s)
-        if totals["seeds"] % 1000 == 0:
+        if totals["seeds"] % 100 == 0:
             sys.stdout.write(f"{totals['seeds']} seeds, {time.monotonic() - began:.0f} s\n")
             sys.stdout.flush()
     sys.stdout.write(

@@ -61,13 +61,9 @@ class Faults:
     def _any(self, *, running: bool = True) -> Host | None:
         """Return any host; leaders are met more often, for there it hurts."""
         hosts = [host for host in self.world.hosts.values() if not running or host.running]
-        leading = [
-            host
-            for host in hosts
-            if host.process is not None and any(run.leading_term for run in host.process.runs.values())
-        ]
-        if leading and self.source.random() < 0.4:
-            return self.source.choice(leading)
+        leader = self._leader()
+        if leader in hosts and self.source.random() < 0.4:
+            return leader
         return self.source.choice(hosts) if hosts else None
 
     def _note(self, text: str) -> None:
@@ -90,6 +86,45 @@ class Faults:
         for host in self.world.hosts.values():
             host.crash()
 
+    def _leader(self) -> Host | None:
+        leading = [
+            host
+            for host in self.world.hosts.values()
+            if host.process is not None and any(run.leading_term for run in host.process.runs.values())
+        ]
+        return self.source.choice(leading) if leading else None
+
+    def _crash_others(self) -> bool | None:
+        """Everybody but a leader starts anew at once, and perhaps does not hear it for a while."""
+        leader = self._leader()
+        if leader is None:
+            return False
+        self._note(f"crash all but {leader.id}")
+        if self.source.random() < 0.5:
+            self._cut_off(leader)
+        for host in self.world.hosts.values():
+            if host is not leader:
+                host.crash()
+                self.world.schedule.after(0.01 + 0.05 * self.source.random(), host.start)
+        return None
+
+    def _young_leader(self) -> None:
+        """The next leader of any group ends, or is cut off, when it has hardly begun."""
+        soon_s = (self.world.regime.weather.delay_s_max + self.world.regime.disk_s[1]) * self.source.choice((1, 3, 8))
+        after_s = soon_s * self.source.random()
+        crashes = self.source.random() < 0.6
+
+        def strike(host: Host) -> None:
+            if self._over:
+                return
+            self._note(f"young leader {host.id} {'ends' if crashes else 'is cut off'}")
+            if crashes:
+                host.crash()
+            else:
+                self._cut_off(host)
+
+        self.world.on_leader = lambda host: self.world.schedule.after(after_s, lambda: strike(host))
+
     def _crash_between(self) -> bool | None:
         """The process ends between two of the driver's duties, whenever it gets there."""
         host = self._any()
@@ -109,6 +144,18 @@ class Faults:
         self._later(process.go_on)
         return None
 
+    def _freeze(self) -> bool | None:
+        """F21: a leader is stopped and cut off; when it goes on it does not know what happened meanwhile."""
+        leader = self._leader()
+        if leader is None or leader.process is None or leader.process.paused:
+            return False
+        process = leader.process
+        self._note(f"freeze {leader.id}")
+        self._cut_off(leader)
+        process.stop()
+        self._later(process.go_on)
+        return None
+
     # --- the network -------------------------------------------------------------------------------------------------
 
     def _cut(self, pairs: list[tuple[str, str]]) -> None:
@@ -116,6 +163,17 @@ class Faults:
         fresh = [pair for pair in pairs if pair not in cut]
         cut.update(fresh)
         self._later(lambda: cut.difference_update(fresh))
+        if self.source.random() < 0.6:
+            self._close(fresh)
+
+    def _close(self, pairs: list[tuple[str, str]]) -> None:
+        """Connections that are cut both ways are seen to close, as by a router that says so."""
+        hosts = self.world.hosts
+        for here, there in pairs:
+            process = hosts[here].process if here in hosts else None
+            if process is not None and there in hosts and (there, here) in pairs:
+                gone = hosts[there].id
+                process.later(0.002 * self.source.random(), lambda process=process, gone=gone: process.hint(gone))
 
     def _everybody(self) -> list[str]:
         return [*self.world.hosts, *(f"c{number}" for number in range(self.world.regime.clients))]
@@ -125,9 +183,13 @@ class Faults:
         if host is None:
             return False
         self._note(f"isolate {host.name}")
+        self._cut_off(host)
+        return None
+
+    def _cut_off(self, host: Host) -> None:
+        """Other nodes do not hear it, nor it them; clients do."""
         others = [name for name in self.world.hosts if name != host.name]
         self._cut([pair for other in others for pair in ((host.name, other), (other, host.name))])
-        return None
 
     def _split(self) -> None:
         """Two sides; clients are on either."""

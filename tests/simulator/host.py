@@ -104,7 +104,8 @@ class Host:
         self.world.trace.note(f"{self.id} ends; under way: {fate}")
         self.world.hints(self)
         # Whoever watches over processes starts it again; a fault that keeps it down for long crashes it again.
-        self.world.schedule.after(0.05 + 2 * self._source.random(), self.start)
+        longest_s = self._source.choice((0.05, 0.3, 2.0))
+        self.world.schedule.after(0.01 + longest_s * self._source.random(), self.start)
 
     def keep(self, transaction: Transaction) -> None:
         """The transaction is durable."""

@@ -54,8 +54,11 @@ class Network:
             delay_s = weather.delay_s_min + (weather.delay_s_max - weather.delay_s_min) * chance.random()
             arrives_s = self.schedule.now_s + delay_s
             if weather.late and chance.random() < weather.late:
+                # It is in some queue already: a cut does not stop it any more.
                 arrives_s += weather.late_s * chance.random() ** 3
-            elif weather.in_order:
+                self.schedule.at(arrives_s, lambda: deliver(target, frame))
+                continue
+            if weather.in_order:
                 # One ten-millionth more keeps the order of the heap out of it.
                 arrives_s = max(arrives_s, self._newest.get((source, target), 0.0) + 1e-7)
                 self._newest[source, target] = arrives_s

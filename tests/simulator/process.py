@@ -302,6 +302,9 @@ class Process:
                 log = self.host.log(run.group)
                 self.world.judges.election.leads(run.group, change.term, self.id)
                 self.world.judges.completeness.leads(run.group, self.id, change.term, log.floor.index, log.term_at)
+            if self.world.on_leader is not None:
+                on_leader, self.world.on_leader = self.world.on_leader, None
+                on_leader(self.host)
             self._maybe_fence(run)
         else:
             run.leading_term = run.epoch = 0
@@ -436,7 +439,7 @@ class Process:
             run.fenced_term = 0
             self._maybe_fence(run)
 
-        command = Command(Verb.FENCE, epoch, self.id, b"")
+        command = Command(Verb.FENCE, epoch, self.id, b"", claim=state.claim(self.id, term))
         self._propose(run, command, decided, lambda _why: self.later(0.2, again))
 
     def _propose(
@@ -494,7 +497,7 @@ class Process:
 
         def value() -> None:
             state = self.host.state(group)
-            reply(Outcome(Result.DONE, state.index, state.values.get(register)))
+            reply(Outcome(Result.DONE, state.index, state.value(register)))
 
         def ready(index: int) -> None:
             if index == 0:

@@ -19,7 +19,10 @@ FAULTS = (
     "crash",
     "crash between",
     "crash all",
+    "crash others",
+    "young leader",
     "pause",
+    "freeze",
     "isolate",
     "split",
     "one way",
@@ -69,6 +72,8 @@ class Regime:
     """Entries kept in the log behind what is applied."""
     torn: float
     """That a transaction under way at a crash leaves a damaged tail."""
+    metadata: bool
+    """The state machine is `ha.metadata.MetadataMachine` with its epochs and outcomes; else the simulator's own."""
     limits: tuple[tuple[str, int], ...]
     """Bounds of `srengine.limits` that are small here, so that what seldom happens happens often."""
     weights: tuple[tuple[str, float], ...]
@@ -85,6 +90,11 @@ def shrunk(regime: Regime) -> Iterator[None]:
     finally:
         for name, value in usual:
             setattr(limits, name, value)
+
+
+def regime_of(seed: int) -> Regime:
+    """Return the regime of a seed."""
+    return draw(random.Random(f"{seed} regime"))
 
 
 def draw(source: random.Random) -> Regime:
@@ -130,6 +140,7 @@ def draw(source: random.Random) -> Regime:
         apply_s=source.choice((0.000_2, 0.01, 0.2)),
         kept=source.choice((0, 3, 20, 1_000)),
         torn=source.choice((0.0, 0.2)),
+        metadata=source.random() < 0.5,
         limits=(
             ("APPEND_BYTES_MAX", source.choice((1, 300, limits.APPEND_BYTES_MAX))),
             ("IN_FLIGHT_MESSAGES_MAX", source.choice((1, 3, limits.IN_FLIGHT_MESSAGES_MAX))),

@@ -33,6 +33,8 @@ class Command(msgspec.Struct, frozen=True, array_like=True):
     register: str = ""
     expected: int | None = None
     value: int | None = None
+    claim: bytes = b""
+    """FENCE: what the state of the claimant asks for it, see `Registers.claim`."""
 
 
 class Result(enum.Enum):
@@ -118,9 +120,22 @@ class Registers:
         self.outcomes[command.request] = outcome
         return outcome
 
+    def claim(self, node: str, term: int) -> bytes:
+        """Return what a claim of the next epoch carries besides its number."""
+        del node, term
+        return b""
+
+    def value(self, register: str) -> int | None:
+        """Return what a register holds."""
+        return self.values.get(register)
+
     def copy(self) -> Registers:
+        """Return a state of its own that is equal."""
         other = type(self)()
+        self._copy_to(other)
+        return other
+
+    def _copy_to(self, other: Registers) -> None:
         for name in Registers.__slots__:
             setattr(other, name, getattr(self, name))
         other.values, other.outcomes = dict(self.values), dict(self.outcomes)
-        return other

@@ -22,7 +22,7 @@ from tests.simulator.client import Call, Client
 from tests.simulator.faults import Faults
 from tests.simulator.host import Host
 from tests.simulator.network import Weather
-from tests.simulator.regime import Regime, shrunk
+from tests.simulator.regime import Regime, regime_of, shrunk
 from tests.simulator.world import World
 
 HEAL_S: Final = 20.0
@@ -66,6 +66,7 @@ def run(
     show: Callable[[str], object] | None = None,
 ) -> Report:
     """Run one seed; raise a `Failure` when a promise is broken or a machine's own assertion fails."""
+    regime = breakage.narrowed(regime or regime_of(seed))
     story = Story(World(seed, breakage=breakage, regime=regime, show=show))
     try:
         with shrunk(story.world.regime):

@@ -9,6 +9,7 @@ from typing import Any
 
 from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor
 from srengine.types import NodeId
+from tests.simulator.appliers import MetadataRegisters
 from tests.simulator.breakages import NONE, Breakage
 from tests.simulator.checkers.acknowledged import Acknowledged
 from tests.simulator.checkers.application import StateMachineSafety
@@ -21,7 +22,7 @@ from tests.simulator.host import Host
 from tests.simulator.machines import open_machine
 from tests.simulator.network import Network
 from tests.simulator.process import Process
-from tests.simulator.regime import Regime, draw
+from tests.simulator.regime import Regime
 from tests.simulator.registers import Registers
 from tests.simulator.schedule import Schedule
 from tests.simulator.trace import Trace
@@ -40,27 +41,31 @@ class Judges:
 
 
 class World:
-    """One seed's nodes. ``show`` gets every line of the trace; ``regime`` replaces the one that the seed draws."""
+    """One seed's nodes. ``show`` gets every line of the trace;"""
 
     def __init__(
         self,
         seed: int,
         *,
+        regime: Regime,
         breakage: Breakage = NONE,
-        regime: Regime | None = None,
         show: Callable[[str], object] | None = None,
     ) -> None:
         self.seed = seed
         self.breakage = breakage
         self.schedule = Schedule()
         self.trace = Trace(self.schedule, show)
-        self.regime = regime or draw(random.Random(f"{seed} regime"))
+        self.regime = regime
         self.judges = Judges()
-        broken = {"repeats_requests": breakage.repeats_requests, "reuses_epochs": breakage.reuses_epochs}
-        self._state_kind: type[Registers] = type("Registers", (Registers,), {"__slots__": (), **broken})
+        self._state_kind: type[Registers] = MetadataRegisters if self.regime.metadata else Registers
+        if breakage.reuses_epochs or breakage.repeats_requests:
+            broken = {"repeats_requests": breakage.repeats_requests, "reuses_epochs": breakage.reuses_epochs}
+            self._state_kind = type("Registers", (Registers,), {"__slots__": (), **broken})
         self.network = Network(self.schedule, random.Random(f"{seed} network"), replace(self.regime.weather))
         self.groups = [f"g{number}" for number in range(self.regime.groups)]
         self.hosts: dict[str, Host] = {}
+        self.on_leader: Callable[[Host], object] | None = None
+        """Called with the host of the next leader of any group, once."""
         self._names: dict[str, str] = {}
         self._digests: dict[int, tuple[Entry, int]] = {}
         for number in range(self.regime.hosts):
