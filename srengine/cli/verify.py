@@ -20,10 +20,12 @@ def verify(settings: Settings, context: click.Context, *, directory: str) -> Non
 
     The directory must not be in use. Nothing is changed.
     """
-    from srengine.ha.verify import verify_epochs
+    from srengine.consensus.log import LOG_NAME
+    from srengine.consensus.log_check import check_log
+    from srengine.ha.verify import METADATA_NAME, check_epoch_rows
     from srengine.storage import verify_directory
 
-    report = verify_directory(directory, further=[verify_epochs])
+    report = verify_directory(directory, {LOG_NAME: check_log, METADATA_NAME: check_epoch_rows})
     values = report.as_dict()
     out = settings.out
     if out.format == "text":

@@ -12,7 +12,7 @@
       | Credit(request 8, 4) ---------------------------> |     four more may come
       | <------------------------------ End(request 8) -- |     or Failure
       |                                                   |
-      | Post(kind, size, total) ------------------------> |     said, not asked: no answer
+      | Post(kind, body, total) ------------------------> |     said, not asked: no answer
       | <--------------------------------- Taken(total) - |     posts were taken in up to there
 
 Attachments of an Ask or Answer that together exceed ``limits.PART_BYTES_MAX`` are not in its frame. The receiver
@@ -107,13 +107,15 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 
 class Post(msgspec.Struct, frozen=True, array_like=True, tag=9):
-    """A message that gets no answer; its body is ``size`` bytes of the frame's data. ``total``: bytes of all posts of
-    this connection up to the end of this one.
+    """A message that gets no answer. ``total``: bytes of all posts of this connection up to the end of this one.
+
+    ``size``: 0 when the body is here; else ``body`` is nil and the body is so many bytes of the frame's data.
     """
 
     kind: str
-    size: Count
+    body: msgspec.Raw
     total: Count
+    size: Count = 0
 
 
 class Taken(msgspec.Struct, frozen=True, array_like=True, tag=10):

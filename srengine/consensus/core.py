@@ -58,10 +58,13 @@ class Core:
         """Where others fetch the state that this node has applied; opaque. See `effects.Trimmed`."""
         self.now = now
         """Seconds, of the last tick."""
+        heard_of_terms = hard_state.term > 0
         self.view = LogView(log)
-        # A bootstrapped log begins with an entry of term 1 that nobody was elected for.
-        term = max(hard_state.term, self.view.last_term)
-        self.hard_state = hard_state if hard_state.term == term else HardState(term)
+        if hard_state.term < self.view.last_term:
+            # A bootstrapped log begins with an entry of term 1 that nobody was elected for.
+            hard_state = HardState(self.view.last_term)
+        self.hard_state = hard_state
+        """As of the last step; durable when nothing is being persisted."""
         assert applied_index >= self.view.floor.index, (applied_index, self.view.floor)
         self.applied_index = applied_index
         """Up to here the state machine holds everything durably."""
@@ -83,7 +86,10 @@ class Core:
         """How many messages of each fault were dropped, by reason: for the metrics and the simulator."""
 
         self._random = random
-        self._durable_state = self.hard_state if self.hard_state == hard_state else hard_state
+        self._durable_state = hard_state
+        """The hard state that was handed out last, durable once ``persisting_since`` is None."""
+        self._state_on_way = False
+        """Whether it is not durable yet: until then no message of its term may leave."""
         self._send: list[Outgoing] = []
         self._accepted: list[Accepted] = []
         self._refused: list[Refused] = []
@@ -100,7 +106,7 @@ class Core:
         """Number of the last question; random at first, so that an answer to an earlier start fits none of this one."""
         if not trusted:
             self.nonce = self._draw_nonce()
-        if hard_state.term > 0:
+        if heard_of_terms:
             # Whoever heard a leader has persisted its term. So it may have promised, and does not know when.
             self.promise_until = now + timing.lease_s
         # Nobody is heard for a whole time-out only if nobody leads: the first campaign may be early (pre-vote).

@@ -71,6 +71,7 @@ from srengine.consensus.services import (
     PostChannel,
     StateMachine,
     StateSink,
+    StateSource,
 )
 from srengine.consensus.waiting import PROPOSAL, READ, TRANSFER, WaitingRoom, no_leader
 from srengine.consensus.worker import Done, Job, Worker
@@ -91,6 +92,8 @@ APPLY_BYTES_MAX: Final = 16 * limits.MIB
 RETRY_S: Final = 0.5
 """Pause before a write that met a full disk is tried again, and before a state is fetched again."""
 
+_NEVER: Final = float("inf")
+
 
 @dataclass(slots=True, eq=False)
 class _Group:
@@ -100,6 +103,7 @@ class _Group:
     machine: Machine
     log: GroupLog
     state: StateMachine
+    source: StateSource | None
     sink: StateSink | None
     role: RoleChanged
     visible: int
@@ -112,7 +116,8 @@ class _Group:
     """Its effects wait for the disk: nothing is stepped into it."""
     locked: bool = False
     """Its log is being trimmed, reset or healed under the machine, which is left alone meanwhile."""
-    deadline: float | None = None
+    deadline: float = _NEVER
+    """When the machine is due if nothing comes before."""
     to_apply: deque[Entry] = field(default_factory=deque)
     applying: bool = False
     """The state machine works."""
@@ -173,17 +178,27 @@ class Driver:
 
     # --- groups ------------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, machine: Machine, state: StateMachine, *, sink: StateSink | None = None) -> None:
+    def add(
+        self,
+        name: str,
+        machine: Machine,
+        state: StateMachine,
+        *,
+        source: StateSource | None = None,
+        sink: StateSink | None = None,
+    ) -> None:
         """Begin to run a group; ``machine`` was made with what `prepare` returned.
 
-        Without a ``sink`` a node that lags behind what the others keep cannot catch up.
+        Without ``source`` and ``sink`` a node that lags behind what the others keep cannot catch up.
         """
         log = self.log.group(name)
         assert name not in self._groups, name
         assert log.damage is None or not machine.trusted, (name, log.damage)
         role = RoleChanged(Role.FOLLOWER, log.hard_state.term, None, "started")
         waiting = WaitingRoom(name, self._loop)
-        group = _Group(name, machine, log, state, sink, role, state.applied.index, waiting)
+        group = _Group(name, machine, log, state, source, sink, role, state.applied.index, waiting)
+        if log.floor.index:
+            group.inbox.append(_trimmed(group))
         self._groups[name] = group
         self._wake(group)
 
@@ -350,7 +365,7 @@ class Driver:
             self._fail_group(group, errors.Error(f"the machine of {group.name} failed"))
             raise
         deadline = machine.next_deadline
-        if deadline is not None and deadline != group.deadline:
+        if deadline != group.deadline and deadline < _NEVER:
             heapq.heappush(self._deadlines, (deadline, group.name))
         group.deadline = deadline
 
@@ -366,12 +381,12 @@ class Driver:
     def _carry_out(self, group: _Group, effects: Effects) -> None:
         """Do what comes after the persist, in the order of the duties."""
         waiting = group.waiting
-        for role in effects.roles:
-            self._publish(group, role)
         for accepted in effects.accepted:
             waiting.accepted(accepted)
         for refused in effects.refused:
             waiting.refused(refused)
+        for role in effects.roles:
+            self._publish(group, role)
         for read in effects.reads:
             waiting.read_ready(read, group.visible, group.role.leader)
         for outgoing in effects.send:
@@ -424,7 +439,7 @@ class Driver:
             deadline, name = heapq.heappop(self._deadlines)
             group = self._groups[name]
             if group.deadline == deadline:
-                group.deadline = None
+                group.deadline = _NEVER
                 self._wake(group)
         if not self._due:
             self._arm(now)
@@ -523,7 +538,7 @@ class Driver:
             return
         _logger.error("the group %s takes part no more: %s", group.name, error.message)
         group.failed = error
-        group.deadline = None
+        group.deadline = _NEVER
         group.inbox.clear()
         group.to_apply.clear()
         self._pending.pop(group.name, None)
@@ -629,7 +644,7 @@ class Driver:
         def trimmed(error: BaseException | None) -> None:
             group.trimming = False
             if error is None:
-                group.inbox.appendleft(Trimmed(group.log.floor))
+                group.inbox.appendleft(_trimmed(group))
 
         self._jobs.append((group, lambda: self.log.trim(group.name, floor), trimmed))
         self._wake(group)
@@ -694,7 +709,7 @@ class Driver:
                 self._loop.call_later(RETRY_S, self._reset_log, group, floor, installed)
                 return
             group.installing = False
-            group.inbox.appendleft(Installed(floor))
+            group.inbox.extendleft((_trimmed(group), Installed(floor)))
 
         self._reset_log(group, floor, installed)
 
@@ -739,6 +754,11 @@ def prepare(log: NodeLog, name: str, state: StateMachine) -> GroupLog:
             f"what this node promised in {name} is lost: {group.damage.detail}", group=name, kind=group.damage.kind
         )
     applied = state.applied
+    if applied.index < group.floor.index:
+        raise errors.CorruptionError(
+            f"the state of {name} is at {applied.index} and its log begins behind {group.floor.index}: a part is gone",
+            group=name,
+        )
     if applied.index > group.last_index:
         if applied.term > group.hard_state.term:
             raise errors.CorruptionError(
@@ -747,6 +767,12 @@ def prepare(log: NodeLog, name: str, state: StateMachine) -> GroupLog:
             )
         log.install(name, applied)
     return group
+
+
+def _trimmed(group: _Group) -> Trimmed:
+    """Return what tells the machine where its log begins, and where others fetch what came before."""
+    floor = group.log.floor
+    return Trimmed(floor, group.source.reference(floor) if group.source is not None else None)
 
 
 def _again(error: errors.Error) -> errors.Error:

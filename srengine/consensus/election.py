@@ -28,7 +28,17 @@ class Election(Leading):
 
     def _may_campaign(self) -> bool:
         """Whether this node may stand: it counts, it may vote for itself, and it holds what it says it holds."""
-        return self.is_voter and self.trusted and self.installing is None and self.persisting_since is None
+        return self._is_eligible() and self.trusted and self.installing is None and self.persisting_since is None
+
+    def _is_eligible(self) -> bool:
+        """Whether the group may need this node to lead.
+
+        So it does, too, when the configuration that removes it is in its log but perhaps not committed: the others may
+        have too little to win (thesis, 4.2.2).
+        """
+        configurations = self.view.configurations
+        undecided = self.view.configuration_index > self.commit_index and len(configurations) > 1
+        return self.is_voter or (undecided and self.node_id in configurations[-2][1].voters)
 
     def _tick_follower(self, state: Follower | PreCandidate | Candidate) -> None:
         if self.now < state.campaign_at or self.persisting_since is not None:
@@ -79,7 +89,7 @@ class Election(Leading):
     def _on_hint(self, hint: Hint) -> None:
         """Do not wait for the time-out, only for the promise: the leader is probably dead."""
         state = self.state
-        if isinstance(state, Follower) and state.leader == hint.peer and self.is_voter:
+        if isinstance(state, Follower) and state.leader == hint.peer and self._may_campaign():
             spread = self._random.uniform(0, 1) * self.timing.heartbeat_s
             state.campaign_at = min(state.campaign_at, max(self.now, self.promise_until) + spread)
             state.early_campaigns = limits.EARLY_CAMPAIGNS_MAX

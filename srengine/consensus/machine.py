@@ -206,6 +206,7 @@ class RaftMachine(Following):
     def _on_persisted(self, last_index: int) -> None:
         assert self.persisting_since is not None, "nothing was being persisted"
         self.persisting_since = None
+        self._state_on_way = False
         self.view.persisted(last_index)
         if isinstance(self.state, Leader):
             self._advance(self.state)
@@ -231,10 +232,12 @@ class RaftMachine(Following):
                 self._replicate(self.state)
         else:
             self._ask_leader()
+        # Only a group of one voter leads before its term is durable; its learners hear of it when it is.
+        send = () if self._state_on_way else tuple(self._send)
         apply = self._take_apply()
         effects = Effects(
             persist=self._take_persist(),
-            send=tuple(self._send),
+            send=send,
             apply=apply,
             accepted=tuple(self._accepted),
             refused=tuple(self._refused),
@@ -254,6 +257,7 @@ class RaftMachine(Following):
         if changed is None and not entries:
             return None
         self._durable_state = self.hard_state
+        self._state_on_way = changed is not None
         self.persisting_since = self.now
         return Persist(changed, entries)
 

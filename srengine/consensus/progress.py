@@ -9,8 +9,9 @@
          +---------------------------------------------------------------+
                                 answer holds the floor
 
-PROBE: one message at a time, to find the last place in common. REPLICATE: the next messages leave before the answers
-to the last ones come, up to bounds in messages and bytes. INSTALL: the log does not reach back far enough, the peer
+REPLICATE: the next messages leave before the answers to the last ones come, up to bounds in messages and bytes; so it
+begins, since most logs are equal when a term begins. PROBE: one message at a time, to find the last place in common.
+INSTALL: the log does not reach back far enough, the peer
 fetches the state; heartbeats repeat the offer.
 """
 
@@ -42,7 +43,7 @@ class Progress:
     what it had, see ``counted_index``."""
     counted_index: int = 0
     """Up to here the peer counts for commitment: what it acknowledged while it was trusted."""
-    flow: Flow = Flow.PROBE
+    flow: Flow = Flow.REPLICATE
     probing: bool = False
     """PROBE: entries are on their way; the next ones wait for an answer or for the next heartbeat."""
     in_flight: deque[tuple[int, int]] = field(default_factory=deque)
@@ -90,6 +91,7 @@ class Progress:
 
     def matched(self, match_index: int) -> None:
         """Take note that the peer holds our log up to ``match_index``."""
+        sent_fits = not self.probing or match_index >= self.next_index
         self.match_index = max(self.match_index, match_index)
         self.next_index = max(self.next_index, self.match_index + 1)
         while self.in_flight and self.in_flight[0][0] <= match_index:
@@ -98,7 +100,7 @@ class Progress:
             if self.match_index >= self.install_index:
                 self._enter(Flow.PROBE)
                 self.next_index = self.match_index + 1
-        elif self.flow is Flow.PROBE and self.match_index + 1 == self.next_index:
+        elif self.flow is Flow.PROBE and sent_fits and self.match_index + 1 == self.next_index:
             self._enter(Flow.REPLICATE)
 
     def refused(self, previous_index: int, next_index: int) -> None:

@@ -31,16 +31,18 @@ class Replication(Reading):
         leader.heartbeat_at = self.now + self.timing.heartbeat_s
         self._join_round(leader)
         for target, peer in sorted(leader.peers.items()):
-            peer.probing = False
             self._beat(leader, target, peer)
         self._count_contact(leader)
 
     def _beat(self, leader: Leader, target: NodeId, peer: Progress) -> None:
         """Send a heartbeat, in the form that the peer can answer."""
+        peer.probing = False
         if self._needs_state(peer):
             self._offer_state(leader, target, peer)
-        else:
-            self._send_append(leader, target, peer, bytes_max=0)
+            return
+        # What is being looked for may as well be what is sent; but nothing is read while the log is written.
+        looking = peer.flow is Flow.PROBE and self.persisting_since is None
+        self._send_append(leader, target, peer, bytes_max=limits.APPEND_BYTES_MAX if looking else 0)
 
     def _replicate(self, leader: Leader) -> None:
         """Send to everybody what may be sent."""

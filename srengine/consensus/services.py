@@ -18,16 +18,14 @@ class Machine(Protocol):
     """A group's machine: `machine.RaftMachine`."""
 
     @property
-    def next_deadline(self) -> float | None:
-        """Return when `tick` has something to do; None: never."""
+    def next_deadline(self) -> float:
+        """Return when `tick` has something to do if nothing comes before; infinite: never."""
         ...
 
-    @property
-    def trusted(self) -> bool:
-        """Return whether this node may vote and lead in the group."""
-        ...
+    trusted: bool
+    """Whether this node may vote and lead in the group."""
 
-    def step(self, message: Input) -> None:
+    def step(self, given: Input) -> None:
         """Take one input."""
         ...
 
@@ -54,6 +52,14 @@ class StateMachine(Protocol):
         Called in the driver's apply thread, never twice at a time. `DiskFull`: nothing of it happened, and it is called
         again. Any other exception ends the group on this node.
         """
+        ...
+
+
+class StateSource(Protocol):
+    """Offers a group's whole state to nodes that lack entries which are gone."""
+
+    def reference(self, floor: Floor) -> bytes:
+        """Return what another node needs to fetch a state at ``floor.index`` or later from this one."""
         ...
 
 

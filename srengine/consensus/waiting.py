@@ -138,7 +138,7 @@ class WaitingRoom:
             self.end(token, index)
 
     def replaced(self, index: int) -> None:
-        """Give up the proposals up to ``index``: a state took the place of the entries, and does not say what they were."""
+        """Give up the proposals up to ``index``: a state took the place of the entries, and does not tell of them."""
         for place in [place for place in self._proposed if place <= index]:
             for token in self._proposed.pop(place):
                 message = f"a state at {index} took the place of the log of {self._group}: the outcome is not known"

@@ -163,10 +163,10 @@ class FetchState(msgspec.Struct, frozen=True):
 
 
 class Belongs(msgspec.Struct, frozen=True):
-    """Ask whether the sender still is a member; the answer is `Standing`, or the error `Removed`."""
+    """Ask whether the sender still is a member; the answer is `MemberStanding`, or the error `Removed`."""
 
 
-class Standing(msgspec.Struct, frozen=True):
+class MemberStanding(msgspec.Struct, frozen=True):
     """``member``: as far as the answering node has applied, ``index``."""
 
     member: bool
@@ -179,7 +179,7 @@ registry.register("ha.transfer_leader", TransferLeader)
 registry.register("ha.transferred", Transferred)
 registry.register("ha.fetch_state", FetchState)
 registry.register("ha.belongs", Belongs)
-registry.register("ha.standing", Standing)
+registry.register("ha.standing", MemberStanding)
 registry.register("ha.propose", Propose)
 registry.register("ha.proposed", Proposed)
 registry.register("ha.introduce", Introduce)

@@ -13,8 +13,9 @@ class Damage(NamedTuple):
     """One damaged thing. What does not apply is None.
 
     ``kind`` is a stable word: missing, foreign, truncated, meta, page-number, page-header, node, key-order, overflow,
-    used-twice, beyond-end, free-list, lost-page, tree, record, change, root, count, row, fenced, permissions, file,
-    epoch.
+    used-twice, beyond-end, free-list, lost-page, tree, record, change, root, count, row, fenced, permissions, file; of
+    a node's log: hard-state, floor, tail, mark, entry, missing-entry, replaced-entry, stray-entry, log; of its
+    epochs: epoch.
     ``file`` is relative to the checked directory; ``key`` is a record's.
     """
 

@@ -6,7 +6,8 @@ looks at
 * ``store.json`` against its checksum and against the tablets that are there; ``identity.json`` against its own;
 * each tablet: its fence; its file page by page (pages.py); and, if the pages are sound, through the kernel every
   record's checks, root and counts against the records, records against the change log;
-* each environment of the metadata store (``meta/`` and others like it): pages, and every value's checksum.
+* each environment of the metadata store (``meta/``, ``log/``): pages, and every value's checksum; and, where the caller
+  knows what its rows mean, whether they fit together.
 
 A tablet with damaged pages is not given to LMDB; the records on its sound pages are checked here all the same. Copies
 in the making (``tmp/``) are not looked at: they are thrown away when they are damaged.
@@ -19,7 +20,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -34,12 +35,14 @@ _IDENTITY_BYTES_MAX: Final = 1 << 20
 _RECORD: Final = struct.Struct("<BBHQQQ")  # format, flags, version entries, sequence, hybrid clock, content checksum
 
 
-def verify_directory(
-    path: str | os.PathLike[str], *, further: Sequence[Callable[[Path, VerifyReport], None]] = ()
-) -> VerifyReport:
+Check = Callable[[Path, VerifyReport], None]
+"""Looks at the rows of one environment whose pages are sound, and adds what is wrong with them."""
+
+
+def verify_directory(path: str | os.PathLike[str], checks: Mapping[str, Check] | None = None) -> VerifyReport:
     """Return what is damaged in the data directory of a store or a node; an empty list says that nothing is.
 
-    ``further``: checks of rooms above, called with the directory and the report while it is locked.
+    ``checks``: by the name of an environment of the metadata store, what knows its rows.
 
     Raises `NotFound` or `InvalidValue` (no data directory), `AlreadyOpen` (in use), and what a refused system call
     means. Damage is never an exception.
@@ -58,9 +61,7 @@ def verify_directory(
             _verify_tablet(root, tablet, names.get(tablet.name, tablet.name), report)
         for child in sorted(_directories(root)):
             if child.name not in {TABLETS_NAME, TEMPORARY_NAME} and (child / pages.DATA_NAME).exists():
-                _verify_metadata(root, child, report)
-        for check in further:
-            check(root, report)
+                _verify_metadata(root, child, (checks or {}).get(child.name), report)
     finally:
         lock.release()
     return report
@@ -202,7 +203,7 @@ def is_sound_record(key: bytes, stored: bytes) -> bool:
     return bool(xxhash.xxh3_64_intdigest(stored[end + 4 :], seed=flags) == checksum)
 
 
-def _verify_metadata(root: Path, path: Path, report: VerifyReport) -> None:
+def _verify_metadata(root: Path, path: Path, check: Check | None, report: VerifyReport) -> None:
     """Check an environment of the metadata store: pages and values, without opening it in LMDB."""
     where = str((path / pages.DATA_NAME).relative_to(root))
     if fences.read_fence(path) is not None:
@@ -215,3 +216,5 @@ def _verify_metadata(root: Path, path: Path, report: VerifyReport) -> None:
                 report.records += 1
                 if not metadata.is_sealed(table, key, stored):
                     report.add(Damage("row", where, f"the value of {key[:64]!r} in table {table} is damaged", key=key))
+    if check is not None:
+        check(path, report)

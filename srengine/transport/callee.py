@@ -287,7 +287,10 @@ class Callee(Connection):
     # --- posts -------------------------------------------------------------------------------------------------------
 
     def _posted(self, peer: Peer, post: Post, data: memoryview) -> None:
-        message = registry.decode(post.kind, data)
+        if post.size:
+            message = registry.decode(post.kind, data)
+        else:
+            message = registry.decode_scanned(post.kind, post.body)
         if post.total - self._confirmed_bytes >= limits.POSTS_BYTES_MAX // 4:
             self._confirmed_bytes = post.total
             self.post(Taken(post.total))

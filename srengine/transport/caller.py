@@ -14,7 +14,20 @@ import msgspec
 
 from srengine import errors, limits
 from srengine.codec import registry
-from srengine.codec.envelopes import Answer, Ask, Cancel, Credit, Data, End, Envelope, Failure, Open, Post, Taken
+from srengine.codec.envelopes import (
+    NOTHING,
+    Answer,
+    Ask,
+    Cancel,
+    Credit,
+    Data,
+    End,
+    Envelope,
+    Failure,
+    Open,
+    Post,
+    Taken,
+)
 from srengine.metrics import Metrics
 from srengine.transport.connection import Connection, Wire, encode_message, slices
 from srengine.transport.failures import error_of
@@ -155,7 +168,10 @@ class Caller(Connection):
             self.metrics.add("srengine_transport_posts_dropped_total", port=self.port)
             return False
         self._posted_bytes += len(body)
-        self.post(Post(kind, len(body), self._posted_bytes), (body,))
+        if len(body) <= limits.ENVELOPES_BYTES_TARGET:
+            self.post(Post(kind, msgspec.Raw(body), self._posted_bytes))
+        else:
+            self.post(Post(kind, NOTHING, self._posted_bytes, len(body)), (body,))
         self.flush()
         return True
 

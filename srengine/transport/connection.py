@@ -185,5 +185,5 @@ def _body_bytes(envelope: Envelope) -> int:
             return limits.FAILURE_BYTES_MAX // 8
         case Data() | Credit() | End() | Cancel() | Taken():
             return 16
-        case Post(kind=kind):
-            return 16 + len(kind)
+        case Post(body=body):
+            return memoryview(body).nbytes

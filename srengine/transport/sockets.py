@@ -167,7 +167,10 @@ class Pump:
     def send(self, parts: Sequence[Buffer]) -> bool:
         """Send a message; False when there is no room. Raises `zmq.ZMQError` (EHOSTUNREACH) when the peer is gone."""
         try:
-            self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+            if len(parts) == 1:
+                self.socket.send(parts[0], zmq.NOBLOCK)
+            else:
+                self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return False
         finally:

@@ -6,6 +6,9 @@ import pytest
 
 import srengine
 from srengine.cli import bench
+from srengine.storage import MetadataStore
+from tests.consensus.logs import Raw, filled
+from tests.ha.agreed import agreed, bootstrap
 
 
 @pytest.fixture
@@ -40,6 +43,37 @@ def test_damage_is_exit_code_7(run, directory):
     as_text = run("verify", directory)
     assert as_text.code == 7
     assert "damage\tkind=" in as_text.text
+
+
+def test_a_broken_chain_of_epochs_is_exit_code_7(run, tmp_path):
+    """B05: a record of an epoch that was deleted by hand is found by verify, and named."""
+    directory = tmp_path / "node"
+    (directory / "tablets").mkdir(parents=True, mode=0o700)
+    directory.chmod(0o700)
+    with agreed(directory) as node:
+        node.must(bootstrap())
+        for number in range(1, 4):
+            node.fence(number)
+    assert run("verify", directory, "--json").code == 0
+    with MetadataStore(directory / "meta") as store, store.transaction() as transaction:
+        assert transaction.delete("epochs", (2).to_bytes(8, "big"))
+    result = run("verify", directory, "--json")
+    assert result.code == 7
+    (damage,) = result.json["damages"]
+    assert (damage["kind"], damage["file"]) == ("epoch", "meta/data.mdb")
+    assert damage["detail"] == "epoch 1 is followed by 3"
+
+
+def test_damage_of_the_log_is_exit_code_7(run, directory):
+    """H28: an entry that is missing in a node's log is named by its key."""
+    filled(directory / "log", last=9)
+    assert run("verify", directory).code == 0
+    key = b"journal\0" + (5).to_bytes(8, "big")
+    with Raw(directory / "log") as raw:
+        raw.delete("entries", key)
+    result = run("verify", directory, "--json")
+    assert result.code == 7
+    assert [(damage["kind"], damage["key"]) for damage in result.json["damages"]] == [("missing-entry", key.hex())]
 
 
 def test_no_directory(run, tmp_path):

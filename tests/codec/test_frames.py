@@ -33,6 +33,9 @@ chunked = st.one_of(
     st.tuples(st.builds(envelopes.Credit, numbers, small), st.just(None)),
     st.tuples(st.builds(envelopes.End, numbers), st.just(None)),
     st.tuples(st.builds(envelopes.Cancel, numbers), st.just(None)),
+    st.tuples(st.builds(envelopes.Post, st.just("a.b"), st.just(BODY), numbers), st.just(None)),
+    st.tuples(st.builds(envelopes.Post, st.just("a.b"), st.just(envelopes.NOTHING), numbers, small), st.just(None)),
+    st.tuples(st.builds(envelopes.Taken, numbers), st.just(None)),
     st.tuples(st.builds(envelopes.Failure, numbers, st.text(), st.text(), st.just({"a": [1]})), st.just(None)),
 ).map(lambda pair: pair[0])
 
@@ -146,6 +149,7 @@ def test_documented_vectors():
     cases = {
         "end": ([envelopes.End(1)], []),
         "ask": ([envelopes.Ask(7, "a.b", BODY, (2, 3), 1500)], [b"hi", b"you"]),
+        "post": ([envelopes.Post("a.b", BODY, 8)], []),
         "two": ([envelopes.Credit(8, 4), envelopes.Data(9, 0, 4, last=True)], [b"data"]),
     }
     assert found.keys() == cases.keys()

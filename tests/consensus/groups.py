@@ -14,12 +14,14 @@ from srengine.consensus.machine import RaftMachine
 from srengine.consensus.messages import Message
 
 GROUP = "g"
+NOTHING = Floor()
+FRESH = HardState()
 
 
 class MemoryLog:
     """A durable log that lives as long as the test."""
 
-    def __init__(self, entries: Iterable[Entry] = (), floor: Floor = Floor()) -> None:
+    def __init__(self, entries: Iterable[Entry] = (), floor: Floor = NOTHING) -> None:
         self._floor = floor
         self._entries = list(entries)
 
@@ -109,7 +111,7 @@ class Group:
         for name in (*self.names, *self.learners):
             self.add(name, MemoryLog([first]))
 
-    def add(self, name: str, log: MemoryLog, hard_state: HardState = HardState(), *, trusted: bool = True) -> Node:
+    def add(self, name: str, log: MemoryLog, hard_state: HardState = FRESH, *, trusted: bool = True) -> Node:
         node = Node(name, log, hard_state, self._machine(name, log, hard_state, 0, trusted=trusted))
         self.nodes[name] = node
         return node
@@ -144,10 +146,14 @@ class Group:
         machine.step(given)
         self.settle(name)
 
-    def settle(self, name: str) -> None:
-        """Do what the machine says until it says nothing more; a blocked disk does not answer."""
+    def settle(self, name: str) -> bool:
+        """Do what the machine says until it says nothing more; return whether it said anything. A blocked disk does
+        not answer.
+        """
         node = self.nodes[name]
+        spoke = False
         while said := node.machine.drain():
+            spoke = True
             if said.persist is not None:
                 if name in self.blocked:
                     self.held[name] = said
@@ -155,6 +161,7 @@ class Group:
                 self.persist(node, said)
             self.on_way += said.send
             self.note(node, said)
+        return spoke
 
     def unblock(self, name: str) -> None:
         """Let a disk answer again."""

@@ -39,9 +39,9 @@ def record_workload(scratch: Path, batches: int, kind: str = "batches") -> Recor
     with Path(os.devnull).open("wb") as sink:
         fd = sink.fileno()
         # Only the tablet's own files are followed, not those of the source that it is fed from.
-        environment = record.recording_environment(
-            library, record=events_path, ack_fd=fd, track=f"{workload.TABLET}/data.mdb"
-        )
+        # A log is built under another name and renamed; it is the only environment of its workload.
+        tracked = "data.mdb" if kind == workload.LOG else f"{workload.TABLET}/data.mdb"
+        environment = record.recording_environment(library, record=events_path, ack_fd=fd, track=tracked)
         command = [sys.executable, "-m", "tests.crash.workload", kind, str(directory), str(batches), str(fd)]
         subprocess.run(command, check=True, cwd=ROOT, env=environment, pass_fds=[fd])
     events = record.read_events(events_path)
@@ -125,9 +125,12 @@ def _check(image: record.Image, directory: Path, place: Path, worlds: dict[int, 
 
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(directory, place)
+    acknowledged = image.acknowledged - 1  # the first says that the tablet or the log is there
+    if (place / workload.LOG).exists():
+        (place / workload.LOG / "data.mdb").write_bytes(image.content)
+        return _check_log(place / workload.LOG, acknowledged)
     (data,) = place.glob("tablets/*/data.mdb")
     data.write_bytes(image.content)
-    acknowledged = image.acknowledged - 1  # the first says that the tablet is there
     chunks = directory / workload.CHUNKS
     try:
         with storage.Store(place) as store:
@@ -153,6 +156,27 @@ def _check(image: record.Image, directory: Path, place: Path, worlds: dict[int, 
     except errors.Error as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _check_log(place: Path, acknowledged: int) -> str | None:
+    from srengine import errors
+    from srengine.consensus.effects import Persist
+    from srengine.consensus.entries import HardState
+    from srengine.consensus.log import NodeLog
+
+    try:
+        with NodeLog.open(place) as log:
+            why = workload.check_log(log, acknowledged)
+            if why is not None:
+                return why
+            done = log.group(workload.GROUPS[0]).hard_state.term
+            for name in workload.GROUPS:
+                entries = tuple(workload.turn(done + 1, name, log.group(name).last_index))
+                log.append({name: Persist(HardState(done + 1), entries)})
+        with NodeLog.open(place) as log:
+            return workload.check_log(log, done + 1)
+    except errors.Error as error:
+        return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -32,6 +32,21 @@ def test_images_of_a_replica(tmp_path, kind):
     assert not findings, f"seed {SEED}: {len(findings)} of {len(chosen)} images are wrong, first {findings[0]}"
 
 
+def test_images_of_a_log(tmp_path):
+    """H28, F04: whatever a loss of power leaves of a node's log opens sound: every acknowledged turn is there for all
+    groups, no half one, and it goes on.
+    """
+    recording = images.record_workload(tmp_path, BATCHES, "log")
+    chosen = images.choose(recording, IMAGES, SEED)
+    findings = images.check_images(recording, chosen, tmp_path, SEED)
+    assert not findings, f"seed {SEED}: {len(findings)} of {len(chosen)} images are wrong, first {findings[0]}"
+    events = [event for event in record.read_events(recording.events_path) if event.kind != record.SYNC]
+    unsynced = recording._replace(events_path=tmp_path / "unsynced", count=len(events))
+    record.write_events(unsynced.events_path, events)
+    last = [number for number, event in enumerate(events) if event.kind == record.ACKNOWLEDGE][-1]
+    assert images.check_images(unsynced, [(last, "dropped")], tmp_path, SEED), "the check can fail"
+
+
 def test_images_at_every_prefix_of_the_writes(recording, tmp_path):
     """T03, F04: with unsynced writes dropped, kept, torn at 512 bytes or a random part of them there, each prefix of
     the recorded writes and syncs opens and holds every acknowledged batch whole, and no half one.

@@ -1,8 +1,9 @@
 """The process whose power is cut: batches that change a small world, each acknowledged when the call returned.
 
 Run as ``python -m tests.crash.workload KIND DIRECTORY BATCHES ACK_FD``; the kinds are a tablet that applies batches,
-one that follows another by deltas, and one that is filled as a copy of another. What must be in the tablet after ``n``
-batches is `world(n)`, so that a checker needs nothing but the number of batches that it finds.
+one that follows another by deltas, and one that is filled as a copy of another; and a node's log of two groups. What
+must be in the tablet after ``n`` batches is `world(n)`, in the log after ``n`` turns `logs(n)`, so that a checker needs
+nothing but the number that it finds.
 
 A batch puts new records, overwrites a common set in full (half a batch would show as two generations), deletes some
 of an earlier batch, and counts itself in the record ``batch``. Sizes go from nothing to several pages.
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from srengine.consensus.entries import Entry
+    from srengine.consensus.log import NodeLog
     from srengine.storage import Tablet
 
 TABLET = "c" * 32
@@ -142,7 +145,87 @@ def goes_on(tablet: Tablet, chunks: Path, acknowledged: int) -> str | None:
     return None
 
 
-KINDS = {"batches": write_batches, "follow": follow, "copy": copy}
+LOG = "log"
+GROUPS = ("journal", "tablet")
+TRIM_EVERY = 4
+
+
+def turn(number: int, group: str, last: int) -> list[Entry]:
+    """Return the entries that a turn appends to a group whose log ends at ``last``; some cut a suffix off."""
+    from srengine.consensus.entries import Configuration, Entry, EntryKind
+
+    random_ = random.Random(f"{number}/{group}")
+    first = max(last + 1 - (random_.randrange(4) if number % 3 == 0 else 0), 1)
+    found = []
+    for index in range(first, first + random_.randrange(1, 6)):
+        data = random_.randbytes(random_.choice(_SIZES))
+        if index % 7 == 0:
+            found.append(Entry(index, number, EntryKind.CONFIGURATION, data, Configuration((f"{number:032x}",))))
+        else:
+            found.append(Entry(index, number, EntryKind.COMMAND, data))
+    return found
+
+
+def logs(turns: int) -> dict[str, dict[int, Entry]]:
+    """Return the entries of each group after so many turns, as if nothing was ever trimmed."""
+    found: dict[str, dict[int, Entry]] = {group: {} for group in GROUPS}
+    for number in range(1, turns + 1):
+        for group, entries in found.items():
+            added = turn(number, group, max(entries, default=0))
+            for index in [index for index in entries if index >= added[0].index]:
+                del entries[index]
+            entries.update((entry.index, entry) for entry in added)
+    return found
+
+
+def write_log(directory: Path, count: int, acknowledge: Callable[[], None]) -> None:
+    """Write turns of two groups to one log, cut suffixes, and trim: a node."""
+    from srengine.consensus.effects import Persist
+    from srengine.consensus.entries import HardState
+    from srengine.consensus.log import NodeLog
+
+    directory.mkdir(mode=0o700)
+    with NodeLog.open(directory / LOG, cache_bytes=5000) as log:
+        for name in GROUPS:
+            log.bootstrap(name)
+        acknowledge()
+        for number in range(1, count + 1):
+            log.append(
+                {
+                    name: Persist(HardState(number, "v" * 32), tuple(turn(number, name, log.group(name).last_index)))
+                    for name in GROUPS
+                }
+            )
+            acknowledge()
+            if number % TRIM_EVERY == 0:
+                for name in GROUPS:
+                    group = log.group(name)
+                    # What later turns may cut off stays.
+                    log.trim(name, group.floor_at(max(group.floor.index, group.last_index - 12)))
+
+
+def check_log(log: NodeLog, acknowledged: int) -> str | None:
+    """Return what is wrong with a log that a crash left, or None."""
+    turns = {log.group(name).hard_state.term for name in log.groups()}
+    if log.groups() != sorted(GROUPS) or len(turns) != 1:
+        return f"turns {turns} of {log.groups()}"
+    (done,) = turns
+    if not acknowledged <= done <= acknowledged + 1:
+        return f"{done} turns are there, {acknowledged} were acknowledged"
+    wanted = logs(done)
+    for name in GROUPS:
+        group = log.group(name)
+        if group.damage is not None:
+            return f"{name}: {group.damage}"
+        found = {entry.index: entry for entry in group.entries(group.floor.index + 1, group.last_index + 1, 1 << 30)}
+        if found != {index: entry for index, entry in wanted[name].items() if index > group.floor.index}:
+            return f"the entries of {name} are not those after {done} turns"
+        if group.last_index != max(wanted[name], default=0):
+            return f"{name} ends at {group.last_index}"
+    return None
+
+
+KINDS = {"batches": write_batches, "follow": follow, "copy": copy, LOG: write_log}
 
 
 def main() -> None:

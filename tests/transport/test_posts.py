@@ -269,7 +269,7 @@ def test_a_post_from_the_answering_side_ends_the_connection():
             channel.post(Note())
             await until(lambda: channel.connected)
             callee = next(iter(w.node.endpoint._callees))
-            callee.post(Post("transport_test.note", 1, 1), (b"\x80",))
+            callee.post(Post("transport_test.note", msgspec.Raw(b"\x80"), 1))
             await until(lambda: told)
             assert isinstance(told[0], errors.FrameError)
             channel.wake()

@@ -97,7 +97,8 @@ class Surroundings:
     ``machine``: the agreed state; the backend alone applies to it, in order. ``data_dir``: the node's directory; a
     backend keeps what is its own in a directory with its name, or in ``log/``. ``spawn`` starts a task under the node's
     supervisor; ``alarm`` says what a person must see. ``trusted``: the directory is known not to be behind what this
-    node once promised.
+    node once promised. ``insecure`` and ``allow_remote_fs``: for stores that the backend opens, as of
+    `srengine.storage.MetadataStore`.
     """
 
     name: str
@@ -112,6 +113,8 @@ class Surroundings:
     metrics: Metrics
     options: HAOptions
     trusted: bool = False
+    insecure: bool = False
+    allow_remote_fs: bool = False
 
 
 Factory = Callable[[Surroundings], HAProtocol]

@@ -285,7 +285,7 @@ class RaftCluster(Cluster):
     async def forgotten(self, name: str) -> None:
         number = int(name[1:]) + 1
         leader = await self.leader()
-        await until(lambda: NodeId(node_id(number)) not in leader.protocol._alive())
+        await until(lambda: NodeId(node_id(number)) not in leader.protocol.leading.alive())
 
     def isolate(self, *names: str) -> None:
         """Cut nodes off from all the others, in both directions."""

@@ -15,6 +15,7 @@ from srengine.ha.backends.raft_options import raft_options
 from srengine.ha.backends.raft_state import JournalState
 from srengine.ha.journal import Command
 from srengine.ha.protocol import Acknowledge, Role
+from srengine.storage import MetadataStore
 from tests.ha.agreed import address, bootstrap, command, node_id
 from tests.ha.contract.clusters import until
 
@@ -202,7 +203,7 @@ def test_a_node_behind_the_log_gets_the_state(on, monkeypatch):
         await until(lambda: log.floor.index > 20)
         back = await cluster.start_node(follower.name, follower.number)
         await cluster.equal()
-        assert back.metrics.value("srengine_consensus_installs_total") == 1
+        await until(lambda: back.metrics.value("srengine_consensus_installs_total") == 1)
         assert back.rows() == leader.rows()
         await back.protocol.propose(set_to(b"again", request=b"%16d" % 3))
         assert back.rows() == leader.rows()
@@ -256,7 +257,7 @@ def test_a_joiner_that_applies_nothing_stays_unstable(on, monkeypatch):
             await leader.protocol.add_node("n3", node_id(9), address(9))
             joined = await cluster.start_node("n3", 9)
             await until(lambda: leader.protocol.machine.progress[joined.id].match_index >= leader.machine.applied_index)
-            assert joined.id in leader.protocol._alive()
+            assert joined.id in leader.protocol.leading.alive()
             with pytest.raises(errors.NotReady):
                 await leader.protocol.remove_unstable_node("n3")
             assert not leader.member("n3").stable
@@ -373,3 +374,45 @@ def test_backends_are_found_by_name():
     assert find_backend("raft").__name__ == "RaftBackend"
     with pytest.raises(errors.InvalidValue, match="raft"):
         find_backend("paxos")
+
+
+def test_few_electable_nodes_are_warned_of(on, caplog):
+    """B23: two electable nodes are too few to lose one: a warning, and the metric says how many there are."""
+
+    async def scenario(cluster):
+        leader = await cluster.leader()
+        assert leader.metrics.value("srengine_ha_members", what="voters") == 2
+
+    on(scenario, count=2)
+    assert any(getattr(record, "event", "") == "few_electable" for record in caplog.records)
+
+
+def test_a_leader_measures_the_lag_of_the_living(on):
+    """H20: the leader's gauges say how many entries each living node lacks, and who is not alive."""
+
+    async def scenario(cluster):
+        leader = await cluster.leader()
+        follower = await cluster.follower()
+        await leader.protocol.propose(set_to(b"x"), acknowledge=Acknowledge.ALL)
+        value = leader.metrics.value
+        await until(lambda: value("srengine_ha_node_alive", node=follower.name) == 1)
+        await until(lambda: value("srengine_ha_replication_lag_entries", node=follower.name) == 0)
+        await cluster.stop_node(follower.name)
+        await until(lambda: value("srengine_ha_node_alive", node=follower.name) == 0)
+
+    on(scenario)
+
+
+def test_a_broken_chain_of_epochs_stops_the_start(on):
+    """B05: a node whose epochs were changed by hand does not start, and says what is wrong."""
+
+    async def scenario(cluster):
+        follower = await cluster.follower()
+        number = follower.number
+        await cluster.stop_node(follower.name)
+        with MetadataStore(cluster.path / follower.name / "meta") as store, store.transaction() as transaction:
+            assert transaction.delete("epochs", (1).to_bytes(8, "big"))
+        with pytest.raises(errors.CorruptionError, match="chain of epochs"):
+            await cluster.start_node(follower.name, number)
+
+    on(scenario)

@@ -1,0 +1,651 @@
+"""Drivers with real logs: elections, proposals, restarts, partitions, disks that fail, states that are installed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from srengine import errors, failpoints
+from srengine.consensus.driver import prepare
+from srengine.consensus.effects import Role
+from srengine.consensus.entries import Configuration, Floor
+from srengine.consensus.log import NodeLog
+from srengine.consensus.messages import Bundle, TimeoutNow
+from srengine.consensus.services import Bounds, Health
+from srengine.transport import Peer
+from tests.consensus.cluster import GROUP, State, cluster, until
+from tests.consensus.logs import NODES, Raw, filled
+
+KINDS = pytest.mark.parametrize("kind", ["memory", "zmq"])
+
+
+def run(coroutine):
+    asyncio.run(coroutine)
+
+
+def followers(c, leader):
+    return [member for member in c.members if member is not leader]
+
+
+# --- the usual -------------------------------------------------------------------------------------------------------
+
+
+@KINDS
+def test_concurrent_proposals_are_applied_once_everywhere(tmp_path, kind):
+    """H01: one node leads; what many clients propose at once is decided, each in its place, the same on all nodes."""
+
+    async def main():
+        async with cluster(tmp_path, kind) as c:
+            leader = await c.leader()
+
+            async def client(number):
+                return [await leader.propose(b"p%d-%d" % (number, count)) for count in range(10)]
+
+            places = await asyncio.gather(*(client(number) for number in range(20)))
+            await c.settled()
+            state = leader.states[GROUP]
+            decided = {
+                place: b"p%d-%d" % (number, count)
+                for number, client_places in enumerate(places)
+                for count, place in enumerate(client_places)
+            }
+            assert len(decided) == 200
+            assert {(index, term): data for index, term, data in state.entries if data.startswith(b"p")} == decided
+            assert sum(member.role is Role.LEADER for member in c.members) == 1
+            assert state.threads == {"srengine-apply"}
+            # What came during one transaction of the log shared the next one.
+            assert leader.metrics.value("srengine_consensus_turns_total") < 150
+
+    run(main())
+
+
+@KINDS
+def test_reads_are_linearizable_at_any_node(tmp_path, kind):
+    """H10: an index for a read is one that the node has applied, and not below what was decided before the question."""
+
+    async def main():
+        async with cluster(tmp_path, kind) as c:
+            leader = await c.leader()
+            for number in range(5):
+                index, _ = await leader.propose(b"p%d" % number)
+                for member in c.members:
+                    read = await member.driver.read_index(GROUP)
+                    assert read >= index
+                    assert b"p%d" % number in member.states[GROUP].data
+
+    run(main())
+
+
+@KINDS
+def test_leadership_is_handed_over(tmp_path, kind):
+    """H15: a transfer names who leads then; a transfer by a node that does not lead is refused with the leader."""
+
+    async def main():
+        async with cluster(tmp_path, kind) as c:
+            leader = await c.leader()
+            await leader.propose(b"p1")
+            target, other = followers(c, leader)
+            with pytest.raises(errors.NotLeader) as caught:
+                await target.driver.transfer(GROUP)
+            assert caught.value.leader == leader.id
+            assert await leader.driver.transfer(GROUP, target.id) == target.id
+            await until(lambda: target.role is Role.LEADER)
+            with pytest.raises(errors.InvalidValue):
+                await target.driver.transfer(GROUP, "f" * 32)
+            await target.propose(b"p2")
+            await c.settled()
+            assert other.states[GROUP].data == [b"p1", b"p2"]
+
+    run(main())
+
+
+def test_roles_are_told_in_order(tmp_path):
+    """H04: an observer is told the present role and then every change, in order, terms never falling."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            await leader.propose(b"p")
+            leader.driver.step_down(GROUP, "the test wants it")
+            await until(lambda: leader.role is not Role.LEADER)
+            await c.leader()
+            terms = [role.term for role in leader.roles]
+            assert terms == sorted(terms)
+            kinds = [role.role for role in leader.roles]
+            assert kinds[0] is Role.FOLLOWER
+            assert Role.LEADER in kinds
+            late = []
+            end = leader.driver.watch_roles(GROUP, late.append)
+            assert late == [leader.roles[-1]]
+            end()
+
+    run(main())
+
+
+def test_what_a_node_refuses(tmp_path):
+    """A proposal elsewhere than at the leader names it; an unknown group, a step of membership too far and a stopped
+    driver are typed errors, and nothing happened.
+    """
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            await leader.propose(b"p1")
+            follower = followers(c, leader)[0]
+            await follower.driver.read_index(GROUP)
+            with pytest.raises(errors.NotLeader) as caught:
+                await follower.propose(b"p2")
+            assert caught.value.leader == leader.id
+            with pytest.raises(errors.NotFound):
+                await leader.driver.propose("unknown", b"")
+            with pytest.raises(errors.InvalidValue):
+                await leader.propose(b"p3", configuration=Configuration(NODES[:1]))
+            waiting = [asyncio.ensure_future(leader.propose(b"p4")) for _ in range(3)]
+            await asyncio.sleep(0)
+            driver = leader.driver
+            await leader.stop()
+            for result in await asyncio.gather(*waiting, return_exceptions=True):
+                assert isinstance(result, errors.Closed | tuple)
+            with pytest.raises(errors.Closed):
+                await driver.propose(GROUP, b"p5")
+            with pytest.raises(errors.Closed):
+                await driver.read_index(GROUP)
+
+    run(main())
+
+
+def test_membership_changes_by_entries(tmp_path):
+    """H07: a configuration is proposed like any entry, one step at a time, and is in force on all nodes."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            await leader.propose(b"p1")
+            out = followers(c, leader)[0]
+            left = Configuration(tuple(sorted(set(NODES) - {out.id})))
+            await leader.propose(b"remove", configuration=left)
+            await leader.propose(b"p2")
+            other = next(member for member in followers(c, leader) if member is not out)
+            await until(lambda: other.states[GROUP].data == [b"p1", b"p2"])
+            assert leader.log.group(GROUP).configuration == left
+            assert leader.states[GROUP].applied.configuration == left
+            await out.stop()
+            await leader.propose(b"p3")
+
+    run(main())
+
+
+def test_many_groups_share_turns_and_bundles(tmp_path):
+    """Entries of many groups are written in common transactions, their messages posted in common bundles."""
+    names = (GROUP, *(f"tablet-{number}" for number in range(20)))
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            for member in c.members:
+                await member.stop()
+            for member in c.members:
+                await member.start(groups=names)
+
+            async def write(name):
+                for count in range(5):
+                    while True:
+                        leading = [m for m in c.members if m.driver.status(name).role is Role.LEADER]
+                        try:
+                            await leading[0].driver.propose(name, b"p%d" % count)
+                            break
+                        except (errors.NoQuorum, IndexError):
+                            await asyncio.sleep(0.02)
+
+            await asyncio.gather(*(write(name) for name in names))
+            await until(
+                lambda: all(
+                    member.states[name].data == [b"p0", b"p1", b"p2", b"p3", b"p4"]
+                    for member in c.members
+                    for name in names
+                )
+            )
+            for member in c.members:
+                entries_written = sum(member.log.group(name).last_index for name in names)
+                assert member.metrics.value("srengine_consensus_turns_total") < entries_written
+
+    run(main())
+
+
+# --- nodes that go and come ------------------------------------------------------------------------------------------
+
+
+@KINDS
+def test_a_leader_that_dies_is_replaced_and_comes_back(tmp_path, kind):
+    """H03, F01: when the leader goes, a closed connection starts an election early; nothing acknowledged is lost; the
+    old leader catches up after its restart.
+    """
+
+    async def main():
+        async with cluster(tmp_path, kind) as c:
+            leader = await c.leader()
+            for number in range(10):
+                await leader.propose(b"p%d" % number)
+            await leader.stop()
+            index, _ = await c.write(b"p10")
+            assert index > 10
+            await leader.start()
+            await c.write(b"p11")
+            await c.settled()
+            assert leader.states[GROUP].data == [b"p%d" % number for number in range(12)]
+            for member in c.members:
+                assert member.log.group(GROUP).damage is None
+
+    run(main())
+
+
+def test_every_node_restarts(tmp_path):
+    """F01: when all nodes stop and start again, everything that was acknowledged is there, and they go on."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            for life in range(3):
+                await c.write(b"p%d" % life)
+                await c.settled()
+                for member in c.members:
+                    await member.stop()
+                for member in c.members:
+                    await member.start()
+            await c.write(b"p3")
+            await c.settled()
+            assert c.members[0].states[GROUP].data == [b"p0", b"p1", b"p2", b"p3"]
+
+    run(main())
+
+
+def test_a_minority_decides_nothing(tmp_path):
+    """F23: a leader that is cut off decides nothing more, the majority goes on; after the heal its undecided entries
+    have been cut and saved, and their proposers were told.
+    """
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            old = await c.leader()
+            await old.propose(b"p1")
+            await c.settled()
+            others = followers(c, old)
+            c.network.partition([old.endpoint], [member.endpoint for member in others])
+            lost = [asyncio.ensure_future(old.propose(b"lost%d" % number, timeout_s=30)) for number in range(3)]
+            new = await c.leader(others)
+            await new.propose(b"p2")
+            await until(lambda: old.role is not Role.LEADER)
+            with pytest.raises(errors.NoQuorum):
+                await old.driver.read_index(GROUP, timeout_s=5)
+            assert not any(task.done() for task in lost), "not known yet"
+            c.network.heal()
+            for member in c.members:
+                for channel in member.channels.values():
+                    channel.wake()
+            await c.write(b"p3")
+            await c.settled()
+            assert old.states[GROUP].data == [b"p1", b"p2", b"p3"]
+            for result in await asyncio.gather(*lost, return_exceptions=True):
+                assert isinstance(result, errors.Conflict), result
+            saved = [entry.data for _, items in old.log.saved(GROUP) for entry in items]
+            assert set(saved) >= {b"lost0", b"lost1", b"lost2"}
+
+    run(main())
+
+
+def test_a_proposal_that_is_not_decided_times_out(tmp_path):
+    """F23: without a majority a proposal ends by its time-out, as not known."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            c.network.partition([leader.endpoint], [member.endpoint for member in followers(c, leader)])
+            with pytest.raises((errors.TimedOut, errors.NoQuorum)):
+                await leader.propose(b"p1", timeout_s=0.05)
+            assert leader.driver.status(GROUP).waiting == 0
+
+    run(main())
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+class Slow:
+    """Holds the log's transactions of one member while shut."""
+
+    def __init__(self, member, monkeypatch):
+        self.open = threading.Event()
+        self.open.set()
+        append = member.log.append
+
+        def slow(turn):
+            assert self.open.wait(60)
+            append(turn)
+
+        monkeypatch.setattr(member.log, "append", slow)
+
+
+def test_a_hung_disk_costs_the_leader_its_leadership(tmp_path, monkeypatch):
+    """F17, H13: while its disk does not answer the leader steps down though its process lives, the others elect and go
+    on; nothing is acknowledged late; when the disk answers it follows.
+    """
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            await leader.propose(b"p1")
+            disk = Slow(leader, monkeypatch)
+            disk.open.clear()
+            stuck = asyncio.ensure_future(leader.propose(b"stuck", timeout_s=30))
+            await until(lambda: leader.driver._groups[GROUP].busy)
+            queued = asyncio.ensure_future(leader.propose(b"queued", timeout_s=30))
+            await until(lambda: leader.role is not Role.LEADER, 2)
+            await until(lambda: Health.SLOW in leader.health)
+            with pytest.raises(errors.NoQuorum):
+                await leader.propose(b"refused")
+            new = await c.leader(followers(c, leader))
+            await new.propose(b"p2")
+            with pytest.raises(errors.NoQuorum):
+                await queued
+            assert not stuck.done(), "it may yet be decided"
+            disk.open.set()
+            await c.settled()
+            (result,) = await asyncio.gather(stuck, return_exceptions=True)
+            assert isinstance(result, errors.NoQuorum | errors.Conflict), result
+            assert leader.health[-1] is Health.OK
+            assert leader.states[GROUP].data == [b"p1", b"p2"]
+
+    run(main())
+
+
+def test_a_full_disk_is_read_only_and_comes_back(tmp_path, monkeypatch):
+    """H26, F07: a leader without space steps down, says so, and takes part again when there is space; no crash, nothing
+    of the log is lost.
+    """
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            await leader.propose(b"p1")
+            append, full = leader.log.append, [True]
+
+            def fill(turn):
+                if full[0]:
+                    raise errors.DiskFull("no space left on the device")
+                append(turn)
+
+            monkeypatch.setattr(leader.log, "append", fill)
+            with pytest.raises((errors.NoQuorum, errors.TimedOut)):
+                await leader.propose(b"lost", timeout_s=3)
+            assert Health.FULL in leader.health
+            new = await c.leader(followers(c, leader))
+            await new.propose(b"p2")
+            full[0] = False
+            await until(lambda: leader.driver.health is Health.OK)
+            await c.write(b"p3")
+            await c.settled()
+            assert leader.states[GROUP].data == [b"p1", b"p2", b"p3"]
+
+    run(main())
+
+
+def test_an_input_output_error_ends_taking_part(tmp_path, monkeypatch):
+    """F05: after EIO of the log the node takes part in no group, says so at once, keeps running; the others go on; who
+    waited is told.
+    """
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            await leader.propose(b"p1")
+
+            def broken(turn):
+                raise errors.TabletFenced("input/output error", reason="io-error")
+
+            monkeypatch.setattr(leader.log, "append", broken)
+            with pytest.raises(errors.TabletFenced):
+                await leader.propose(b"lost")
+            assert leader.health == [Health.FENCED]
+            assert leader.failed == [(GROUP, "FENCED")]
+            assert leader.role is not Role.LEADER
+            assert isinstance(leader.driver.status(GROUP).failed, errors.TabletFenced)
+            with pytest.raises(errors.TabletFenced):
+                await leader.propose(b"refused")
+            await c.leader(followers(c, leader))
+            await c.write(b"p2")
+            monkeypatch.undo()
+            await leader.stop()
+            await leader.start()
+            await c.settled()
+            assert leader.states[GROUP].data == [b"p1", b"p2"]
+
+    run(main())
+
+
+def test_an_error_of_the_system_in_the_log_ends_taking_part(tmp_path):
+    """F05: an error that nobody foresaw ends taking part as well: nothing is promised on a log in doubt."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            with failpoints.armed("log.append.written=error"), pytest.raises(errors.Error):
+                await leader.propose(b"p")
+            await until(lambda: any(member.health == [Health.FENCED] for member in c.members))
+
+    run(main())
+
+
+def test_a_state_machine_that_fails_ends_its_group(tmp_path):
+    """F05: what cannot be applied ends the group on this node, named; a full disk there is tried again."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            await leader.propose(b"p0")
+            leader.states[GROUP].fault = errors.DiskFull("no space")
+            await leader.propose(b"p1")
+            assert leader.health[0] is Health.FULL
+            assert leader.states[GROUP].data == [b"p0", b"p1"]
+            leader.states[GROUP].fault = errors.CorruptionError("a row is damaged")
+            with pytest.raises(errors.CorruptionError):
+                await leader.propose(b"p2")
+            assert leader.failed == [(GROUP, "CORRUPTION")]
+            await c.leader(followers(c, leader))
+
+    run(main())
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_log_is_not_trusted_until_it_has_caught_up(tmp_path):
+    """H28, F10: a node whose log has a damaged entry does not vote by what others say of it, catches up from the
+    leader, and is whole again, durably.
+    """
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            for number in range(6):
+                await c.write(b"p%d" % number)
+            await c.settled()
+            leader = await c.leader()
+            hurt = followers(c, leader)[0]
+            await hurt.stop()
+            hurt.states[GROUP] = State()
+            with Raw(hurt.path) as raw:
+                keys = sorted(raw.stored("entries"))
+                raw.put("entries", keys[3], b"damaged")
+            await hurt.start()
+            status = hurt.driver.status(GROUP)
+            assert status.damage is not None
+            assert not status.trusted
+            assert not hurt.driver.trust(GROUP, trusted=True)
+            await until(lambda: hurt.driver.status(GROUP).trusted)
+            await until(lambda: hurt.driver.status(GROUP).damage is None)
+            await c.settled()
+            await hurt.stop()
+            await hurt.start()
+            assert hurt.driver.status(GROUP).damage is None
+
+    run(main())
+
+
+def test_a_log_without_its_promises_is_not_run(tmp_path):
+    """F14: a node whose term and vote are lost cannot go on under its id."""
+    filled(tmp_path / "log")
+    with Raw(tmp_path / "log") as raw:
+        raw.put("groups", b"journal\0h", b"damaged")
+    with NodeLog.open(tmp_path / "log") as log, pytest.raises(errors.CorruptionError, match="lost"):
+        prepare(log, GROUP, State())
+
+
+def test_a_log_behind_its_state_begins_behind_it(tmp_path):
+    """Design rule 9: at start a log that ends before what is applied is moved to it; one whose floor is beyond the
+    state is refused, and so is one of an older term.
+    """
+    filled(tmp_path / "log", last=9, floor=4)
+    with NodeLog.open(tmp_path / "log") as log:
+        state = State()
+        state.applied = Floor(12, 1, Configuration(NODES))
+        assert prepare(log, GROUP, state).floor == state.applied
+        assert prepare(log, GROUP, state).last_index == 12
+        state.applied = Floor(3, 1)
+        with pytest.raises(errors.CorruptionError):
+            prepare(log, GROUP, state)
+        state.applied = Floor(20, 7)
+        with pytest.raises(errors.CorruptionError):
+            prepare(log, GROUP, state)
+
+
+# --- trims and installs ----------------------------------------------------------------------------------------------
+
+
+@KINDS
+def test_a_node_that_lags_behind_the_log_gets_the_state(tmp_path, kind):
+    """H17: the log is trimmed behind what is applied; a node that missed more is given the state, goes on from there,
+    and its log begins at it; a fetch that fails is tried again.
+    """
+
+    async def main():
+        async with cluster(tmp_path, kind, bounds=Bounds(entries_kept=10)) as c:
+            leader = await c.leader()
+            await leader.propose(b"p0")
+            await c.settled()
+            away = followers(c, leader)[0]
+            await away.stop()
+            for number in range(1, 60):
+                await c.write(b"p%d" % number)
+            leader = await c.leader()
+            await until(lambda: leader.log.group(GROUP).floor.index > 40)
+            assert leader.log.group(GROUP).last_index - leader.log.group(GROUP).floor.index >= 10
+            away.fetch_fault = errors.Unreachable("not now")
+            await away.start()
+            await c.settled()
+            assert away.fetches == 2
+            assert away.states[GROUP].data == [b"p%d" % number for number in range(60)]
+            await until(lambda: away.log.group(GROUP).floor.index > 40)
+            await leader.propose(b"p60")
+            await c.settled()
+            await away.stop()
+            await away.start()
+            await leader.propose(b"p61")
+            await c.settled()
+
+    run(main())
+
+
+def test_logs_are_trimmed_by_bytes(tmp_path):
+    """P6: large entries are trimmed by their bytes, long before their number matters."""
+
+    async def main():
+        async with cluster(tmp_path, bounds=Bounds(entries_kept=10_000, bytes_kept=100_000)) as c:
+            leader = await c.leader()
+            for number in range(40):
+                await leader.propose(b"p%d" % number + bytes(20_000))
+            for member in c.members:
+                await until(lambda member=member: member.log.group(GROUP).bytes < 250_000)
+            await c.settled()
+
+    run(main())
+
+
+# --- hostile and unlucky ---------------------------------------------------------------------------------------------
+
+
+def test_messages_in_anothers_name_are_refused(tmp_path):
+    """P6: a message must name the node of the connection that it came over, and a group that is run here."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            peer = Peer(NODES[0], "x", None, None, frozenset(), "", "peer")
+            term = leader.driver.status(GROUP).term
+            target = followers(c, leader)[0]
+            before = target.metrics.value("srengine_consensus_messages_refused_total")
+            target.driver.receive(
+                peer, Bundle((TimeoutNow(GROUP, term, NODES[1]), TimeoutNow("other", term, NODES[0])))
+            )
+            assert target.metrics.value("srengine_consensus_messages_refused_total") == before + 2
+            nobody = Peer(None, None, None, None, frozenset(), "", "peer")
+            target.driver.receive(nobody, Bundle((TimeoutNow(GROUP, term, leader.id),)))
+            await leader.propose(b"p1")
+            assert leader.driver.status(GROUP).term == term
+
+    run(main())
+
+
+def test_what_waits_for_a_busy_group_is_bounded(tmp_path, monkeypatch):
+    """P6: while the disk hangs, messages of peers are kept up to a bound; the rest is dropped and counted."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            target = followers(c, leader)[0]
+            disk = Slow(target, monkeypatch)
+            disk.open.clear()
+            monkeypatch.setattr("srengine.consensus.driver.INBOX_MESSAGES_MAX", 5)
+            for number in range(20):
+                await leader.propose(b"p%d" % number)
+            await until(lambda: target.metrics.value("srengine_consensus_messages_dropped_total") > 0)
+            assert target.driver._groups[GROUP].inbox_messages <= 5
+            disk.open.set()
+            await c.settled()
+
+    run(main())
+
+
+def test_a_cancelled_proposal_leaves_nothing_behind(tmp_path):
+    """F53: who stops waiting is forgotten; the entry may or may not be decided."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            task = asyncio.ensure_future(leader.propose(b"p1"))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await leader.propose(b"p2")
+            await until(lambda: leader.driver.status(GROUP).waiting == 0)
+
+    run(main())
+
+
+def test_lossy_network(tmp_path):
+    """F26, F27: with a fifth of the frames lost, everything that is acknowledged is on all nodes after the heal."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            await c.leader()
+            for one in c.members:
+                for other in c.members:
+                    if one is not other:
+                        c.network.link(one.endpoint, other.endpoint).loss = 0.2
+            acknowledged = [await c.write(b"p%d" % number, seconds=60) for number in range(15)]
+            c.network.heal()
+            await c.write(b"p-last", seconds=60)
+            await c.settled()
+            found = {(index, term) for index, term, _ in c.members[0].states[GROUP].entries}
+            assert set(acknowledged) <= found
+
+    run(main())
