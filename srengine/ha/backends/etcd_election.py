@@ -20,6 +20,7 @@ INIT        etcd has not answered yet
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -180,6 +181,24 @@ class EtcdElection:
         """Return how long nothing can change unless something is heard."""
         now = self._clock.boottime_s()
         return min([IDLE_S, *(moment - now for moment in moments if moment > now)])
+
+    @contextlib.asynccontextmanager
+    async def within(self, timeout_s: float, what: str) -> AsyncIterator[None]:
+        """Turn the end of the time into what `too_late` says."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError:
+            raise self.too_late(what, timeout_s, None) from None
+
+    def too_late(self, what: str, timeout_s: float, last: errors.Error | None) -> errors.Error:
+        """Return what the end of the time means: nobody leads, or it took too long (then it may have happened)."""
+        observed = self.observed
+        known = last is None or not isinstance(last, errors.TimedOut | errors.Unreachable)
+        if observed.role in {Role.UNKNOWN, Role.INIT} and known:
+            return errors.UnknownMaster(f"not within {timeout_s:.1f} s: {what}; {observed.reason}")
+        reason = "" if last is None else f"; last: {last.message}"
+        return errors.TimedOut(f"not within {timeout_s:.1f} s: {what}{reason}")
 
     # --- the campaign ------------------------------------------------------------------------------------------------
 
