@@ -142,6 +142,7 @@ class EtcdBackend:
             applied=lambda: self._applying.index,
             member=lambda: self._roster.own,
             removed=lambda: self._roster.removed is not None,
+            knows=lambda node_id: self._roster.by_id(node_id) is not None,
             moved=self._leading.moved,
         )
         self._leading.join(self._election)

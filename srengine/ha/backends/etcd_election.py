@@ -12,8 +12,9 @@ Observed are:
 LEADER      the key is bound to the lease that this node believes in (`EtcdSession.lease`)
 FOLLOWER    another node holds the key, and etcd has answered lately
 OBSERVER    the same, on a member that is an observer
-UNKNOWN     nobody holds it, or this node's own former lease does, or etcd has not answered for `CONTACT_S`
-INIT        etcd has not answered yet
+UNKNOWN     nobody holds it, or this node's own former lease does, or etcd has not answered for `CONTACT_S`; or a node
+            does that is no member as far as this node has applied
+INIT        etcd has not answered yet, or nothing is applied yet
 ==========  =====================================================================================================
 """
 
@@ -48,6 +49,7 @@ class EtcdElection:
     """`look_out` and `stand` in tasks; call `changed` whenever something may have changed.
 
     ``member``: this node as the agreed state has it, None when it is none (yet); ``removed``: it was one.
+    ``knows``: whether a node id is a member's.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class EtcdElection:
         applied: Callable[[], int],
         member: Callable[[], Member | None],
         removed: Callable[[], bool],
+        knows: Callable[[str], bool],
         moved: Callable[[Observed], None],
     ) -> None:
         self._client = place.client
@@ -71,6 +74,7 @@ class EtcdElection:
         self._applied = applied
         self._member = member
         self._removed = removed
+        self._knows = knows
         self._moved = moved
         self._observed = Observed(Role.INIT, None, 0, "etcd was not heard yet")
         self._listeners: list[_Listener] = []
@@ -144,6 +148,10 @@ class EtcdElection:
             if lease and election.lease == lease:
                 return Observed(Role.LEADER, self._name, term, "this node holds the election")
             return Observed(Role.UNKNOWN, None, term, "this node's former lease holds the election")
+        if not self._knows(candidacy.node_id):
+            # This node has applied too little to say where the leader is.
+            role = Role.INIT if self._observed.role is Role.INIT else Role.UNKNOWN
+            return Observed(role, None, term, f"{candidacy.name} holds the election and is not known here yet")
         member = self._member()
         role = Role.OBSERVER if member is not None and member.role == "observer" else Role.FOLLOWER
         return Observed(role, candidacy.name, term, f"{candidacy.name} holds the election")

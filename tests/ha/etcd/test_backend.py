@@ -169,6 +169,36 @@ def test_cut_off_from_etcd_nobody_acts(tmp_path: Path) -> None:
         asyncio.run(run(etcd))
 
 
+def test_queued_commands_end_with_the_lease(tmp_path: Path) -> None:
+    """H06: etcd hangs, a command is on its way and another one waits; the node sleeps beyond its lease: at once the first
+    is unknown (TimedOut) and the second certainly not done (StaleEpoch), without a word of etcd.
+    """
+
+    async def run(etcd: Etcd) -> None:
+        async with cluster(tmp_path / "nodes", etcd.urls, (1,), lease_s=60) as nodes:
+            leader = await nodes.leader()
+            writer = leader.backend._leading.writer()
+            assert writer is not None
+            etcd.servers[0].pause()
+            try:
+                first = asyncio.create_task(writer.write(put_register("a", b"1")))
+                await until(lambda: writer._sending, "the first on its way")
+                second = asyncio.create_task(writer.write(put_register("a", b"2")))
+                await until(lambda: writer._queue, "the second waiting")
+                leader.clock.ahead_s += 120
+                assert leader.backend.epoch == 0
+                with pytest.raises(errors.StaleEpoch):
+                    await asyncio.wait_for(second, 1)
+                with pytest.raises(errors.TimedOut):
+                    await asyncio.wait_for(first, 1)
+            finally:
+                etcd.servers[0].go_on()
+
+    (tmp_path / "nodes").mkdir()
+    with Etcd(tmp_path / "etcd") as etcd:
+        asyncio.run(run(etcd))
+
+
 def test_etcd_loses_a_server(tmp_path: Path) -> None:
     """With one of three etcd servers killed (its leader, at some time), the journal goes on and nothing is lost."""
 
@@ -418,7 +448,9 @@ def test_the_journal_is_trimmed_behind_two_copies(one_etcd: Etcd, tmp_path: Path
 
 
 @pytest.mark.parametrize("damage", ["record", "file", "gone"])
-def test_a_copy_that_is_not_the_one_etcd_knows_is_refused(one_etcd: Etcd, tmp_path: Path, damage: str) -> None:
+def test_a_copy_that_is_not_the_one_etcd_knows_is_refused(
+    one_etcd: Etcd, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     """P7, B22: a copy whose digest is not the one in etcd, a damaged one and one that is gone are not used: the other
     holder is asked, and the state is equal in the end.
     """
@@ -455,6 +487,7 @@ def test_a_copy_that_is_not_the_one_etcd_knows_is_refused(one_etcd: Etcd, tmp_pa
             assert await leader.backend._journal.trim(leader.backend._leading.writer().term, floor, [], timeout_s=5)
             back = await nodes.start(number_)
             await until(lambda: back.backend.applied_index >= floor.index, "caught up")
+            assert f"no copy of the state from {holders[0].name}" in caplog.text
             assert back.metrics.value("srengine_ha_etcd_states_fetched_total") == 1
             assert await back.get("r4") == b"x"
             assert len(same_state(nodes)) == 1
