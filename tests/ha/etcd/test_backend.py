@@ -170,8 +170,8 @@ def test_cut_off_from_etcd_nobody_acts(tmp_path: Path) -> None:
 
 
 def test_queued_commands_end_with_the_lease(tmp_path: Path) -> None:
-    """H06: etcd hangs, a command is on its way and another one waits; the node sleeps beyond its lease: at once the first
-    is unknown (TimedOut) and the second certainly not done (StaleEpoch), without a word of etcd.
+    """H06: etcd hangs, a command is on its way and another one waits; the node sleeps beyond its lease: at once the
+    first is unknown (TimedOut) and the second certainly not done (StaleEpoch), without a word of etcd.
     """
 
     async def run(etcd: Etcd) -> None:
