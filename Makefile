@@ -6,12 +6,15 @@
 #   PYTHON=python3.12 make test       another interpreter (make clean first)
 #   make test SUITE=tests/storage     a part of the suite
 #   make test ARGS="-k crash -x"      anything that pytest takes
+#   make sim SEED=229 SEEDS=1         play one seed of the simulator again (ARGS=--trace shows all of it)
 #   make demo ARGS="--records 5000"   anything that `srengine demo` takes
 
 PYTHON ?= python3
 VENV ?= .venv
 SUITE ?= tests
 ARGS ?=
+SEED ?= 0
+SEEDS ?= 10000
 BIN := $(VENV)/bin
 # cython-lint and others look for their helpers on the PATH.
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -19,7 +22,7 @@ KERNELS := $(wildcard ext/*.pyx ext/*.pxi srengine/_native/*.pxd) setup.py tools
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types layers bench crash fuzz docs wheel clean
+.PHONY: help demo test check lint types layers bench crash fuzz sim docs wheel clean
 
 help:
 	@echo "make demo    three real nodes on loopback: kill one, write on, watch it catch up"
@@ -28,6 +31,7 @@ help:
 	@echo "make bench   the benchmark table against plain C loops and peers"
 	@echo "make crash   rebuild many crash images and open every one"
 	@echo "make fuzz    feed every decoder anything, for long"
+	@echo "make sim     many nodes in one thread under every fault (SEED=0 SEEDS=10000)"
 	@echo "make docs    run the examples of the documentation and check its links"
 	@echo "make wheel   build wheel and sdist, try each in a fresh environment"
 	@echo "make clean   remove what the others made"
@@ -91,6 +95,9 @@ crash: $(VENV)/.kernels
 
 fuzz: $(VENV)/.kernels
 	SRENGINE_HYPOTHESIS=fuzz $(BIN)/python -m pytest tests -m fuzz -o faulthandler_timeout=0 $(ARGS)
+
+sim: $(VENV)/.kernels
+	$(BIN)/python -m tests.simulator --seed $(SEED) --seeds $(SEEDS) $(ARGS)
 
 docs: $(VENV)/.kernels
 	$(BIN)/python tools/check_docs.py

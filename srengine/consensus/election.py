@@ -19,6 +19,7 @@ from srengine.consensus.leading import Leading
 from srengine.consensus.messages import TimeoutNow, Vote, VoteReply
 from srengine.consensus.quorum import Outcome
 from srengine.consensus.roles import Candidate, Follower, Leader, PreCandidate
+from srengine.types import NodeId
 
 
 class Election(Leading):
@@ -104,6 +105,8 @@ class Election(Leading):
     # --- voting ------------------------------------------------------------------------------------------------------
 
     def _on_vote(self, message: Vote) -> None:
+        if isinstance(self.state, Leader):
+            self._tell_removed(self.state, message.sender)
         if message.pre:
             granted = self._would_vote(message)
             self._reply_vote(message, granted=granted, term=message.term if granted else self.term)
@@ -163,13 +166,16 @@ class Election(Leading):
     def _on_vote_reply(self, message: VoteReply) -> None:
         match self.state:
             case PreCandidate(votes=votes) if message.pre and (not message.granted or message.term == self.term + 1):
-                votes[message.sender] = message.granted
-                self._count_votes()
+                self._note_vote(votes, message)
             case Candidate(votes=votes) if not message.pre and message.term == self.term:
-                votes.setdefault(message.sender, message.granted)
-                self._count_votes()
+                self._note_vote(votes, message)
             case _:
                 self._drop("late")
+
+    def _note_vote(self, votes: dict[NodeId, bool], message: VoteReply) -> None:
+        """Note an answer. A vote stays: a refusal may answer a question of an earlier term, and name this one."""
+        votes[message.sender] = message.granted or votes.get(message.sender, False)
+        self._count_votes()
 
     def _count_votes(self) -> None:
         state = self.state

@@ -21,8 +21,7 @@ class Following(Election):
     def _follow(self, message: Append | Install) -> bool:
         """Take the sender for the leader of its term, or answer that it is not; return whether it is."""
         if self._is_over(message):
-            # It learns of the later term and stands back.
-            self._reply(message, success=False)
+            self._refuse_term(message)
             return False
         if message.term == self.term and self.leader not in {None, message.sender}:
             # Two leaders in one term, or a member that lies.
@@ -50,6 +49,24 @@ class Following(Election):
     def _promise(self) -> None:
         """Vote for nobody for a while: the answer says so."""
         self.promise_until = max(self.promise_until, self.now + self.timing.lease_s)
+
+    def _refuse_term(self, message: Append | Install) -> None:
+        """Answer a leader whose term is over, so that it stands back.
+
+        NB: round 0, not the one that it asked with. It may lead the later term by now, and would take the answer for
+        one to a round of that term, hence for a promise that was never given.
+        """
+        reply = AppendReply(
+            group=self.group,
+            term=self.term,
+            sender=self.node_id,
+            success=False,
+            match_index=0,
+            round=0,
+            votes=self.trusted,
+            nonce=self.nonce,
+        )
+        self._say(message.sender, reply)
 
     def _reply(
         self,

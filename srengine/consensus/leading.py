@@ -58,6 +58,11 @@ class Leading(Replication):
         for node, index in sorted(removals.items()):
             leader.departing.setdefault(node, Departing(index, self.now + limits.DEPARTING_S_MAX))
 
+    def _tell_removed(self, leader: Leader, node: NodeId) -> None:
+        """Tell a node that it was removed: it stands for election, so it does not know."""
+        if node not in leader.peers and any(node == removed for _, removed in self._removals()):
+            self._meet_peers(leader, [node])
+
     def _removals(self) -> list[tuple[int, NodeId]]:
         """Return (index, node) for each node that a configuration of the kept log had and the one in force has not."""
         known = self.view.configurations

@@ -50,6 +50,8 @@ class AppendReply(msgspec.Struct, frozen=True, tag="append_reply"):
     not fit of the request, and ``match_index`` the last place at or before it whose term, ``conflict_term``, is not
     above the request's: nothing between the two can fit.
 
+    ``round``: that of the request; 0 when the request's term was over, which ``term`` tells: then it answers nothing.
+
     ``votes``: this node may vote (`effects.Trust`): only then its promise counts for the leader's lease and contact and
     its entries for commitment. ``nonce``: 0 exactly when it may; else random for each start, see `Append`.
     """

@@ -52,8 +52,9 @@ class Replication(Reading):
                     self._offer_state(leader, target, peer)
                     break
                 self._send_append(leader, target, peer, bytes_max=limits.APPEND_BYTES_MAX)
-            if peer.flow is Flow.REPLICATE and peer.commit_sent < self.commit_index:
-                # Nothing to send but the news that more is committed: followers answer reads, too.
+            if peer.flow is Flow.REPLICATE and peer.commit_sent < self.commit_index and not self._needs_state(peer):
+                # Nothing to send but the news that more is committed: followers answer reads, too. (A peer whose window
+                # is full may need what was trimmed meanwhile: the next heartbeat offers the state.)
                 self._send_append(leader, target, peer, bytes_max=0)
 
     def _needs_state(self, peer: Progress) -> bool:
@@ -108,7 +109,7 @@ class Replication(Reading):
 
     def _on_append_reply(self, message: AppendReply) -> None:
         leader = self.state
-        if message.term != self.term or not isinstance(leader, Leader):
+        if message.term != self.term or message.round == 0 or not isinstance(leader, Leader):
             self._drop("late")
             return
         peer = leader.peers.get(message.sender)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from srengine.consensus import quorum
 from srengine.consensus.entries import HardState
 from srengine.consensus.machine import RaftMachine
 
@@ -63,12 +62,12 @@ class CommitsWithoutMajority(RaftMachine):
 
 
 class WinsWithHalf(RaftMachine):
-    """Takes half of the votes for a majority."""
+    """Takes half of the votes, rounded down, for a majority."""
 
     def _count_votes(self):
         voters = self.configuration.voters
         given = sum(self.state.votes.get(voter, False) for voter in voters)
-        if given >= (len(voters) + 1) // 2 and type(self.state).__name__ == "Candidate":
+        if given >= max(len(voters) // 2, 1) and type(self.state).__name__ == "Candidate":
             self._become_leader("elected by half")
         else:
             super()._count_votes()
@@ -162,14 +161,11 @@ class TrustsWithoutBarrier(RaftMachine):
         return not self.trusted and match_index >= message.commit_index
 
 
-class SendsWhatIsNotDurable(RaftMachine):
-    """Counts its own log before it is on the disk."""
+class AnswersOldTermsWithTheirRound(RaftMachine):
+    """Echoes the round of a heartbeat whose term is over."""
 
-    def _held_by_majority(self, leader):
-        def held(voter):
-            return self.view.last_index if voter == self.node_id else leader.peers[voter].counted_index
-
-        return quorum.agreed(self.configuration.voters, held)
+    def _refuse_term(self, message):
+        self._reply(message, success=False)
 
 
 ALL = [

@@ -106,6 +106,8 @@ class Group:
         self.blocked: set[str] = set()
         """Nodes whose disk does not answer, and what they wait with."""
         self.held: dict[str, fx.Effects] = {}
+        self.stopped: set[str] = set()
+        """Processes that do not run: nothing reaches them."""
         configuration = Configuration(self.names, self.learners)
         first = Entry(1, 1, EntryKind.CONFIGURATION, b"bootstrap", configuration)
         for name in (*self.names, *self.learners):
@@ -200,9 +202,12 @@ class Group:
 
     def flow(self, limit: int = 10_000) -> None:
         """Deliver everything, and what follows from it."""
-        while self.on_way and limit:
+        while limit:
             limit -= 1
-            self.deliver(self.on_way.pop(0))
+            position = next((i for i, out in enumerate(self.on_way) if out.target not in self.stopped), None)
+            if position is None:
+                break
+            self.deliver(self.on_way.pop(position))
         assert limit, "the machines never stop talking"
 
     def run(self, seconds: float, step: float = 0.01) -> None:
@@ -210,7 +215,7 @@ class Group:
         end = self.now + seconds
         while self.now < end - 1e-9:
             self.now += step
-            for name in sorted(self.nodes):
+            for name in sorted({*self.nodes} - self.stopped):
                 self.nodes[name].machine.tick(self.now)
                 self.settle(name)
             self.flow()

@@ -1,20 +1,19 @@
-"""A storm over one group: everything that may happen to it, from one seed, and the promises that must hold all the same.
+"""A storm over one group: everything that may happen to it, from one seed, and the promises that hold all the same.
 
 Faults: messages lost, repeated, reordered and late; cuts in one direction; clocks that run differently within what
 `Timing.drift` allows; crashes; directories put back to an older state (the node is not trusted then); disks that do not
 answer; trimmed logs; state that cannot be fetched. With them proposals, reads, changes of membership, transfers, hints.
 
-Promises (see machine.py): election safety, log matching, leader completeness, state machine safety, leases, linearizable
-read indexes, and progress once the storm is over.
+Promises (see machine.py): election safety, log matching, leader completeness, state machine safety, leases,
+linearizable read indexes, and progress once the storm is over.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 from srengine.consensus import effects as fx
-from srengine.consensus.entries import Configuration, Entry, Floor
+from srengine.consensus.entries import Configuration, Entry
 from srengine.consensus.machine import RaftMachine
 from srengine.consensus.messages import TimeoutNow
 from tests.consensus.groups import Group, MemoryLog, Node
@@ -49,8 +48,6 @@ class Storm(Group):
         self.committed = 0
         self.asked: dict[int, int] = {}
         self.backups: dict[str, list[tuple]] = {name: [] for name in NAMES}
-        self.stopped: set[str] = set()
-        """Processes that do not run: nothing reaches them."""
 
     # --- clocks ------------------------------------------------------------------------------------------------------
 
@@ -377,8 +374,8 @@ class Storm(Group):
             self.run(1.0, step=0.05)
         newest = max((self[name] for name in NAMES), key=lambda machine: (machine.commit_index, machine.term))
         voters = newest.configuration.voters
-        for name in {*voters, *newest.configuration.nodes}:
-            counted = self[name].configuration.voters
+        for machine in (newest, *(self[name] for name in newest.configuration.nodes)):
+            counted = machine.configuration.voters
             if sum(self[voter].trusted for voter in counted) <= len(counted) // 2:
                 return  # Whoever may have to lead needs a majority that is trusted; `Trust` is what helps here.
         if len(self.leaders) != 1:

@@ -20,11 +20,13 @@ lose a>b [2] · repeat a>b              throw them away · deliver the next one,
 cut a>b · cut a · mend                 nothing arrives in that direction · nothing from and to a · heal
 crash a [untrusted] [empty]            start it anew from its disk (untrusted: it may be an old one; empty: it is new)
 hang a · wake a                        its disk does not answer · answers
-inject a append term=9 … · state       a message that no honest node sends · how all nodes stand
+stop a · go a                          its process does not run · goes on; what was sent to it is waiting
+jump a 3600                            its clock alone jumps
+inject a append term=9 … · state       a message out of nowhere arrives · how all nodes stand
 =====================================  ==============================================================================
 
-Said: ``a>b append 2 after 1@1: 2@2 noop (commit 1, round 1)`` is a message of term 2; ``1@1`` is index@term. ``a persists``,
-``a applies``, ``a takes proposal 1 as 3@2``, ``a answers read 1 at 3`` and so on are the rest of what leaves a machine.
+Said: ``a>b append 2 after 1@1: 2@2 noop (commit 1, round 1)`` is a message of term 2; ``1@1`` is index@term.
+``a persists``, ``a applies``, ``a takes proposal 1 as 3@2``, ``a answers read 1 at 3`` are the rest of what it says.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ import pytest
 
 from srengine.consensus import effects as fx
 from srengine.consensus.entries import Configuration, Entry, EntryKind, HardState
+from srengine.consensus.machine import RaftMachine
 from srengine.consensus.messages import (
     Append,
     AppendReply,
@@ -49,6 +52,7 @@ from srengine.consensus.messages import (
     VoteReply,
 )
 from srengine.consensus.roles import PreCandidate
+from tests.consensus import breakages
 from tests.consensus.groups import GROUP, Group, MemoryLog, Node
 
 FOLDER = Path(__file__).parent / "transcripts"
@@ -144,9 +148,11 @@ class Told(Group):
         dropped = "".join(
             f", {count} {reason}" for reason, count in sorted(machine.dropped.items()) if reason != "late"
         )
+        lease = machine.lease_until
+        leased = f", lease for {lease - self.now:.2f} s" if self.timing.lease_reads and lease > self.now else ""
         return (
             f"= {name} {role}{trust} {machine.term} of {told_configuration(machine.configuration) or 'nobody'}: "
-            f"{floor}{log or '-'}; commit {machine.commit_index}{dropped}"
+            f"{floor}{log or '-'}; commit {machine.commit_index}{leased}{dropped}"
         )
 
 
@@ -154,6 +160,7 @@ class Told(Group):
 class Story:
     """One transcript being told."""
 
+    machine_type: type[RaftMachine] = RaftMachine
     group: Told | None = None
     shown: dict[str, str] = field(default_factory=dict)
 
@@ -162,16 +169,18 @@ class Story:
         parts = line.removeprefix("quietly ").split()
         options = dict(part.split("=", 1) for part in parts[1:] if "=" in part)
         words = [part for part in parts if "=" not in part]
+        before = list(self.group.said) if self.group is not None else []
         if words[0] == "group":
             names = tuple(word for word in words[1:] if word != "lease")
             learners = tuple(filter(None, options.get("learners", "").split(",")))
-            self.group = Told(names, learners, timing=fx.Timing(lease_reads="lease" in words), now=100.0)
+            timing = fx.Timing(lease_reads="lease" in words)
+            self.group = Told(names, learners, timing=timing, machine_type=self.machine_type, now=100.0)
             self.shown = {}
         else:
             assert self.group is not None
             getattr(self, f"do_{words[0]}")(self.group, words[1:], options)
         if quietly:
-            self.group.said.clear()
+            self.group.said = before
 
     def do_alone(self, group, words, options):
         group.add(words[0], MemoryLog())
@@ -285,6 +294,16 @@ class Story:
         else:
             group.restart(words[0], trusted="untrusted" not in words)
 
+    def do_stop(self, group, words, options):
+        group.stopped.add(words[0])
+
+    def do_go(self, group, words, options):
+        group.stopped.discard(words[0])
+
+    def do_jump(self, group, words, options):
+        group[words[0]].tick(group.now + float(words[1]))
+        group.settle(words[0])
+
     def do_hang(self, group, words, options):
         group.blocked.add(words[0])
 
@@ -306,6 +325,9 @@ class Story:
                 message = Vote(GROUP, sender=sender, pre="pre" in words, transfer="transfer" in words, **numbers)
             case "yes":
                 message = VoteReply(GROUP, sender=sender, granted=True, **numbers)
+            case "install":
+                configuration = Configuration(group.names, group.learners)
+                message = Install(GROUP, sender=sender, configuration=configuration, **numbers)
             case "timeout":
                 message = TimeoutNow(GROUP, sender=sender, **numbers)
             case _:
@@ -323,9 +345,9 @@ class Story:
         return changed
 
 
-def tell(text: str) -> str:
+def tell(text: str, machine_type: type[RaftMachine] = RaftMachine) -> str:
     """Run a transcript; return it with the outputs that the machines give now."""
-    story = Story()
+    story = Story(machine_type)
     told: list[str] = []
     for block in text.strip().split("\n\n"):
         commands = [line for line in block.split("\n----")[0].splitlines() if line != "----"]
@@ -349,3 +371,46 @@ def test_transcript(path: Path) -> None:
     if os.environ.get("SRENGINE_REWRITE"):
         path.write_text(told)
     assert told == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (breakages.VotesTwice, "vote_once"),
+        (breakages.ForgetsItsVote, "vote_once"),
+        (breakages.VotesForShorterLogs, "vote_restriction"),
+        (breakages.VotesByLengthAlone, "vote_restriction"),
+        (breakages.FollowsOldTerms, "repeated_and_late"),
+        (breakages.CommitsByCountAlone, "figure8_replaced"),
+        (breakages.CommitsWithoutMajority, "old_leader"),
+        (breakages.WinsWithHalf, "split_vote"),
+        (breakages.DoesNotCheckThePlaceBefore, "figure7_f"),
+        (breakages.BelievesEveryCommitIndex, "repeated_and_late"),
+        (breakages.BreaksItsPromise, "promise"),
+        (breakages.ReadsWithoutAsking, "read_index"),
+        (breakages.ReadsBeforeTheTermIsSettled, "no_change_before_own_term"),
+        (breakages.CountsItsLeaseFromReceipt, "late_answers_give_no_lease"),
+        (breakages.KeepsItsLeaseWhileHandingOver, "transfer_times_out"),
+        (breakages.ChangesTwoVotersAtOnce, "one_change_at_a_time"),
+        (breakages.ChangesWithoutWaiting, "no_change_before_own_term"),
+        (breakages.TrustsItself, "untrusted"),
+        (breakages.CountsTheUntrusted, "untrusted_does_not_count"),
+        (breakages.TrustsWithoutBarrier, "untrusted"),
+        (breakages.AnswersOldTermsWithTheirRound, "answer_to_an_old_term"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_broken_rule_tells_another_story(kind, name):
+    """Each rule is held by a transcript: a machine without it says something else, or is stopped by an assertion."""
+    text = (FOLDER / f"{name}.txt").read_text()
+    try:
+        told = tell(text, kind)
+    except AssertionError:
+        return
+    assert told != text
+
+
+def test_every_breakage_has_its_transcript():
+    """No deliberate breakage is left out of the test above."""
+    (mark,) = test_a_broken_rule_tells_another_story.pytestmark
+    assert {kind for kind, _ in mark.args[1]} == set(breakages.ALL)

@@ -1,0 +1,75 @@
+"""The seeds of the gate: nodes of the real machines keep every promise under faults, and make progress after them."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.simulator.network import Weather
+from tests.simulator.regime import FAULTS, draw
+from tests.simulator.story import Failure, run
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = 10
+
+
+@pytest.mark.parametrize("first", range(0, 300, BLOCK))
+def test_seeds_keep_every_promise(first: int) -> None:
+    """F21, F23 to F27, F29, F32, H06, H09, H11, H28, B20: no seed breaks a promise, and after the heal all goes on."""
+    reports = [run(seed) for seed in range(first, first + BLOCK)]
+    assert sum(report.acknowledged for report in reports) > 5 * BLOCK
+    assert sum(report.answered for report in reports) > 10 * BLOCK
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_alone_is_survived(fault: str) -> None:
+    """Nothing else goes wrong, and this happens: the group of three with a spare keeps its promises."""
+    regime = draw(random.Random(f"{fault} alone"))
+    regime = replace(
+        regime,
+        hosts=4,
+        voters=3,
+        groups=1,
+        clients=3,
+        length_s=12.0,
+        fault_every_s=0.5,
+        fault_lasts_s=0.3,
+        think_s=0.02,
+        patience_s=0.5,
+        disk_s=(0.001, 0.01),
+        weather=Weather(),
+        weights=((fault, 1.0),),
+    )
+    report = run(1, regime=regime)
+    assert dict(report.faults)[fault] >= 1
+    assert report.acknowledged >= 1
+
+
+def test_groups_on_one_disk_keep_every_promise() -> None:
+    """Three groups of a node share its disk, its transactions and its end."""
+    acknowledged = 0
+    for seed in range(3):
+        regime = replace(draw(random.Random(f"groups {seed}")), hosts=4, voters=3, groups=3, length_s=6.0)
+        acknowledged += run(seed, regime=regime).acknowledged
+    assert acknowledged > 10
+
+
+def test_failure_says_how_to_play_it_again() -> None:
+    """A failing seed prints itself, the commit, the rule and the command that repeats it."""
+    command = [sys.executable, "-m", "tests.simulator", "--seeds", "40", "--jobs", "1", "--breakage", "act unfenced"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    found = next(line for line in ended.stdout.splitlines() if line.startswith("seed "))
+    seed = int(found.split()[1])
+    assert f"seed {seed} at commit " in found
+    assert "epochs: group g" in ended.stdout
+    assert f"""play it again: make sim SEED={seed} SEEDS=1 ARGS='--breakage "act unfenced"'""" in ended.stdout
+    with pytest.raises(Failure, match="epochs"):
+        from tests.simulator.breakages import BREAKAGES
+
+        run(seed, breakage=BREAKAGES["act unfenced"])
