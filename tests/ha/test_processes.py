@@ -10,12 +10,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tests.conftest import need_tool
-from tests.etcd import Etcd
-from tests.journal_node import CLUSTER, bootstrap
-from tests.journal_process import JournalProcess
-from tests.processes import free_ports
-from tests.simulator.checkers.linearizability import Kind, Operation, check
 
 from srengine import errors
 from srengine.ha.backends.etcd_client import EtcdOptions
@@ -23,6 +17,13 @@ from srengine.ha.backends.etcd_settings import found_cluster
 from srengine.ha.members import Bootstrap
 from srengine.ha.register_service import GetJournal, GetRegister, PutRegister
 from srengine.transport import Endpoint, Identity
+from tests.conftest import need_tool
+from tests.etcd import Etcd
+from tests.ha.etcd.parts import until
+from tests.journal_node import CLUSTER, bootstrap
+from tests.journal_process import JournalProcess
+from tests.processes import free_ports
+from tests.simulator.checkers.linearizability import Kind, Operation, check
 
 pytestmark = pytest.mark.processes
 
@@ -92,9 +93,7 @@ class Clients:
     async def progress(self, count: int = 5) -> None:
         """Return when some more writes were acknowledged."""
         enough = self.acknowledged + count
-        async with asyncio.timeout(60):
-            while self.acknowledged < enough:
-                await asyncio.sleep(0.01)
+        await until(lambda: self.acknowledged >= enough, "writes acknowledged again", 60)
 
 
 async def torment(processes: list[JournalProcess], rounds: int, seed: int) -> Clients:
