@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from benchmarks import machine
 from benchmarks.settings import ROOT
@@ -55,7 +55,7 @@ class Group:
         for node in self._nodes:
             node.tell(ports)
 
-    def __enter__(self) -> Group:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -81,6 +81,8 @@ ORDER = (
     "rejoin",
     "exchange",
     "journal",
+    "one write of the log",
+    "writes of the log",
     "durable put_many, inserts",
     "get, warm",
     "scan, warm",

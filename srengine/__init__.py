@@ -37,12 +37,14 @@ if TYPE_CHECKING:
     from srengine.errors import Denied as Denied
     from srengine.errors import DiskFull as DiskFull
     from srengine.errors import Diverged as Diverged
+    from srengine.errors import EpochTaken as EpochTaken
     from srengine.errors import Error as Error
     from srengine.errors import ForeignData as ForeignData
     from srengine.errors import ForkedEnvironment as ForkedEnvironment
     from srengine.errors import FrameError as FrameError
     from srengine.errors import InvalidValue as InvalidValue
     from srengine.errors import MasterState as MasterState
+    from srengine.errors import MemberNotFound as MemberNotFound
     from srengine.errors import NoLeader as NoLeader
     from srengine.errors import NoQuorum as NoQuorum
     from srengine.errors import NotAuthenticated as NotAuthenticated
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from srengine.errors import TabletFenced as TabletFenced
     from srengine.errors import TimedOut as TimedOut
     from srengine.errors import TruncatedTablet as TruncatedTablet
+    from srengine.errors import UnknownMaster as UnknownMaster
     from srengine.errors import Unreachable as Unreachable
     from srengine.errors import UnsafePermissions as UnsafePermissions
     from srengine.errors import UnsupportedFeature as UnsupportedFeature
@@ -89,12 +92,14 @@ _HOME = {
     "Denied": "errors",
     "DiskFull": "errors",
     "Diverged": "errors",
+    "EpochTaken": "errors",
     "Error": "errors",
     "ForeignData": "errors",
     "ForkedEnvironment": "errors",
     "FrameError": "errors",
     "InvalidValue": "errors",
     "MasterState": "errors",
+    "MemberNotFound": "errors",
     "NoLeader": "errors",
     "NoQuorum": "errors",
     "Node": "node",
@@ -118,6 +123,7 @@ _HOME = {
     "TabletFenced": "errors",
     "TimedOut": "errors",
     "TruncatedTablet": "errors",
+    "UnknownMaster": "errors",
     "Unreachable": "errors",
     "UnsafePermissions": "errors",
     "UnsupportedFeature": "errors",

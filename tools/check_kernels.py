@@ -23,6 +23,7 @@ KERNEL_USERS = {
     "tablet": {"storage"},
     "chunk": {"snapshot"},
     "merkle": {"storage", "sync"},
+    "scan": {"codec"},
     "build_info": {"cli"},
 }
 """Kernel -> rooms that may import it."""

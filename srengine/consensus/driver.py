@@ -61,7 +61,8 @@ from srengine.consensus.effects import (
 )
 from srengine.consensus.entries import Configuration, Entry, Floor
 from srengine.consensus.log import GroupLog, NodeLog, entry_bytes
-from srengine.consensus.messages import Append, Bundle, Message
+from srengine.consensus.messages import Bundle
+from srengine.consensus.outbox import Outbox, bundles, message_bytes
 from srengine.consensus.services import (
     Bounds,
     GroupStatus,
@@ -81,8 +82,8 @@ from srengine.types import NodeId
 
 _logger = logging.getLogger(__name__)
 
-BUNDLE_BYTES_TARGET: Final = limits.MIB
-"""No further message joins a bundle that has grown to this."""
+NEWS_S: Final = 0.01
+"""How long the news that more is committed may wait for a message to go with; see outbox.py."""
 INBOX_MESSAGES_MAX: Final = 4096
 """Messages of peers that wait for a busy group; later ones are dropped, as a network may."""
 INBOX_BYTES_MAX: Final = 64 * limits.MIB
@@ -169,7 +170,8 @@ class Driver:
         self._jobs: deque[tuple[_Group, Job, Done]] = deque()
         """Other work on the log: trims, installs, healing."""
         self._log_works = False
-        self._outbox: dict[NodeId, list[Message]] = {}
+        self._outbox = Outbox()
+        self._news_timer: asyncio.TimerHandle | None = None
         self._watched: dict[NodeId, PostChannel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
@@ -303,7 +305,7 @@ class Driver:
             if message.sender != sender or group is None or group.failed is not None:
                 self.metrics.add("srengine_consensus_messages_refused_total")
                 continue
-            size = _message_bytes(message)
+            size = message_bytes(message)
             if group.inbox_messages >= INBOX_MESSAGES_MAX or group.inbox_bytes + size > INBOX_BYTES_MAX:
                 self.metrics.add("srengine_consensus_messages_dropped_total")
                 continue
@@ -390,7 +392,7 @@ class Driver:
         for read in effects.reads:
             waiting.read_ready(read, group.visible, group.role.leader)
         for outgoing in effects.send:
-            self._outbox.setdefault(outgoing.target, []).append(outgoing.message)
+            self._outbox.post(outgoing.target, outgoing.message)
         if effects.apply:
             group.to_apply.extend(effects.apply)
             self._apply(group)
@@ -562,16 +564,22 @@ class Driver:
     # --- sending -----------------------------------------------------------------------------------------------------
 
     def _send(self) -> None:
-        outbox, self._outbox = self._outbox, {}
-        for target, messages in outbox.items():
+        for target, messages in self._outbox.take():
             channel = self._peers.channel(target)
             if channel is None:
                 self.metrics.add("srengine_consensus_messages_unroutable_total", len(messages))
                 continue
             if self._watched.get(target) is not channel:
                 self._watch(target, channel)
-            for bundle in _bundles(messages):
+            for bundle in bundles(messages):
                 channel.post(bundle)
+        if self._outbox.holds and self._news_timer is None:
+            self._news_timer = self._loop.call_later(NEWS_S, self._send_news)
+
+    def _send_news(self) -> None:
+        self._news_timer = None
+        self._outbox.release()
+        self._send()
 
     def _watch(self, node: NodeId, channel: PostChannel) -> None:
         self._watched[node] = channel
@@ -727,8 +735,9 @@ class Driver:
         if self._stopped:
             return
         self._stopped = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._news_timer):
+            if timer is not None:
+                timer.cancel()
         for channel in self._watched.values():
             channel.on_down = None
         for group in self._groups.values():
@@ -784,25 +793,3 @@ def _typed(error: BaseException, what: str) -> errors.Error:
         return error
     _logger.error(what, exc_info=error)
     return errors.Error(f"{what}: {error!r}")
-
-
-def _message_bytes(message: Message) -> int:
-    if isinstance(message, Append) and message.entries:
-        return 256 + sum(map(entry_bytes, message.entries))
-    return 256
-
-
-def _bundles(messages: list[Message]) -> list[Bundle]:
-    """Return the messages of one peer in as few bundles as their size allows."""
-    if len(messages) == 1:
-        return [Bundle((messages[0],))]
-    found: list[Bundle] = []
-    start = size = 0
-    for position, message in enumerate(messages):
-        more = _message_bytes(message)
-        if position > start and size + more > BUNDLE_BYTES_TARGET:
-            found.append(Bundle(tuple(messages[start:position])))
-            start, size = position, 0
-        size += more
-    found.append(Bundle(tuple(messages[start:])))
-    return found

@@ -359,7 +359,7 @@ class _Change:
         holders = [member for member in members if command.name == member.name or command.address == member.address]
         for holder in holders:
             same = command.replaces == Holder(holder.node_id, holder.incarnation)
-            if len(holders) > 1 or not same:
+            if not same:
                 what = "name" if holder.name == command.name else "address"
                 raise errors.Conflict(
                     f"the {what} is that of {holder.name} ({holder.node_id or 'not seen yet'})", name=holder.name

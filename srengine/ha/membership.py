@@ -28,8 +28,10 @@ from srengine import errors
 from srengine.consensus.entries import Configuration
 from srengine.ha.journal import Command
 from srengine.ha.members import (
+    BOOTSTRAP,
     COMMANDS,
     EXPIRE_TICKET,
+    IDENTIFY,
     MINT_TICKET,
     ExpireTicket,
     Member,
@@ -104,6 +106,8 @@ def plan(
     that the leader has heard lately, itself included. Raises what the applier raises, `MasterState`, `NoQuorum`.
     """
     assert is_membership(command.kind), command.kind
+    if command.kind in {BOOTSTRAP, IDENTIFY}:
+        raise errors.Conflict(f"the cluster runs: {command.kind} is not for it", kind=command.kind)
     before = read_members(rows)
     overlay = Overlay(rows)
     try:

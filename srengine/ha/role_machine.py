@@ -69,6 +69,8 @@ TRANSITIONS: Final[dict[tuple[Role, Role], Action]] = {
 class Step(enum.Enum):
     """A part of a transition."""
 
+    DELAY = "delay"
+    """Waited out by the machine itself, when the options say so; what happens meanwhile counts."""
     FENCE = "fence"
     REPLAY = "replay"
     EXECUTE = "execute"
@@ -108,7 +110,8 @@ class RoleOptions:
     """Time-outs of steps in seconds, and policies.
 
     ``promotion``: what a promotion that fails does; ``demotion``: whether a leader that is one no more stays in the
-    process.
+    process. ``delay_s``: what the election says must stand for so long before a transition begins; 0: not at all. A
+    demotion never waits.
     """
 
     promotion: Policy = Policy.DEMOTE
@@ -119,12 +122,14 @@ class RoleOptions:
     close_s: float = 5.0
     drain_s: float = 10.0
     drop_s: float = 10.0
+    delay_s: float = 0.0
 
     def timeout_s(self, step: Step, execution: Execution | None) -> float:
         """Return how long a step may take."""
         if execution is not None:
             return execution.timeout_s
         return {
+            Step.DELAY: self.delay_s,
             Step.FENCE: self.fence_s,
             Step.REPLAY: self.replay_s,
             Step.OPEN: self.open_s,
@@ -279,8 +284,11 @@ class RoleMachine:
         self._now = now
         going = self._going
         if going is not None and not self._over and now >= going.deadline:
-            self._out.cancel.append(going.token)
-            self._ended(going, f"{going.step.value} overran its time")
+            if going.step is Step.DELAY:
+                self._next(going)
+            else:
+                self._out.cancel.append(going.token)
+                self._ended(going, f"{going.step.value} overran its time")
             self._maybe_begin()
 
     def drain(self) -> Effects:
@@ -302,6 +310,14 @@ class RoleMachine:
             self._events.append(Observed(Role.UNKNOWN, None, event.term, "too many changes"))
         self._events.append(event)
         going = self._going
+        if going is not None and going.step is Step.DELAY:
+            # Nothing was begun: what the election says now takes its place.
+            if (event.role, event.term) == (going.event.role, going.event.term):
+                self._events.pop()
+                self._out.dropped += 1
+            else:
+                self._going = None
+            return
         if going is None or going.action is not Action.PROMOTE or going.undoing:
             return
         if (event.role, event.term) == (Role.LEADER, going.event.term):
@@ -338,6 +354,8 @@ class RoleMachine:
         }[action]
         if action is Action.DEMOTE:
             self.admitting = False
+        elif self.options.delay_s > 0:
+            steps = [(Step.DELAY, None), *steps]
         self._going = _Going(action, event, self.role, self._now, deque(steps))
         self._next(self._going)
 
@@ -352,6 +370,8 @@ class RoleMachine:
         self._tokens += 1
         going.token = self._tokens
         going.deadline = self._now + self.options.timeout_s(going.step, going.execution)
+        if going.step is Step.DELAY:
+            return
         self._out.run = Run(
             going.token,
             going.step,

@@ -214,6 +214,8 @@ class RoleService:
 
     async def _carry_out(self, run: Run) -> None:
         match run.step:
+            case Step.DELAY:
+                raise AssertionError(run)
             case Step.FENCE:
                 if not await self._protocol.fencing():
                     raise errors.EpochTaken(f"fencing for term {run.term} failed")

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srengine import errors, limits
+from srengine._native import scan
 from srengine.codec import scanner
 
 encode = msgspec.msgpack.encode
@@ -122,3 +123,68 @@ def test_keys_repeat_only_within_one_map():
     scanner.check(encode({str(number): number for number in range(2000)}))
     with pytest.raises(errors.FrameError, match="twice"):
         scanner.check(b"\xde\x07\xd1" + b"".join(encode(str(number)) + b"\x01" for number in [*range(2000), 1999]))
+
+
+def accepts(data: bytes, depth_max: int = limits.MESSAGE_DEPTH_MAX) -> bool:
+    """What the scanner in Python says: the oracle of the kernel."""
+    try:
+        scanner.look_closely(data, depth_max)
+    except errors.FrameError:
+        return False
+    return True
+
+
+@pytest.mark.fuzz
+@given(plain, st.data())
+def test_what_the_kernel_calls_plain_passes_the_close_look(value, data):
+    """F38: the kernel never accepts what the scanner in Python refuses: whole, cut, changed, appended, at any depth."""
+    whole = bytearray(encode(value))
+    depth_max = data.draw(st.integers(0, 6) | st.just(limits.MESSAGE_DEPTH_MAX))
+    where = data.draw(st.integers(0, len(whole) - 1))
+    changed = bytearray(whole)
+    changed[where] = data.draw(st.integers(0, 255))
+    for candidate in (whole, changed, whole[:where], whole + b"\x00", changed + whole):
+        if scan.is_plain(candidate, depth_max):
+            assert accepts(bytes(candidate), depth_max)
+
+
+@pytest.mark.fuzz
+@given(st.binary(max_size=80), st.integers(0, 130))
+def test_any_bytes_that_the_kernel_calls_plain_pass(data, depth_max):
+    """F38: the same for bytes of no meaning."""
+    if scan.is_plain(data, depth_max):
+        assert accepts(data, depth_max)
+
+
+ascii_plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(max_codepoint=127))
+    | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(max_codepoint=127)), inner, max_size=20),
+    max_leaves=30,
+)
+
+
+@given(ascii_plain, st.integers(0, 6))
+def test_the_kernel_knows_plain_values(value, depth_max):
+    """Of values with ASCII text and maps of few keys the kernel says the same as the scanner in Python."""
+    data = encode(value)
+    assert scan.is_plain(data, depth_max) == accepts(data, depth_max)
+
+
+def test_the_kernel_leaves_the_rest_to_the_close_look():
+    """What may pass but needs more than the kernel has is not called plain, and passes."""
+    for value in ("ü", {"ü": 1}, {str(number): 1 for number in range(100)}, [{f"{i}": 1} for i in range(600)]):
+        scanner.check(encode(value))
+    assert not scan.is_plain(encode("ü"), 64)
+    assert not scan.is_plain(encode({str(number): 1 for number in range(100)}), 64)
+    assert scan.is_plain(encode([{f"{i}": 1} for i in range(600)]), 64), "keys of closed maps are forgotten"
+    assert not scan.is_plain(b"", 64)
+    assert not scan.is_plain(nested(1), -1)
+    assert scan.is_plain(memoryview(nested(3)), 3)
+    assert not scan.is_plain(nested(3), 2)
+    with pytest.raises(TypeError):
+        scan.is_plain("text", 64)

@@ -325,6 +325,34 @@ class Slow:
         monkeypatch.setattr(member.log, "append", slow)
 
 
+def test_nothing_is_acknowledged_before_it_is_durable(tmp_path, monkeypatch):
+    """F17: while the disks of both followers hang, the leader's entry is not decided, however long its proposer waits;
+    one of them answering is enough.
+    """
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            await leader.propose(b"p1")
+            await c.settled()
+            disks = [Slow(member, monkeypatch) for member in followers(c, leader)]
+            for disk in disks:
+                disk.open.clear()
+            proposal = asyncio.ensure_future(leader.propose(b"p2"))
+            await until(lambda: all(member.driver._groups[GROUP].busy for member in followers(c, leader)))
+            await until(
+                lambda: leader.log.group(GROUP).last_index == followers(c, leader)[0].log.group(GROUP).last_index + 1
+            )
+            assert not proposal.done()
+            disks[0].open.set()
+            await until(proposal.done)
+            disks[1].open.set()
+            await asyncio.gather(proposal, return_exceptions=True)
+            await c.settled()
+
+    run(main())
+
+
 def test_a_hung_disk_costs_the_leader_its_leadership(tmp_path, monkeypatch):
     """F17, H13: while its disk does not answer the leader steps down though its process lives, the others elect and go
     on; nothing is acknowledged late; when the disk answers it follows.

@@ -439,6 +439,14 @@ def test_what_does_not_concern_votes_changes_no_configuration(node):
         assert planned(node, change, 1).configuration is None
 
 
+def test_nobody_changes_its_id_under_consensus(node):
+    """An id is a vote: another one is admitted, never exchanged."""
+    node.must(bootstrap())
+    for change in (command(m.IDENTIFY, m.Identify("n2", node_id(9))), bootstrap()):
+        with pytest.raises(errors.Conflict):
+            planned(node, change, 1, 2, 3)
+
+
 def test_a_plan_is_never_refused_when_it_is_applied(node):
     """Whatever is planned on the applied state is applied as planned: the table and the configuration agree."""
     dice = random.Random(3)

@@ -335,6 +335,38 @@ def test_an_event_overtakes_a_promotion():
     assert (driver.machine.role, driver.machine.term) == (L, 4)
 
 
+def test_a_later_term_overtakes_a_promotion():
+    """Invariant 2: elected again in a later term while it promotes itself, the node begins anew: the epoch is for the
+    term that it leads now.
+    """
+    driver = Driver()
+    driver.hangs.add("replay")
+    driver.observe(L, term=2)
+    driver.observe(L, term=3)
+    assert len(driver.cancelled) == 1
+    assert driver.steps == ["fence", "replay", "close", "drain", "drop", "fence", "replay"]
+    driver.finish()
+    assert (driver.machine.role, driver.machine.term) == (L, 3)
+    assert not driver.resigned
+
+
+def test_the_late_end_of_a_cancelled_step_ends_nothing():
+    """A step that was given up may end all the same: that says nothing about the one that runs now."""
+    driver = Driver()
+    driver.observe(F)
+    driver.hangs |= {"fence", "close"}
+    driver.observe(L, term=2)
+    fencing = driver.hanging
+    driver.observe(F, term=3)
+    assert driver.steps[-1] == "close"
+    driver.machine.step(Ended(fencing))
+    driver.turn()
+    assert driver.steps[-1] == "close"
+    assert driver.machine.going == (Step.CLOSE, "")
+    driver.finish()
+    assert driver.steps[-2:] == ["drain", "drop"]
+
+
 def test_leading_in_another_term_is_another_leadership():
     """Invariant 1: elected again without a word in between, the node is demoted and fences anew."""
     driver = Driver()
@@ -346,6 +378,37 @@ def test_leading_in_another_term_is_another_leadership():
     assert driver.steps == ["close", "drain", "drop", "fence", "replay", "open"]
     assert (driver.machine.role, driver.machine.term) == (L, 5)
     assert [(each.source, each.target) for each in driver.transitions] == [(I, L), (L, F), (F, L)]
+
+
+def test_a_transition_waits_for_its_delay():
+    """H19: with a delay nothing begins before what the election says has stood for so long; demotions never wait."""
+    driver = Driver(delay_s=2.0)
+    driver.observe(L)
+    driver.pass_time(1.0)
+    driver.observe(L)
+    driver.pass_time(0.9)
+    assert driver.steps == []
+    driver.pass_time(0.1)
+    assert (driver.steps, driver.machine.role) == (["fence", "replay", "open"], L)
+    driver.observe(F)
+    assert driver.machine.role is F
+
+
+def test_what_does_not_last_for_the_delay_is_no_transition():
+    """H19: an election that is taken back within the delay leaves no trace."""
+    driver = Driver(Execution("tell"), delay_s=2.0)
+    driver.observe(F)
+    driver.pass_time(2.0)
+    driver.steps.clear()
+    driver.observe(L, term=2)
+    driver.pass_time(1.0)
+    driver.observe(F, term=3)
+    driver.pass_time(5.0)
+    assert driver.steps == []
+    assert (driver.machine.role, driver.resigned, driver.cancelled) == (F, [], [])
+    driver.observe(L, term=4)
+    driver.pass_time(2.0)
+    assert (driver.machine.role, driver.machine.term) == (L, 4)
 
 
 def test_the_queue_is_bounded():

@@ -119,7 +119,9 @@ class RaftBackend:
     # --- start and stop ----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """See `HAProtocol.start`. `CorruptionError` when the epochs are no chain, or the log promised what is lost."""
+        """See `HAProtocol.start`. `CorruptionError` when the epochs are no chain, when the log promised what is lost,
+        or when the state is behind the log.
+        """
         around = self._around
         await asyncio.to_thread(check_epochs, self._store)
         self._log = log = await asyncio.to_thread(
@@ -134,6 +136,13 @@ class RaftBackend:
         self._journal = JournalState(around.machine, self._standing.on_applied)
         self._standing.begin(lambda: self._journal.applied.index)
         group = prepare(log, JOURNAL_GROUP, self._journal)
+        if self._journal.applied.index < group.floor.index:
+            raise errors.CorruptionError(
+                f"the agreed state of this node stands at {self._journal.applied.index}, behind what its log keeps "
+                f"(from {group.floor.index + 1}): it was lost or put back",
+                applied=self._journal.applied.index,
+                floor=group.floor.index,
+            )
         self.driver = Driver(
             around.node_id,
             log,

@@ -72,6 +72,7 @@ class Leading:
         """The last change may be in the log without being applied."""
         self._unstable_since: dict[NodeId, float] = {}
         self._tickets = TicketKeeper()
+        self._said = ""
 
     # --- the epoch ---------------------------------------------------------------------------------------------------
 
@@ -260,7 +261,15 @@ class Leading:
                 for command in self._tickets.due(self._around.clock.boottime_s(), m.read_tickets(self._store)):
                     await self._propose_own(command)
             except errors.Error as error:
-                _logger.info("looking after members: %s", error.message, extra={"event": "look_after"})
+                self._say_once(error.message)
+            else:
+                self._said = ""
+
+    def _say_once(self, why: str) -> None:
+        """Log why members cannot be looked after, once for as long as it stays the same."""
+        if why != self._said:
+            self._said = why
+            _logger.warning("looking after members: %s", why, extra={"event": "look_after"})
 
     def _measure_lag(self) -> None:
         """Say how many entries each living node lacks; a dead one keeps the last figure, and is named by `alive`."""

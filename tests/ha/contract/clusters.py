@@ -252,7 +252,7 @@ class RaftCluster(Cluster):
     """The embedded backend on the in-memory network."""
 
     kind = "raft"
-    settings: ClassVar[dict] = {"heartbeat_s": 0.05, "lease_s": 0.25, "election_s_min": 0.5, "election_s_max": 1.0}
+    settings: ClassVar[dict] = {"heartbeat_s": 0.1, "lease_s": 0.4, "election_s_min": 0.8, "election_s_max": 1.6}
 
     def __init__(self, path: Path, **more) -> None:
         super().__init__(path, **more)
@@ -268,12 +268,12 @@ class RaftCluster(Cluster):
             found(directory, bootstrap(count))
         await asyncio.gather(*(self.start_node(f"n{number}", number + 1) for number in range(count)))
 
-    async def start_node(self, name: str, number: int) -> Node:
+    async def start_node(self, name: str, number: int, *, trusted: bool = True) -> Node:
         endpoint = self.network.endpoint(Identity(node_id=node_id(number), name=name, cluster_id=CLUSTER))
         self.book[NodeId(node_id(number))] = {
             port: await endpoint.listen(port, "tcp://127.0.0.1:0") for port in ("peer", "bulk")
         }
-        node = self.make(name, number, BookWire(endpoint, self.book), trusted=True)
+        node = self.make(name, number, BookWire(endpoint, self.book), trusted=trusted)
         node.endpoint = endpoint
         await self.run(node)
         return node

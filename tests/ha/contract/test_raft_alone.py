@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
+import time
 
 import pytest
 
@@ -414,5 +416,92 @@ def test_a_broken_chain_of_epochs_stops_the_start(on):
             assert transaction.delete("epochs", (1).to_bytes(8, "big"))
         with pytest.raises(errors.CorruptionError, match="chain of epochs"):
             await cluster.start_node(follower.name, number)
+
+    on(scenario)
+
+
+def test_an_epoch_ends_with_its_term(on):
+    """H06, B06: elected again in a later term, a leader has no epoch before it has fenced anew."""
+
+    async def scenario(cluster):
+        leader = await cluster.leader()
+        epoch, term = leader.protocol.epoch, leader.protocol.observed.term
+        seen = []
+
+        async def watch():
+            async for observed in leader.protocol.observe():
+                if observed.role is Role.LEADER and observed.term > term:
+                    seen.append(leader.protocol.epoch)
+                    return
+
+        watching = asyncio.ensure_future(watch())
+        await leader.protocol.resign("test")
+        await asyncio.wait_for(watching, 60)
+        assert seen == [0]
+        await until(lambda: leader.protocol.epoch == epoch + 1)
+
+    on(scenario, count=1)
+
+
+def test_a_state_that_is_older_than_the_log_stops_the_start(on, monkeypatch):
+    """F14: a node whose agreed state was put back to before what its log keeps does not start, and says so."""
+    from tests.ha.contract.clusters import RaftCluster
+
+    monkeypatch.setattr(RaftCluster, "settings", {**RaftCluster.settings, "entries_kept": 5})
+
+    async def scenario(cluster):
+        leader = await cluster.leader()
+        for number in range(40):
+            await leader.protocol.propose(set_to(b"%d" % number))
+        await until(lambda: leader.protocol._log.group("journal").floor.index > 20)
+        await cluster.stop_node(leader.name)
+        shutil.rmtree(cluster.path / leader.name / "meta")
+        with pytest.raises(errors.CorruptionError, match="behind"):
+            await cluster.start_node(leader.name, leader.number)
+
+    on(scenario, count=1)
+
+
+def test_an_unstable_node_stays_so_for_its_grace(on, monkeypatch):
+    """H19: with a grace a joiner that has caught up at once counts only after that time."""
+    from tests.ha.contract.clusters import RaftCluster
+
+    monkeypatch.setattr(RaftCluster, "settings", {**RaftCluster.settings, "unstable_grace_s": 1.5})
+
+    async def scenario(cluster):
+        leader = await cluster.leader()
+        await leader.protocol.add_node("n3", node_id(9), address(9))
+        began = time.monotonic()
+        joined = await cluster.start_node("n3", 9)
+        await until(lambda: joined.machine.applied_index >= leader.machine.applied_index)
+        await until(lambda: leader.member("n3").stable)
+        assert time.monotonic() - began >= 1.4
+
+    on(scenario)
+
+
+def test_a_node_of_doubtful_memory_regains_its_vote(on):
+    """F14: a node whose directory may be behind what it promised follows without a vote until it has caught up with a
+    leader that a majority without it confirms; or until it is told that its directory is right.
+    """
+
+    async def scenario(cluster):
+        leader = await cluster.leader()
+        follower = await cluster.follower()
+        await cluster.stop_node(follower.name)
+        back = await cluster.start_node(follower.name, follower.number, trusted=False)
+        assert not back.protocol.machine.trusted
+        await leader.protocol.propose(set_to(b"x"))
+        await until(lambda: back.protocol.machine.trusted)
+        for node in cluster.nodes.values():
+            if node is not back:
+                await cluster.stop_node(node.name)
+                break
+        numbers = {"n0": 1, "n1": 2, "n2": 3}
+        missing = next(name for name in numbers if name not in cluster.nodes)
+        again = await cluster.start_node(missing, numbers[missing], trusted=False)
+        assert again.protocol.trust(trusted=True)
+        await until(lambda: again.protocol.machine.trusted)
+        await again.protocol.propose(set_to(b"y"))
 
     on(scenario)
