@@ -76,9 +76,11 @@ class GatewayWriter:
         self._port = port
         self._members = members
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._all: set[asyncio.StreamWriter] = set()
 
     async def post(self, path: str, body: bytes) -> bytes:
         reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
+        self._all.add(writer)
         try:
             writer.write(
                 b"POST %s HTTP/1.1\r\nHost: etcd\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), len(body), body)
@@ -87,6 +89,7 @@ class GatewayWriter:
             start = head.index(b"Content-Length: ") + 16
             answer = await reader.readexactly(int(head[start : head.index(b"\r\n", start)]))
         except BaseException:
+            self._all.discard(writer)
             writer.transport.abort()
             raise
         self._idle.append((reader, writer))
@@ -107,8 +110,10 @@ class GatewayWriter:
         return int(json.loads(await self.post("/v3/maintenance/status", b"{}"))["raftAppliedIndex"])
 
     async def close(self) -> None:
-        while self._idle:
-            self._idle.pop()[1].transport.abort()
+        self._idle.clear()
+        for writer in self._all:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in self._all), return_exceptions=True)
 
 
 class EtcdCluster:

@@ -1,9 +1,9 @@
 """One node of the journal alone, as a process: a backend of coordination, registers, and a client port; no tablets.
 
 For what concerns the journal only: benchmarks against etcd and histories of registers on real processes. Started as
-``python -m tests.journal_node SPECIFICATION``, JSON with ``directory``, ``number`` (from 0), ``ports`` (first of three for
-each node), ``backend`` and ``settings``. Says ``{"event": "ready"}`` on stdout when it knows a leader. SIGTERM: hands the
-leadership over, stops.
+``python -m tests.journal_node SPECIFICATION``, JSON with ``directory``, ``number`` (from 0), ``ports`` (the first of
+three for each node), ``backend`` and ``settings``. Says ``{"event": "ready"}`` on stdout when it knows a leader.
+SIGTERM: hands the leadership over and stops.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def address(port: int) -> str:
 
 
 def bootstrap(ports: list[int]) -> Command:
-    """The first entry: the same on every node."""
+    """Return the first entry, the same on every node."""
     members = tuple(
         m.Member(f"node-{number + 1}", address(port), number, node_id=node_id(number))
         for number, port in enumerate(ports)
@@ -57,89 +57,112 @@ def bootstrap(ports: list[int]) -> Command:
     return Command(m.BOOTSTRAP, msgspec.msgpack.encode(m.Bootstrap(m.Cluster(CLUSTER, "journal"), members)))
 
 
-async def run(specification: dict[str, Any]) -> None:
-    directory, number = Path(specification["directory"]), specification["number"]
-    ports: list[int] = specification["ports"]
-    fresh = not directory.exists()
-    directory.mkdir(mode=0o700, exist_ok=True)
-    if fresh and specification["backend"] == "raft":
-        from srengine.ha.backends.raft import found
+def prepare(specification: dict[str, Any]) -> Path:
+    """Return the node's directory; a first node's is founded."""
+    directory = Path(specification["directory"])
+    if not directory.exists():
+        directory.mkdir(mode=0o700)
+        if specification["backend"] == "raft":
+            from srengine.ha.backends.raft import found
 
-        found(directory, bootstrap(ports))
-    name = f"node-{number + 1}"
-    book = {node_id(other): {"peer": address(port + 1), "bulk": address(port + 2)} for other, port in enumerate(ports)}
-    endpoint = Endpoint(Identity(node_id=node_id(number), name=name, cluster_id=CLUSTER))
-    store = MetadataStore(directory / "meta")
-    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    tasks: set[asyncio.Task[Any]] = set()
+            found(directory, bootstrap(specification["ports"]))
+    return directory
 
-    def spawn(work: Any, what: str) -> asyncio.Task[Any]:
+
+class JournalNode:
+    """One process's node."""
+
+    def __init__(self, specification: dict[str, Any], directory: Path) -> None:
+        self.number: int = specification["number"]
+        self.ports: list[int] = specification["ports"]
+        name = f"node-{self.number + 1}"
+        own = node_id(self.number)
+        self.endpoint = Endpoint(Identity(node_id=own, name=name, cluster_id=CLUSTER))
+        self.store = MetadataStore(directory / "meta")
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.known = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        book = {
+            node_id(other): {"peer": address(port + 1), "bulk": address(port + 2)}
+            for other, port in enumerate(self.ports)
+        }
+        self.protocol = find_backend(specification["backend"])(
+            Surroundings(
+                name=name,
+                node_id=own,
+                address=address(self.ports[self.number]),
+                data_dir=directory,
+                machine=MetadataMachine(self.store, [MembersApplier(), EpochsApplier(), RegistersApplier()]),
+                wire=BookWire(self.endpoint, book),
+                clock=SystemClock(),
+                spawn=self._spawn,
+                alarm=lambda event, text: logging.getLogger("alarm").warning("%s: %s", event, text),
+                metrics=Metrics(),
+                options=HAOptions(settings=specification["settings"]),
+                trusted=True,
+            )
+        )
+
+    def _spawn(self, work: Any, what: str) -> asyncio.Task[Any]:
         task = asyncio.create_task(work, name=what)
-        tasks.add(task)
-        task.add_done_callback(ended)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
         return task
 
-    def ended(task: asyncio.Task[Any]) -> None:
-        tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None and not failed.done():
-            failed.set_exception(task.exception())
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and not self.failed.done():
+            self.failed.set_exception(task.exception())
 
-    protocol = find_backend(specification["backend"])(
-        Surroundings(
-            name=name,
-            node_id=node_id(number),
-            address=address(ports[number]),
-            data_dir=directory,
-            machine=MetadataMachine(store, [MembersApplier(), EpochsApplier(), RegistersApplier()]),
-            wire=BookWire(endpoint, book),
-            clock=SystemClock(),
-            spawn=spawn,
-            alarm=lambda event, text: logging.getLogger("alarm").warning("%s: %s", event, text),
-            metrics=Metrics(),
-            options=HAOptions(settings=specification["settings"]),
-            trusted=True,
-        )
-    )
-    service = RegisterService(protocol, store)
-    for kind, handler in ((PutRegister, service.put), (GetRegister, service.get), (GetJournal, service.journal)):
+    async def start(self) -> None:
+        service = RegisterService(self.protocol, self.store)
+        for kind, handler in ((PutRegister, service.put), (GetRegister, service.get), (GetJournal, service.journal)):
 
-        async def answer(_: Any, message: Any, __: Any, handler: Any = handler) -> Reply:
-            return Reply(await handler(message))
+            async def answer(_: Any, message: Any, __: Any, handler: Any = handler) -> Reply:
+                return Reply(await handler(message))
 
-        endpoint.serve(kind, answer, ports=("client",))
-    for port, kind in enumerate(("client", "peer", "bulk")):
-        await endpoint.listen(kind, address(ports[number] + port))
-    await protocol.start()
-    known = asyncio.Event()
+            self.endpoint.serve(kind, answer, ports=("client",))
+        for port, kind in enumerate(("client", "peer", "bulk")):
+            await self.endpoint.listen(kind, address(self.ports[self.number] + port))
+        await self.protocol.start()
+        self._spawn(self._follow(), "follow")
 
-    async def follow() -> None:
+    async def _follow(self) -> None:
         with contextlib.suppress(errors.Closed):
-            async for observed in protocol.observe():
+            async for observed in self.protocol.observe():
                 if observed.leader is not None:
-                    known.set()
-                if observed.role is Role.LEADER and not await protocol.fencing():
-                    await protocol.resign("fencing failed")
+                    self.known.set()
+                if observed.role is Role.LEADER and not await self.protocol.fencing():
+                    await self.protocol.resign("fencing failed")
 
-    spawn(follow(), "follow")
+    async def stop(self) -> None:
+        if self.protocol.epoch:
+            with contextlib.suppress(errors.Error):
+                await self.protocol.transfer_leader(timeout_s=TRANSFER_S)
+        await self.protocol.stop()
+        for task in list(self._tasks):
+            task.cancel()
+        await self.endpoint.close()
+        self.store.close()
+
+
+async def run(specification: dict[str, Any], directory: Path) -> None:
+    node = JournalNode(specification, directory)
+    await node.start()
     asked = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
-    await known.wait()
-    print('{"event": "ready"}', flush=True)
+    await node.known.wait()
+    sys.stdout.write('{"event": "ready"}\n')
+    sys.stdout.flush()
     stopping = asyncio.create_task(asked.wait())
-    await asyncio.wait({stopping, failed}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({stopping, node.failed}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    if failed.done():
-        failed.result()
-    if protocol.epoch:
-        with contextlib.suppress(errors.Error):
-            await protocol.transfer_leader(timeout_s=TRANSFER_S)
-    await protocol.stop()
-    for task in list(tasks):
-        task.cancel()
-    await endpoint.close()
-    store.close()
+    if node.failed.done():
+        node.failed.result()
+    await node.stop()
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(run(json.loads(sys.argv[1])))
+    given = json.loads(sys.argv[1])
+    asyncio.run(run(given, prepare(given)))

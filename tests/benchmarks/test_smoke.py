@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,9 +43,52 @@ TARGETED = (
 )
 
 
+COORDINATION = (
+    "journal: one sequential write, median / etcd",
+    "journal: one sequential write, p99 / etcd",
+    "journal: writes a second, 32 clients / etcd",
+    "journal: leader discovery, p99 / 100 ms",
+    "journal: outage by SIGKILL of the leader / etcd",
+    "journal: outage by SIGTERM of the leader / allowed",
+    "journal: 200 missed entries caught up / the rate of writing them",
+)
+
+
 @pytest.mark.processes
 def test_every_benchmark_yields_a_ratio(tmp_path: Path) -> None:
     """Every row that has a target yields a ratio and both values, with sizes that take seconds."""
+    rows = run(tmp_path, "not bench_coordination", TARGETED)
+    bytes_row = rows["rejoin after 1 % changed: bytes / (records + 24 B each)"]
+    assert bytes_row["ratio"] <= 1.1, bytes_row
+
+
+@pytest.mark.processes
+@pytest.mark.requires_tool("etcd")
+def test_the_journal_is_compared_with_etcd(tmp_path: Path) -> None:
+    """So does every row of coordination, against a real etcd."""
+    run(tmp_path, "bench_coordination", COORDINATION)
+
+
+@pytest.mark.processes
+def test_without_etcd_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
+    """Without an etcd on the machine the rows of coordination are skipped with a notice; the run succeeds."""
+    environment = {**os.environ, "SRENGINE_BENCH_SIZE": "tiny", "SRENGINE_BENCH_DIRECTORY": str(tmp_path)}
+    environment["PATH"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-c", "benchmarks/pytest.ini", "-rs", "benchmarks/bench_coordination.py"],
+        cwd=ROOT,
+        env=environment,
+        check=False,
+        timeout=TIMEOUT_S,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "there is no etcd on this machine" in done.stdout
+
+
+def run(tmp_path: Path, pattern: str, targeted: Sequence[str]) -> dict[str, Any]:
+    """Run the benchmarks that match; return the rows, each proved to say something."""
     result = tmp_path / "table.json"
     environment = {
         **os.environ,
@@ -52,7 +97,7 @@ def test_every_benchmark_yields_a_ratio(tmp_path: Path) -> None:
         "SRENGINE_BENCH_JSON": str(result),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks"],
+        [sys.executable, "-m", "benchmarks", "-k", pattern],
         cwd=ROOT,
         env=environment,
         check=False,
@@ -63,10 +108,9 @@ def test_every_benchmark_yields_a_ratio(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     rows = {row["name"]: row for row in json.loads(result.read_text(encoding="utf-8"))}
-    missing = [name for name in TARGETED if name not in rows]
+    missing = [name for name in targeted if name not in rows]
     assert not missing, (missing, sorted(rows))
     for name, row in rows.items():
         assert row["ratio"] is not None and row["ratio"] > 0, (name, row)
         assert row["ours"] and row["reference"], (name, row)
-    bytes_row = rows["rejoin after 1 % changed: bytes / (records + 24 B each)"]
-    assert bytes_row["ratio"] <= 1.1, bytes_row
+    return rows

@@ -12,14 +12,16 @@ Observed are:
 LEADER      the key is bound to the lease that this node believes in (`EtcdSession.lease`)
 FOLLOWER    another node holds the key, and etcd has answered lately
 OBSERVER    the same, on a member that is an observer
-UNKNOWN     nobody holds it, or this node's own former lease does, or etcd has not answered for `CONTACT_S`
-INIT        etcd has not answered yet
+UNKNOWN     nobody holds it, or this node's own former lease does, or etcd has not answered for `CONTACT_S`; or a node
+            does that is no member as far as this node has applied
+INIT        etcd has not answered yet, or nothing is applied yet
 ==========  =====================================================================================================
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -47,6 +49,7 @@ class EtcdElection:
     """`look_out` and `stand` in tasks; call `changed` whenever something may have changed.
 
     ``member``: this node as the agreed state has it, None when it is none (yet); ``removed``: it was one.
+    ``knows``: whether a node id is a member's.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class EtcdElection:
         applied: Callable[[], int],
         member: Callable[[], Member | None],
         removed: Callable[[], bool],
+        knows: Callable[[str], bool],
         moved: Callable[[Observed], None],
     ) -> None:
         self._client = place.client
@@ -70,6 +74,7 @@ class EtcdElection:
         self._applied = applied
         self._member = member
         self._removed = removed
+        self._knows = knows
         self._moved = moved
         self._observed = Observed(Role.INIT, None, 0, "etcd was not heard yet")
         self._listeners: list[_Listener] = []
@@ -143,6 +148,10 @@ class EtcdElection:
             if lease and election.lease == lease:
                 return Observed(Role.LEADER, self._name, term, "this node holds the election")
             return Observed(Role.UNKNOWN, None, term, "this node's former lease holds the election")
+        if not self._knows(candidacy.node_id):
+            # This node has applied too little to say where the leader is.
+            role = Role.INIT if self._observed.role is Role.INIT else Role.UNKNOWN
+            return Observed(role, None, term, f"{candidacy.name} holds the election and is not known here yet")
         member = self._member()
         role = Role.OBSERVER if member is not None and member.role == "observer" else Role.FOLLOWER
         return Observed(role, candidacy.name, term, f"{candidacy.name} holds the election")
@@ -180,6 +189,24 @@ class EtcdElection:
         """Return how long nothing can change unless something is heard."""
         now = self._clock.boottime_s()
         return min([IDLE_S, *(moment - now for moment in moments if moment > now)])
+
+    @contextlib.asynccontextmanager
+    async def within(self, timeout_s: float, what: str) -> AsyncIterator[None]:
+        """Turn the end of the time into what `too_late` says."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError:
+            raise self.too_late(what, timeout_s, None) from None
+
+    def too_late(self, what: str, timeout_s: float, last: errors.Error | None) -> errors.Error:
+        """Return what the end of the time means: nobody leads, or it took too long (then it may have happened)."""
+        observed = self.observed
+        known = last is None or not isinstance(last, errors.TimedOut | errors.Unreachable)
+        if observed.role in {Role.UNKNOWN, Role.INIT} and known:
+            return errors.UnknownMaster(f"not within {timeout_s:.1f} s: {what}; {observed.reason}")
+        reason = "" if last is None else f"; last: {last.message}"
+        return errors.TimedOut(f"not within {timeout_s:.1f} s: {what}{reason}")
 
     # --- the campaign ------------------------------------------------------------------------------------------------
 

@@ -19,9 +19,14 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
-import h11
-
 from srengine import errors
+
+try:
+    import h11
+except ImportError as error:
+    raise errors.UnsupportedFeature(
+        "the backend etcd needs the package h11: pip install 'srengine[etcd]'", package="h11"
+    ) from error
 
 HEAD_BYTES_MAX: Final = 64 * 1024
 """Status line and headers of an answer."""

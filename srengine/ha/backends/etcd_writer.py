@@ -142,6 +142,10 @@ class EtcdWriter:
             await self._journal.append(
                 self._head, self.term, [waiting.data for waiting in batch], deadline=self._deadline
             )
+        except asyncio.CancelledError:
+            for expected in outcomes:
+                expected.cancel()
+            raise
         except errors.Error as error:
             for expected in outcomes:
                 expected.cancel()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from srengine.ha.backends.etcd import found_cluster
 from srengine.ha.backends.etcd_client import EtcdOptions
+from srengine.ha.backends.etcd_settings import found_cluster
 from srengine.ha.members import Bootstrap
 from srengine.transport import Identity
 from srengine.transport.memory import Network

@@ -13,8 +13,9 @@ import msgspec
 
 from srengine import errors
 from srengine.ha.backends import HAOptions, Surroundings
-from srengine.ha.backends.etcd import EtcdBackend, found_cluster
+from srengine.ha.backends.etcd import EtcdBackend
 from srengine.ha.backends.etcd_client import EtcdOptions
+from srengine.ha.backends.etcd_settings import found_cluster
 from srengine.ha.epochs import EpochsApplier
 from srengine.ha.fencing import FencingOptions
 from srengine.ha.members import Bootstrap, Cluster, Member, MembersApplier
@@ -149,10 +150,10 @@ class Node:
 
     async def crash(self) -> None:
         """Stop without a word to anybody: the lease stays until it ends."""
-        for task in [*self._tasks, *self.backend._tasks]:
+        for task in [*self._tasks]:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self.backend._tasks, return_exceptions=True)
-        self.backend._end_leadership("crash")
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.backend._leading.end_leadership("crash")
         self.backend._client.close()
         self.wire.cut = True
         await self._end()

@@ -10,9 +10,9 @@ import pytest
 
 from srengine import errors
 from srengine.ha.backends import etcd_client as ec
-from srengine.ha.backends.etcd import EtcdSettings
 from srengine.ha.backends.etcd_client import EtcdClient, EtcdOptions
 from srengine.ha.backends.etcd_keys import FloorRecord, encode, number
+from srengine.ha.backends.etcd_settings import EtcdSettings
 from srengine.ha.epochs import read_epoch
 from srengine.ha.protocol import Role
 from srengine.ha.registers import put_register
@@ -93,7 +93,7 @@ def test_a_leader_that_slept_does_nothing(one_etcd: Etcd, tmp_path: Path) -> Non
         async with cluster(tmp_path, one_etcd.urls) as nodes:
             leader = await nodes.leader()
             await leader.put("a", b"1")
-            writer = leader.backend._writer
+            writer = leader.backend._leading.writer()
             assert writer is not None
             queued = asyncio.create_task(writer.write(put_register("a", b"queued")))
             leader.clock.ahead_s += 30
@@ -116,7 +116,7 @@ def test_what_a_former_leader_sends_is_void(one_etcd: Etcd, tmp_path: Path) -> N
     async def run() -> None:
         async with cluster(tmp_path, one_etcd.urls) as nodes:
             leader = await nodes.leader()
-            writer = leader.backend._writer
+            writer = leader.backend._leading.writer()
             assert writer is not None
             old_epoch = leader.backend.epoch
             # Its clock stands still, and it hears nothing: as if it had just been about to send.
@@ -163,6 +163,36 @@ def test_cut_off_from_etcd_nobody_acts(tmp_path: Path) -> None:
             assert after.backend.epoch >= 2
             await after.put("a", b"3")
             assert await after.get("a") == b"3"
+
+    (tmp_path / "nodes").mkdir()
+    with Etcd(tmp_path / "etcd") as etcd:
+        asyncio.run(run(etcd))
+
+
+def test_queued_commands_end_with_the_lease(tmp_path: Path) -> None:
+    """H06: etcd hangs, a command is on its way and another one waits; the node sleeps beyond its lease: at once the
+    first is unknown (TimedOut) and the second certainly not done (StaleEpoch), without a word of etcd.
+    """
+
+    async def run(etcd: Etcd) -> None:
+        async with cluster(tmp_path / "nodes", etcd.urls, (1,), lease_s=60) as nodes:
+            leader = await nodes.leader()
+            writer = leader.backend._leading.writer()
+            assert writer is not None
+            etcd.servers[0].pause()
+            try:
+                first = asyncio.create_task(writer.write(put_register("a", b"1")))
+                await until(lambda: writer._sending, "the first on its way")
+                second = asyncio.create_task(writer.write(put_register("a", b"2")))
+                await until(lambda: writer._queue, "the second waiting")
+                leader.clock.ahead_s += 120
+                assert leader.backend.epoch == 0
+                with pytest.raises(errors.StaleEpoch):
+                    await asyncio.wait_for(second, 1)
+                with pytest.raises(errors.TimedOut):
+                    await asyncio.wait_for(first, 1)
+            finally:
+                etcd.servers[0].go_on()
 
     (tmp_path / "nodes").mkdir()
     with Etcd(tmp_path / "etcd") as etcd:
@@ -292,7 +322,9 @@ def test_members_join_and_leave(one_etcd: Etcd, tmp_path: Path) -> None:
                 await leader.backend.remove_unstable_node("n4")
             await nodes.start(4)
             await until(lambda: nodes.nodes[4].backend.observed.role is Role.FOLLOWER, "the joiner follows")
-            await until(lambda: any(m.name == "n4" and m.stable for m in other.backend._members), "stable by itself")
+            await until(
+                lambda: any(m.name == "n4" and m.stable for m in other.backend._roster.members), "stable by itself"
+            )
             await leader.backend.add_unstable_node("n4")
             assert "n4" not in await leader.backend.get_electable_nodes()
             await other.backend.remove_unstable_node("n4")
@@ -376,7 +408,7 @@ def test_a_fence_whose_answer_was_lost_is_ours(one_etcd: Etcd, tmp_path: Path) -
     async def run() -> None:
         async with cluster(tmp_path, one_etcd.urls, (1,)) as nodes:
             node = await nodes.leader()
-            node.backend._end_leadership("test")
+            node.backend._leading.end_leadership("test")
             assert node.backend.epoch == 0
             assert await node.backend.fencing()
             assert node.backend.epoch == 1
@@ -416,7 +448,9 @@ def test_the_journal_is_trimmed_behind_two_copies(one_etcd: Etcd, tmp_path: Path
 
 
 @pytest.mark.parametrize("damage", ["record", "file", "gone"])
-def test_a_copy_that_is_not_the_one_etcd_knows_is_refused(one_etcd: Etcd, tmp_path: Path, damage: str) -> None:
+def test_a_copy_that_is_not_the_one_etcd_knows_is_refused(
+    one_etcd: Etcd, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     """P7, B22: a copy whose digest is not the one in etcd, a damaged one and one that is gone are not used: the other
     holder is asked, and the state is equal in the end.
     """
@@ -450,9 +484,10 @@ def test_a_copy_that_is_not_the_one_etcd_knows_is_refused(one_etcd: Etcd, tmp_pa
                 path.unlink()
             await until(lambda: len({record.digest for record, _ in mirror.copies()}) == 1 + (damage == "record"), "it")
             floor = FloorRecord(mirror.head, mirror.head, bytes(16), ())
-            assert await leader.backend._journal.trim(leader.backend._writer.term, floor, [], timeout_s=5)
+            assert await leader.backend._journal.trim(leader.backend._leading.writer().term, floor, [], timeout_s=5)
             back = await nodes.start(number_)
             await until(lambda: back.backend.applied_index >= floor.index, "caught up")
+            assert f"no copy of the state from {holders[0].name}" in caplog.text
             assert back.metrics.value("srengine_ha_etcd_states_fetched_total") == 1
             assert await back.get("r4") == b"x"
             assert len(same_state(nodes)) == 1
@@ -473,7 +508,7 @@ def test_without_a_copy_a_node_waits(one_etcd: Etcd, tmp_path: Path) -> None:
             await leader.put("a", b"1")
             mirror = leader.backend._mirror
             floor = FloorRecord(mirror.head, mirror.head, bytes(16), ())
-            assert await leader.backend._journal.trim(leader.backend._writer.term, floor, [], timeout_s=5)
+            assert await leader.backend._journal.trim(leader.backend._leading.writer().term, floor, [], timeout_s=5)
             back = await nodes.start(number_)
             before = back.backend.applied_index
             await until(lambda: back.backend._mirror.restarts >= 2, "it has tried")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +14,22 @@ from srengine import errors
 from srengine.ha.backends import etcd_client as ec
 from srengine.ha.backends.etcd_client import EtcdClient, EtcdOptions
 from srengine.ha.backends.etcd_journal import PART_BYTES, BelowFloor, EtcdEntry, EtcdJournal
-from srengine.ha.backends.etcd_keys import FloorRecord, Keys, decode_entry, encode_entry, number, read_number
+from srengine.ha.backends.etcd_keys import (
+    Candidacy,
+    ClusterRecord,
+    CopyRecord,
+    FloorRecord,
+    JournalRecord,
+    Keys,
+    SessionRecord,
+    decode,
+    decode_entry,
+    encode,
+    encode_entry,
+    entry_digest,
+    number,
+    read_number,
+)
 from tests.ha.etcd.parts import Cluster, Follower, founded, running, until
 
 pytestmark = pytest.mark.requires_tool("etcd")
@@ -335,6 +352,52 @@ def test_of_sixteen_leaders_one_takes_the_epoch(options: EtcdOptions) -> None:
             assert [entry.data for entry in await cluster.read(2)] == [found.value]
 
     asyncio.run(run())
+
+
+def test_the_bytes_in_etcd_stay_the_same() -> None:
+    """What lies in somebody's etcd is read by every later version: keys and values of format 1, byte for byte."""
+    keys = Keys("0123456789abcdef" * 2)
+    base = b"srengine/0123456789abcdef0123456789abcdef/"
+    assert keys.journal(7) == base + b"journal/00000000000000000007"
+    assert keys.part(7, 1) == b"srengine-parts/" + base[9:] + b"00000000000000000007/00000000000000000001"
+    assert keys.epoch(3) == base + b"epochs/00000000000000000003"
+    assert keys.session("aa") == base + b"sessions/aa"
+    assert keys.state("aa") == base + b"state/aa"
+    assert Keys.name("prod") == b"srengine-names/prod"
+    named = (keys.cluster, keys.election, keys.head, keys.floor)
+    assert named == tuple(base + name for name in (b"cluster", b"election", b"head", b"floor"))
+    assert all(base <= key < keys.base_end for key in (*named, keys.journal(7), keys.state("aa")))
+    assert not base <= keys.part(7, 1) < keys.base_end
+    entry = JournalRecord(7, 5, 0, entry_digest(7, 5, b"data"), b"data")
+    stored = bytes.fromhex("95070500c410ENTRYc40464617461".replace("ENTRY", entry.digest.hex()))
+    assert encode_entry(entry) == stored
+    assert decode_entry(stored) == entry
+    assert entry.digest.hex() == "f8000ebe426da888eedebb7ddc27122f"
+    for record, stored in (
+        (ClusterRecord("c", "prod"), b'{"cluster_id":"c","name":"prod","format":1}'),
+        (Candidacy("a", "n1"), b'{"node_id":"a","name":"n1"}'),
+        (SessionRecord("a", "n1", 9), b'{"node_id":"a","name":"n1","applied":9}'),
+        (CopyRecord("a", "n1", 9, b"\x00\xff"), b'{"node_id":"a","name":"n1","index":9,"digest":"AP8="}'),
+        (FloorRecord(5, 9, b"\x00", ("a",)), b'{"index":5,"digest_index":9,"digest":"AA==","holders":["a"]}'),
+    ):
+        assert encode(record) == stored
+        assert decode(stored, type(record)) == record
+        with pytest.raises(errors.CorruptionError):
+            decode(stored[:-1], type(record))
+
+
+def test_without_h11_the_backend_says_what_it_needs() -> None:
+    """The extra is missing: asking for the backend names the package, and nothing else of srengine minds."""
+    code = (
+        "import sys; sys.modules['h11'] = None\n"
+        "from srengine import errors\n"
+        "from srengine.ha.backends import find_backend, names\n"
+        "assert 'etcd' in names()\n"
+        "try: find_backend('etcd')\n"
+        "except errors.UnsupportedFeature as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "srengine[etcd]" in done.stdout
 
 
 def test_keys_and_values_that_are_none_of_ours() -> None:
