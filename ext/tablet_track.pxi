@@ -208,6 +208,19 @@ cdef extern from * nogil:
     int sr_leaf_find(const uint8_t *page, size_t page_bytes, int count, const MDB_val *key)
 
 
+cdef MDB_cursor *scout_open(MDB_txn *txn, MDB_dbi database, const MDB_val *key) noexcept nogil:
+    """Return a second cursor for a walk that begins at ``key``, or NULL: see `scout_leaf`."""
+    cdef MDB_cursor *scout = NULL
+    cdef MDB_val name = key[0]
+    if mdb_cursor_open(txn, database, &scout) != 0:
+        return NULL
+    if mdb_cursor_get(scout, &name, NULL, MDB_SET_KEY) != 0:
+        mdb_cursor_close(scout)
+        return NULL
+    sr_prefetch_page(key.mv_data)
+    return scout
+
+
 cdef inline bint scout_leaf(MDB_cursor *scout, MDB_val *key, size_t page_bytes, bint backward) noexcept nogil:
     """Move a second cursor from the leaf of ``key`` to the next one and ask for all of that leaf; False: the end.
 

@@ -139,7 +139,7 @@ class Coordination:
         body = node.settling.first_entry()
         if node.options.ha != "etcd" or not body:
             return
-        from srengine.ha.backends.etcd import EtcdSettings, found_cluster
+        from srengine.ha.backends.etcd_settings import EtcdSettings, found_cluster
 
         settings = EtcdSettings.read(settings_of(node))
         cluster_id = await found_cluster(settings.etcd, msgspec.msgpack.decode(body, type=Bootstrap))
