@@ -90,6 +90,8 @@ INBOX_BYTES_MAX: Final = 64 * limits.MIB
 APPLY_ENTRIES_MAX: Final = 1024
 """Entries handed to the state machine at a time."""
 APPLY_BYTES_MAX: Final = 16 * limits.MIB
+STOP_S: Final = 10.0
+"""How long a stop waits for the disk."""
 RETRY_S: Final = 0.5
 """Pause before a write that met a full disk is tried again, and before a state is fetched again."""
 
@@ -741,7 +743,8 @@ class Driver:
     async def stop(self) -> None:
         """Stop taking part: whoever waits gets `Closed`, what is being written is finished. Idempotent.
 
-        The log may be closed afterwards. Hand leadership over before (`transfer`) where that matters.
+        The log may be closed afterwards. Hand leadership over before (`transfer`) where that matters. `TimedOut` when
+        the disk does not answer in `STOP_S`: closing the log would wait for it.
         """
         if self._stopped:
             return
@@ -759,8 +762,11 @@ class Driver:
             await asyncio.wait(self._tasks)
         for worker in (self._log_worker, self._apply_worker):
             worker.stop()
-            while not await self._loop.run_in_executor(None, worker.join, 1.0):
-                _logger.warning("a thread still waits for the disk")
+        for worker in (self._log_worker, self._apply_worker):
+            if not await self._loop.run_in_executor(None, worker.join, STOP_S):
+                raise errors.TimedOut(
+                    f"the disk has not answered in {STOP_S:.3g} s; what was being written may be lost"
+                )
 
 
 def prepare(log: NodeLog, name: str, state: StateMachine) -> GroupLog:
