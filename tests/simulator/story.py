@@ -126,6 +126,8 @@ class Story:
         wanted = [f"{what} in {group}" for group in world.groups for what in ("leader", "new write", "equal state")]
         self.progress.healed(began, wanted)
         while not self.progress.done:
+            # What a client still tried may be acknowledged meanwhile: "equal" is of one moment, for all groups.
+            self.progress.healed(began, wanted)
             schedule.run_until(schedule.now_s + 0.1)
             for group in world.groups:
                 self._look(group)
@@ -147,7 +149,7 @@ class Story:
             self._probes[group] = client.call(group, "probe", Kind.WRITE)
         elif probe.returned is not None:
             self.progress.reached(f"new write in {group}", now)
-            if self._equal(group, leader, probe.index):
+            if self._equal(group, leader, max(probe.index, self.world.judges.acknowledged.newest(group))):
                 self.progress.reached(f"equal state in {group}", now)
         elif now > probe.asked_s + 3:
             del self._probes[group]  # its client's patience is over
