@@ -92,6 +92,7 @@ bench: $(VENV)/.bench
 
 crash: $(VENV)/.kernels
 	$(BIN)/python -m tests.crash --images 600 $(ARGS)
+	$(BIN)/python -m tests.crash --images 300 --kind log $(ARGS)
 
 fuzz: $(VENV)/.kernels
 	SRENGINE_HYPOTHESIS=fuzz $(BIN)/python -m pytest tests -m fuzz -o faulthandler_timeout=0 $(ARGS)

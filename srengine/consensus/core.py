@@ -106,8 +106,8 @@ class Core:
         """Number of the last question; random at first, so that an answer to an earlier start fits none of this one."""
         if not trusted:
             self.nonce = self._draw_nonce()
-        if heard_of_terms:
-            # Whoever heard a leader has persisted its term. So it may have promised, and does not know when.
+        if heard_of_terms or not trusted:
+            # It may have promised, and does not know when. Who never heard a leader has not: its term would be here.
             self.promise_until = now + timing.lease_s
         # Nobody is heard for a whole time-out only if nobody leads: the first campaign may be early (pre-vote).
         alone = self.configuration.voters == (node_id,)

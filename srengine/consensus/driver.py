@@ -90,10 +90,14 @@ INBOX_BYTES_MAX: Final = 64 * limits.MIB
 APPLY_ENTRIES_MAX: Final = 1024
 """Entries handed to the state machine at a time."""
 APPLY_BYTES_MAX: Final = 16 * limits.MIB
+STOP_S: Final = 10.0
+"""How long a stop waits for the disk."""
 RETRY_S: Final = 0.5
 """Pause before a write that met a full disk is tried again, and before a state is fetched again."""
 
 _NEVER: Final = float("inf")
+_GREETING: Final = Bundle(())
+"""Says nothing; whoever gets it knows that its sender can be reached."""
 
 
 @dataclass(slots=True, eq=False)
@@ -173,6 +177,8 @@ class Driver:
         self._outbox = Outbox()
         self._news_timer: asyncio.TimerHandle | None = None
         self._watched: dict[NodeId, PostChannel] = {}
+        self._greet: set[NodeId] = set()
+        """Nodes to be told that this one is here: they may be waiting out a back-off."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
         self._log_worker = Worker("srengine-log", self._loop)
@@ -202,6 +208,7 @@ class Driver:
         if log.floor.index:
             group.inbox.append(_trimmed(group))
         self._groups[name] = group
+        self._greet.update(set(log.configuration.nodes) - {self.node})
         self._wake(group)
 
     def watch_roles(self, name: str, watcher: Callable[[RoleChanged], None]) -> Callable[[], None]:
@@ -565,14 +572,17 @@ class Driver:
 
     def _send(self) -> None:
         for target, messages in self._outbox.take():
-            channel = self._peers.channel(target)
+            channel = self._channel(target)
             if channel is None:
                 self.metrics.add("srengine_consensus_messages_unroutable_total", len(messages))
                 continue
-            if self._watched.get(target) is not channel:
-                self._watch(target, channel)
+            self._greet.discard(target)
             for bundle in bundles(messages):
                 channel.post(bundle)
+        while self._greet:
+            channel = self._channel(self._greet.pop())
+            if channel is not None:
+                channel.post(_GREETING)
         if self._outbox.holds and self._news_timer is None:
             self._news_timer = self._loop.call_later(NEWS_S, self._send_news)
 
@@ -581,9 +591,12 @@ class Driver:
         self._outbox.release()
         self._send()
 
-    def _watch(self, node: NodeId, channel: PostChannel) -> None:
-        self._watched[node] = channel
-        channel.on_down = lambda _: self._hint(node)
+    def _channel(self, node: NodeId) -> PostChannel | None:
+        channel = self._peers.channel(node)
+        if channel is not None and self._watched.get(node) is not channel:
+            self._watched[node] = channel
+            channel.on_down = lambda _: self._hint(node)
+        return channel
 
     # --- applying ----------------------------------------------------------------------------------------------------
 
@@ -730,7 +743,8 @@ class Driver:
     async def stop(self) -> None:
         """Stop taking part: whoever waits gets `Closed`, what is being written is finished. Idempotent.
 
-        The log may be closed afterwards. Hand leadership over before (`transfer`) where that matters.
+        The log may be closed afterwards. Hand leadership over before (`transfer`) where that matters. `TimedOut` when
+        the disk does not answer in `STOP_S`: closing the log would wait for it.
         """
         if self._stopped:
             return
@@ -748,8 +762,11 @@ class Driver:
             await asyncio.wait(self._tasks)
         for worker in (self._log_worker, self._apply_worker):
             worker.stop()
-            while not await self._loop.run_in_executor(None, worker.join, 1.0):
-                _logger.warning("a thread still waits for the disk")
+        for worker in (self._log_worker, self._apply_worker):
+            if not await self._loop.run_in_executor(None, worker.join, STOP_S):
+                raise errors.TimedOut(
+                    f"the disk has not answered in {STOP_S:.3g} s; what was being written may be lost"
+                )
 
 
 def prepare(log: NodeLog, name: str, state: StateMachine) -> GroupLog:

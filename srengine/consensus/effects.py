@@ -17,6 +17,9 @@ The driver's duties, in this order, for every `Effects`, until `drain` has nothi
    its floor, then ``step(Installed(...))``, or ``step(InstallFailed(...))`` (after a pause: the leader offers it again
    at its next heartbeat). Nothing is handed to *apply* between the two.
 
+What depends on nothing that is to be persisted comes in an `Effects` of its own, before the one that persists: the
+messages of a leader do not wait for its next entries.
+
 Between a `drain` with something to persist and its ``Persisted`` the driver steps nothing into that group; it goes on
 to `tick` and `drain` it, so that a leader beats on, and gives up when its own disk hangs. What such a drain says may be
 sent at once: it depends on nothing that is being persisted.

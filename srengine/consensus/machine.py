@@ -67,6 +67,7 @@ is written for at least ``lease_s`` after its last heartbeat, unless it handed o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import assert_never
 
 from srengine.consensus import checks
@@ -236,18 +237,27 @@ class RaftMachine(Following):
         send = () if self._state_on_way else tuple(self._send)
         apply = self._take_apply()
         effects = Effects(
-            persist=self._take_persist(),
             send=send,
             apply=apply,
-            accepted=tuple(self._accepted),
             refused=tuple(self._refused),
             reads=tuple(self._reads),
             install=self._install,
             roles=tuple(self._roles),
         )
-        self._send, self._accepted, self._refused, self._reads, self._roles = [], [], [], [], []
+        self._send, self._refused, self._reads, self._roles = [], [], [], []
         self._install = None
-        return effects
+        if effects and self._is_free_of_persist():
+            return effects
+        accepted, self._accepted = tuple(self._accepted), []
+        return replace(effects, persist=self._take_persist(), accepted=accepted)
+
+    def _is_free_of_persist(self) -> bool:
+        """Whether what was just said depends on nothing that is still to be persisted, so that it need not wait.
+
+        A leader sends, applies and answers what is durable already; only its term may not be. Everybody else's answers
+        say that something is durable.
+        """
+        return isinstance(self.state, Leader) and self.hard_state == self._durable_state
 
     def _take_persist(self) -> Persist | None:
         if self.persisting_since is not None:

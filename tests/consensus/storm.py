@@ -372,6 +372,8 @@ class Storm(Group):
                 while self.nodes[name].installing is not None:
                     self.fetch_for(name)
             self.run(1.0, step=0.05)
+            if self.is_settled():
+                break
         newest = max((self[name] for name in NAMES), key=lambda machine: (machine.commit_index, machine.term))
         voters = newest.configuration.voters
         for machine in (newest, *(self[name] for name in newest.configuration.nodes)):
@@ -382,13 +384,21 @@ class Storm(Group):
             raise Violation(f"progress: {self.leaders} lead {voters} in calm weather")
         leader = self.leaders[0]
         self.propose(leader, b"after the storm")
-        self.run(2.0, step=0.05)
+        self.run(1.0, step=0.05)
         last = self[leader].last_index
         for name in self[leader].configuration.nodes:
             if self[name].commit_index != last:
                 raise Violation(f"progress: {name} stands at {self[name].commit_index}, not at {last}")
             if name in self[leader].configuration.voters and not self[name].trusted and len(voters) > 2:
                 raise Violation(f"progress: {name} has not regained its trust")
+
+    def is_settled(self) -> bool:
+        """Whether one node leads and all members stand where it stands."""
+        if len(self.leaders) != 1:
+            return False
+        leader = self[self.leaders[0]]
+        members = [self[name] for name in leader.configuration.nodes]
+        return all((one.commit_index, one.leader) == (leader.last_index, leader.node_id) for one in members)
 
     def fetch_for(self, name: str) -> None:
         node = self.nodes[name]

@@ -307,6 +307,33 @@ def test_a_proposal_that_is_not_decided_times_out(tmp_path):
     run(main())
 
 
+def test_a_node_that_starts_ends_the_back_off_of_the_others(tmp_path):
+    """F30: a node says that it is here as soon as it starts, so that nobody waits out a back-off to reach it."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            away = followers(c, leader)[0]
+            await leader.propose(b"p1")
+            await away.stop()
+            channel = leader.channels[away.id]
+            await until(lambda: not channel.connected and channel._attempt is None)
+            channel._not_before = asyncio.get_running_loop().time() + 1000
+            bundles = []
+            receive = leader.driver.receive
+            leader.endpoint._post_handlers["peer", Bundle] = lambda peer, bundle: (
+                bundles.append((peer.node_id, bundle)),
+                receive(peer, bundle),
+            )
+            await away.start()
+            await until(lambda: channel.connected)
+            first = next(bundle for node, bundle in bundles if node == away.id)
+            assert first == Bundle(()), "before it has anything to say"
+            await c.settled()
+
+    run(main())
+
+
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +413,26 @@ def test_a_hung_disk_costs_the_leader_its_leadership(tmp_path, monkeypatch):
     run(main())
 
 
+def test_a_stop_does_not_wait_for_ever_for_the_disk(tmp_path, monkeypatch):
+    """F17: a node whose disk hangs can end: `stop` says that the disk does not answer."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            disk = Slow(leader, monkeypatch)
+            disk.open.clear()
+            stuck = asyncio.ensure_future(leader.propose(b"stuck"))
+            await until(lambda: leader.driver._groups[GROUP].busy)
+            monkeypatch.setattr("srengine.consensus.driver.STOP_S", 0.05)
+            with pytest.raises(errors.TimedOut):
+                await leader.driver.stop()
+            with pytest.raises(errors.Closed):
+                await stuck
+            disk.open.set()
+
+    run(main())
+
+
 def test_a_full_disk_is_read_only_and_comes_back(tmp_path, monkeypatch):
     """H26, F07: a leader without space steps down, says so, and takes part again when there is space; no crash, nothing
     of the log is lost.
@@ -456,9 +503,13 @@ def test_an_error_of_the_system_in_the_log_ends_taking_part(tmp_path):
     async def main():
         async with cluster(tmp_path) as c:
             leader = await c.leader()
-            with failpoints.armed("log.append.written=error"), pytest.raises(errors.Error):
-                await leader.propose(b"p")
-            await until(lambda: any(member.health == [Health.FENCED] for member in c.members))
+            await leader.propose(b"p1")
+            await c.settled()
+            await until(lambda: not any(member.driver._groups[GROUP].busy for member in c.members))
+            with failpoints.armed("log.append.written=error"), pytest.raises(errors.Error, match="failpoint"):
+                await leader.propose(b"p2")
+            assert leader.health == [Health.FENCED]
+            assert leader.driver.status(GROUP).failed is not None
 
     run(main())
 

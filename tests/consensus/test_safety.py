@@ -5,32 +5,35 @@ from __future__ import annotations
 import pytest
 
 from tests.consensus import breakages
-from tests.consensus.storm import Violation, weather
+from tests.consensus.storm import weather
 
 
-@pytest.mark.parametrize("first", range(0, 60, 10))
+@pytest.mark.parametrize("first", range(0, 40, 10))
 def test_storm_breaks_no_promise(first):
     """F21, F23, F24, F27, F29: ten storms of faults: safe all the time, and at work again afterwards."""
+    decided = terms = 0
     for seed in range(first, first + 10):
-        weather(seed)
+        storm = weather(seed)
+        decided += storm.committed
+        terms += len(storm.leaders_of)
+    assert decided > 50
+    assert terms > 10
 
 
 @pytest.mark.parametrize(
-    ("kind", "seed"),
+    "kind",
     [
-        (breakages.VotesTwice, None),
-        (breakages.VotesForShorterLogs, None),
-        (breakages.CommitsWithoutMajority, None),
-        (breakages.WinsWithHalf, None),
-        (breakages.DoesNotCheckThePlaceBefore, None),
-        (breakages.BelievesEveryCommitIndex, None),
-        (breakages.ReadsWithoutAsking, None),
-        (breakages.ReadsBeforeTheTermIsSettled, None),
+        breakages.VotesTwice,
+        breakages.VotesForShorterLogs,
+        breakages.CommitsWithoutMajority,
+        breakages.WinsWithHalf,
+        breakages.DoesNotCheckThePlaceBefore,
+        breakages.BelievesEveryCommitIndex,
+        breakages.TrustsItself,
     ],
-    ids=lambda value: getattr(value, "__name__", None),
 )
-def test_storm_finds_a_broken_rule(kind, seed):
-    """A machine that breaks one rule does not get through."""
-    with pytest.raises((Violation, AssertionError)):
-        for number in range(150) if seed is None else [seed]:
-            weather(number, kind)
+def test_storm_finds_a_broken_rule(kind):
+    """A machine that breaks one rule does not get through 150 storms: a promise is broken, or an assertion stops it."""
+    with pytest.raises(AssertionError):
+        for seed in range(150):
+            weather(seed, kind)
