@@ -22,7 +22,7 @@ KERNELS := $(wildcard ext/*.pyx ext/*.pxi ext/*.c ext/*.h srengine/_native/*.pxd
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types layers bench crash fuzz sim docs wheel clean
+.PHONY: help demo test check lint types layers bench crash fuzz sim soak docs wheel clean
 
 help:
 	@echo "make demo    three real nodes on loopback: kill one, write on, watch it catch up"
@@ -32,6 +32,7 @@ help:
 	@echo "make crash   rebuild many crash images and open every one"
 	@echo "make fuzz    feed every decoder anything, for 20 minutes (ARGS=\"--minutes 5 tests/codec\")"
 	@echo "make sim     many nodes in one thread under every fault (SEED=0 SEEDS=10000)"
+	@echo "make soak    real nodes for long: kills, calm, many observers (ARGS=\"--kills 50\")"
 	@echo "make docs    run the examples of the documentation and check its links"
 	@echo "make wheel   build wheel and sdist, try each in a fresh environment"
 	@echo "make clean   remove what the others made"
@@ -99,6 +100,9 @@ fuzz: $(VENV)/.kernels
 
 sim: $(VENV)/.kernels
 	$(BIN)/python -m tests.simulator --seed $(SEED) --seeds $(SEEDS) $(ARGS)
+
+soak: $(VENV)/.kernels
+	$(BIN)/python -m tests.soak $(ARGS)
 
 docs: $(VENV)/.kernels
 	$(BIN)/python tools/check_docs.py

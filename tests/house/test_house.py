@@ -12,7 +12,7 @@ import pytest
 from tools import check_docs, check_kernels, vendor
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = {"demo", "test", "check", "bench", "crash", "fuzz", "docs", "wheel", "clean"}
+TARGETS = {"demo", "test", "check", "bench", "crash", "fuzz", "sim", "soak", "docs", "wheel", "clean"}
 
 
 @pytest.mark.requires_tool("make")

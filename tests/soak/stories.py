@@ -1,0 +1,113 @@
+"""Stories that run for as long as they are told to: the gate runs a slice of each, ``make soak`` all of it."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from srengine import errors
+from tests.node.cluster import Asker, numbered
+from tests.node.coordination import Writer, command, wait_leader
+from tests.processes import NodeProcess, Nodes, free_ports, wait_for
+
+TABLE = "soak.records"
+
+
+def kills(directory: Path, count: int, seed: int) -> int:
+    """Kill random nodes ``count`` times under a writer that never stops; return how many entries were acknowledged.
+
+    Every acknowledged one must be there at the end, on every node.
+    """
+    chooser = random.Random(seed)
+    with Nodes(directory) as nodes, Asker() as asker:
+        nodes.start_all()
+        wait_leader(asker, nodes)
+        with Writer(nodes) as writer:
+            for _ in range(count):
+                node = chooser.choice(list(nodes))
+                writer.wait_more(chooser.randrange(1, 5))
+                node.kill()
+                writer.wait_more(1)
+                node.start().wait_ready()
+        wait_leader(asker, nodes)
+        for node in nodes:
+            writer.check(asker, node.address)
+        return len(writer.acknowledged)
+
+
+def calm(directory: Path, seconds: float, *, load: bool) -> tuple[int, int]:
+    """Let three nodes run for a while, idle or with tables being written as fast as they take it; return the term at
+    the beginning and at the end: equal when nobody was elected without a reason.
+    """
+    with Nodes(directory) as nodes, Asker() as asker:
+        nodes.start_all()
+        leader = wait_leader(asker, nodes)
+        at = nodes[leader].address
+        asker.create(nodes["node-1"].address, TABLE)
+        before = asker.status(at)["term"]
+        with _load(nodes) if load else ExitStack():
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                asker.put_register(at, "tick", b"%f" % time.monotonic())
+                threading.Event().wait(min(0.5, seconds / 10))
+        return before, asker.status(at)["term"]
+
+
+@contextmanager
+def _load(nodes: Nodes) -> Iterator[None]:
+    """Write batches to a table until the block ends."""
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def write() -> None:
+        first = 0
+        with Asker() as asker:
+            while not stop.is_set():
+                try:
+                    asker.write(nodes["node-1"].address, TABLE, numbered(first, first + 500, "x" * 200))
+                except errors.Error as error:
+                    failures.append(error)
+                    return
+                first += 500
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def observers(directory: Path, count: int, seconds: float) -> tuple[int, int]:
+    """Let ``count`` observers join three voters; return the terms at the beginning and after ``seconds`` of calm."""
+    with Nodes(directory) as nodes, Asker() as asker, ExitStack() as stack:
+        nodes.start_all()
+        leader = wait_leader(asker, nodes)
+        at = nodes[leader].address
+        joined: list[NodeProcess] = []
+        for number in range(count):
+            name = f"observer-{number}"
+            ticket = command(at, "member", "add", name, "--role", "observer").stdout.decode().strip()
+            arguments = ["--cluster", "test", "--join", at, "--ticket", ticket, "--role", "observer"]
+            node = NodeProcess(name, directory / name, free_ports(), arguments)
+            stack.callback(_end, node)
+            node.start().wait_ready()
+            joined.append(node)
+        before = asker.status(at)["term"]
+        asker.put_register(at, "r", b"v")
+        for node in joined:
+            wait_for(lambda node=node: asker.get_register(node.address, "r") == b"v", "the observer has applied it")
+        threading.Event().wait(seconds)
+        return before, asker.status(at)["term"]
+
+
+def _end(node: NodeProcess) -> None:
+    if node.process is not None:
+        node.kill()

@@ -1,0 +1,29 @@
+"""A slice of each long story; ``make soak`` runs them for long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.soak import stories
+
+pytestmark = pytest.mark.processes
+
+
+def test_no_acknowledged_entry_is_lost_over_kills(tmp_path: Path) -> None:
+    """H11: ten kills of random nodes under a writer: every acknowledged journal entry is on every node."""
+    assert stories.kills(tmp_path, 10, seed=11) > 10
+
+
+@pytest.mark.parametrize("load", [False, True])
+def test_nobody_is_elected_without_a_reason(tmp_path: Path, load: bool) -> None:
+    """B18: while nothing fails the term stays, idle and under data load."""
+    before, after = stories.calm(tmp_path, 5.0, load=load)
+    assert after == before
+
+
+def test_observers_join_and_disturb_nobody(tmp_path: Path) -> None:
+    """B29, B30: observers join, apply what is acknowledged, and the leader stays."""
+    before, after = stories.observers(tmp_path, 2, 2.0)
+    assert after == before
