@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from srengine.errors import FrameError as FrameError
     from srengine.errors import InvalidValue as InvalidValue
     from srengine.errors import MasterState as MasterState
+    from srengine.errors import MemberNotFound as MemberNotFound
     from srengine.errors import NoLeader as NoLeader
     from srengine.errors import NoQuorum as NoQuorum
     from srengine.errors import NotAuthenticated as NotAuthenticated
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from srengine.errors import TabletFenced as TabletFenced
     from srengine.errors import TimedOut as TimedOut
     from srengine.errors import TruncatedTablet as TruncatedTablet
+    from srengine.errors import UnknownMaster as UnknownMaster
     from srengine.errors import Unreachable as Unreachable
     from srengine.errors import UnsafePermissions as UnsafePermissions
     from srengine.errors import UnsupportedFeature as UnsupportedFeature
@@ -95,6 +97,7 @@ _HOME = {
     "FrameError": "errors",
     "InvalidValue": "errors",
     "MasterState": "errors",
+    "MemberNotFound": "errors",
     "NoLeader": "errors",
     "NoQuorum": "errors",
     "Node": "node",
@@ -118,6 +121,7 @@ _HOME = {
     "TabletFenced": "errors",
     "TimedOut": "errors",
     "TruncatedTablet": "errors",
+    "UnknownMaster": "errors",
     "Unreachable": "errors",
     "UnsafePermissions": "errors",
     "UnsupportedFeature": "errors",
