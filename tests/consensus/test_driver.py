@@ -419,6 +419,8 @@ def test_a_stop_does_not_wait_for_ever_for_the_disk(tmp_path, monkeypatch):
     async def main():
         async with cluster(tmp_path) as c:
             leader = await c.leader()
+            await leader.propose(b"p1")
+            await c.settled()
             disk = Slow(leader, monkeypatch)
             disk.open.clear()
             stuck = asyncio.ensure_future(leader.propose(b"stuck"))
