@@ -104,10 +104,16 @@ class Progress:
             self._enter(Flow.REPLICATE)
 
     def refused(self, previous_index: int, next_index: int) -> None:
-        """Take note that what came after ``previous_index`` did not fit; ``next_index`` is the next that may."""
-        stale = previous_index != self.next_index - 1 if self.flow is Flow.PROBE else previous_index <= self.match_index
-        if stale or self.flow is Flow.INSTALL:
+        """Take note that what came after ``previous_index`` did not fit; ``next_index`` is the next that may.
+
+        A peer that refuses the very place up to which it matched is believed: a late answer of before it lost its disk
+        said so, or this one is late; then the next one says so again.
+        """
+        late = previous_index != self.next_index - 1 if self.flow is Flow.PROBE else previous_index < self.match_index
+        if late or self.flow is Flow.INSTALL:
             return
+        if previous_index == self.match_index:
+            self.match_index = self.counted_index = 0
         self._enter(Flow.PROBE)
         self.next_index = max(min(next_index, previous_index), self.match_index + 1)
 

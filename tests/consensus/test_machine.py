@@ -329,3 +329,11 @@ def test_late_refusals_do_not_move_a_peer_back():
     assert (peer.flow, peer.next_index) == (Flow.PROBE, 7)
     peer.refused(9, 2)
     assert peer.next_index == 7
+
+
+@pytest.mark.parametrize("flow", [Flow.PROBE, Flow.REPLICATE])
+def test_a_peer_that_refuses_what_it_matched_is_believed(flow):
+    """F14: an acknowledgement of before a disk was put back came after the peer's new nonce: it is not held on to."""
+    peer = Progress(next_index=10, match_index=9, counted_index=9, flow=flow)
+    peer.refused(9, 3)
+    assert (peer.flow, peer.match_index, peer.counted_index, peer.next_index) == (Flow.PROBE, 0, 0, 3)

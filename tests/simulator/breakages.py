@@ -5,24 +5,25 @@ above. The simulator must find every one of them (test_breakages.py); what it ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
-from tests.simulator.regime import Regime, regime_of
+from srengine.consensus.effects import Timing
+from tests.simulator.network import Weather
+from tests.simulator.regime import Regime
 
 
 @dataclass(frozen=True, slots=True)
 class Breakage:
-    """``machine``: changes a machine that was just made. ``shows``: whether it can show in a regime at all; other seeds
-    need not be run. The rest breaks what surrounds the machine.
-    """
+    """``machine``: changes a machine that was just made. The rest breaks what surrounds it."""
 
     name: str
     text: str
     machine: Callable[[Any], None] | None = None
-    shows: Callable[[Regime], bool] = lambda _regime: True
+    narrowed: Callable[[Regime], Regime] = lambda regime: regime
+    """The regime in which it is looked for: a bug of leases needs leases, and much of what endangers them."""
     sends_before_persist: bool = False
     """The driver sends, then writes and syncs."""
     trusts_restored: bool = False
@@ -33,18 +34,6 @@ class Breakage:
     """A leader claims the newest epoch instead of the next one, and gets it."""
     repeats_requests: bool = False
     """The outcomes of requests are not looked at."""
-
-
-def _leases(regime: Regime) -> bool:
-    return regime.timing.lease_reads
-
-
-def _with(*faults: str) -> Callable[[Regime], bool]:
-    return lambda regime: any(weight > 0 for fault, weight in regime.weights if fault in faults)
-
-
-def _untrusted(regime: Regime) -> bool:
-    return regime.torn > 0 or _with("damage", "restore")(regime)
 
 
 NONE = Breakage("none", "nothing is broken")
@@ -121,16 +110,6 @@ def _count_untrusted(machine: Any) -> None:
     machine._hear_match = hear
 
 
-def _keep_lease_when_handing_over(machine: Any) -> None:
-    original = machine._send_timeout_now
-
-    def send(leader: Any, target: Any) -> None:
-        original(leader, target)
-        leader.leases = True
-
-    machine._send_timeout_now = send
-
-
 def _configure_when_committed(machine: Any) -> None:
     kind = type(machine)
 
@@ -145,61 +124,139 @@ def _forget_promise(machine: Any) -> None:
     machine.promise_until = machine.now
 
 
-def shows(seed: int, breakage: Breakage) -> bool:
-    """Whether the breakage can show in this seed's regime."""
-    return breakage.shows(regime_of(seed))
+def _busy(regime: Regime, *faults: str, **changed: Any) -> Regime:
+    """Three voters that are quick, a register that everybody wants, and these faults, often."""
+    return replace(
+        regime,
+        **{
+            "hosts": 3,
+            "voters": 3,
+            "groups": 1,
+            "clients": 4,
+            "registers": 1,
+            "length_s": 12.0,
+            "fault_every_s": 0.3,
+            "fault_lasts_s": 0.5,
+            "think_s": 0.02,
+            "weather": Weather(delay_s_max=0.001),
+            "disk_s": (0.000_1, 0.000_5),
+            "apply_s": 0.000_2,
+            "metadata": False,
+            "weights": tuple((fault, 1.0) for fault in faults),
+            **changed,
+        },
+    )
+
+
+def _by_lease(regime: Regime, *faults: str, **changed: Any) -> Regime:
+    timing = Timing(lease_reads=True)
+    return _busy(regime, *faults, timing=timing, clock_drift=timing.drift, **changed)
+
+
+def _of_cuts(regime: Regime) -> Regime:
+    return _busy(regime, "isolate", "split", "one way", "bridge", "freeze", "flap")
+
+
+def _of_leases(regime: Regime) -> Regime:
+    return _by_lease(regime, "one way", "bridge", "flap", "hint", "isolate")
+
+
+def _of_late_answers(regime: Regime) -> Regime:
+    weather = Weather(delay_s_max=0.001, late=0.1, late_s=3.0)
+    return _by_lease(regime, "isolate", "freeze", weather=weather)
+
+
+def _of_starts(regime: Regime) -> Regime:
+    return _by_lease(regime, "crash others", "one way")
+
+
+def _of_young_leaders(regime: Regime) -> Regime:
+    small = (("APPEND_BYTES_MAX", 1), ("IN_FLIGHT_MESSAGES_MAX", 1), ("ROUNDS_KEPT_MAX", 1024))
+    timing = Timing(lease_s=0.2, election_s_min=0.25, election_s_max=0.6)
+    return _busy(
+        regime,
+        "young leader",
+        "crash",
+        "crash between",
+        weather=Weather(delay_s_max=0.04),
+        disk_s=(0.001, 0.08),
+        timing=timing,
+        fault_every_s=0.2,
+        limits=small,
+    )
+
+
+def _of_changes(regime: Regime) -> Regime:
+    return _busy(regime, "member", "member", "split", "isolate", hosts=5, voters=4)
+
+
+def _of_harm(regime: Regime) -> Regime:
+    return _busy(regime, "damage", "restore", "young leader", "isolate", torn=0.2, weather=Weather(delay_s_max=0.02))
+
+
+def _of_storms(regime: Regime) -> Regime:
+    weather = Weather(loss=0.05, duplicate=0.2, late=0.05, late_s=3.0, delay_s_max=0.04, in_order=False)
+    timing = Timing(lease_s=0.2, election_s_min=0.25, election_s_max=0.6)
+    return _busy(regime, "young leader", "isolate", "crash", weather=weather, timing=timing)
 
 
 BREAKAGES: dict[str, Breakage] = {
     breakage.name: breakage
     for breakage in (
         Breakage("vote twice", "a voter gives its vote of a term again", _vote_twice),
-        Breakage("skip term checks", "answers of terms that are over count in this one", _skip_term_checks),
-        Breakage("commit by count", "what a majority holds is committed, of any term", _always("_may_commit", True)),
+        Breakage("skip term checks", "answers of terms that are over count in this one", _skip_term_checks, _of_storms),
+        Breakage(
+            "commit by count",
+            "what a majority holds is committed, of any term",
+            _always("_may_commit", True),
+            _of_young_leaders,
+        ),
         Breakage(
             "send before persist", "messages leave before what they say is on the disk", sends_before_persist=True
         ),
         Breakage("no election restriction", "anybody is voted for, whatever it holds", _always("_is_up_to_date", True)),
-        Breakage("no promise", "voters vote within what they promised a leader", _always("_promised", False), _leases),
-        Breakage("no promise after a start", "a voter that has started forgets its promise", _forget_promise, _leases),
         Breakage(
-            "lease from receipt", "a leader counts its lease from when the answer came", _lease_from_receipt, _leases
+            "no promise", "voters vote within what they promised a leader", _always("_promised", False), _of_leases
         ),
         Breakage(
-            "lease kept on transfer",
-            "a leader that hands over reads on",
-            _keep_lease_when_handing_over,
-            lambda regime: _leases(regime) and _with("transfer")(regime),
+            "no promise after a start", "a voter that has started forgets its promise", _forget_promise, _of_starts
+        ),
+        Breakage(
+            "lease from receipt",
+            "a leader counts its lease from when the answer came",
+            _lease_from_receipt,
+            _of_late_answers,
         ),
         Breakage(
             "read unconfirmed",
             "a leader answers reads without asking whether it still leads",
             lambda machine: setattr(machine, "_confirmed_round", lambda leader: leader.round),
+            _of_cuts,
         ),
         Breakage("read before own entry", "a new leader reads at once", _always("_term_settled", True)),
         Breakage(
-            "several voters at once",
-            "a change of membership has any size",
-            _always("_why_no_step", None),
-            _with("member"),
+            "several voters at once", "a change of membership has any size", _always("_why_no_step", None), _of_changes
         ),
         Breakage(
             "configure when committed",
             "a configuration is in force once committed",
             _configure_when_committed,
-            _with("member"),
+            _of_changes,
         ),
-        Breakage("cut on every append", "a late append cuts off what came after it", _cut_on_every_append),
+        Breakage("cut on every append", "a late append cuts off what came after it", _cut_on_every_append, _of_storms),
         Breakage("skip previous term", "entries are put behind any entry", _skip_previous_term),
         Breakage("commit alone", "a leader calls committed what only it holds", _commit_alone),
         Breakage("apply what came", "a follower applies what it has, committed or not", _apply_what_came),
-        Breakage("count learners", "learners count for commitment", _count_learners, _with("member")),
-        Breakage("count untrusted", "answers of nodes that may not vote count", _count_untrusted, _untrusted),
+        Breakage("count learners", "learners count for commitment", _count_learners, _of_changes),
+        Breakage("count untrusted", "answers of nodes that may not vote count", _count_untrusted, _of_harm),
         Breakage(
-            "trust restored", "a directory that was put back or damaged votes", trusts_restored=True, shows=_untrusted
+            "trust restored",
+            "a directory that was put back or damaged votes",
+            trusts_restored=True,
+            narrowed=_of_harm,
         ),
         Breakage(
-            "trust too early", "the first leader that is heard restores trust", _always("_is_proved", True), _untrusted
+            "trust too early", "the first leader that is heard restores trust", _always("_is_proved", True), _of_harm
         ),
         Breakage("act unfenced", "a leader acts for the newest epoch without owning it", acts_unfenced=True),
         Breakage("reuse an epoch", "a leader claims the newest epoch and gets it", reuses_epochs=True),

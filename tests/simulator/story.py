@@ -22,7 +22,7 @@ from tests.simulator.client import Call, Client
 from tests.simulator.faults import Faults
 from tests.simulator.host import Host
 from tests.simulator.network import Weather
-from tests.simulator.regime import Regime, shrunk
+from tests.simulator.regime import Regime, regime_of, shrunk
 from tests.simulator.world import World
 
 HEAL_S: Final = 20.0
@@ -66,6 +66,7 @@ def run(
     show: Callable[[str], object] | None = None,
 ) -> Report:
     """Run one seed; raise a `Failure` when a promise is broken or a machine's own assertion fails."""
+    regime = breakage.narrowed(regime or regime_of(seed))
     story = Story(World(seed, breakage=breakage, regime=regime, show=show))
     try:
         with shrunk(story.world.regime):
@@ -125,6 +126,8 @@ class Story:
         wanted = [f"{what} in {group}" for group in world.groups for what in ("leader", "new write", "equal state")]
         self.progress.healed(began, wanted)
         while not self.progress.done:
+            # What a client still tried may be acknowledged meanwhile: "equal" is of one moment, for all groups.
+            self.progress.healed(began, wanted)
             schedule.run_until(schedule.now_s + 0.1)
             for group in world.groups:
                 self._look(group)
@@ -146,7 +149,7 @@ class Story:
             self._probes[group] = client.call(group, "probe", Kind.WRITE)
         elif probe.returned is not None:
             self.progress.reached(f"new write in {group}", now)
-            if self._equal(group, leader, probe.index):
+            if self._equal(group, leader, max(probe.index, self.world.judges.acknowledged.newest(group))):
                 self.progress.reached(f"equal state in {group}", now)
         elif now > probe.asked_s + 3:
             del self._probes[group]  # its client's patience is over

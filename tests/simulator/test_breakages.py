@@ -11,11 +11,30 @@ import itertools
 
 import pytest
 
-from tests.simulator.breakages import BREAKAGES, shows
+from tests.simulator.breakages import BREAKAGES
 from tests.simulator.story import Failure, run
 
-RECORDED: dict[str, int] = {}
-SEARCHED = 150
+RECORDED = {
+    "vote twice": 0,
+    "commit by count": 237,
+    "send before persist": 71,
+    "no election restriction": 15,
+    "read unconfirmed": 72,
+    "read before own entry": 8,
+    "configure when committed": 0,
+    "cut on every append": 6,
+    "skip previous term": 8,
+    "commit alone": 2,
+    "apply what came": 24,
+    "count learners": 12,
+    "count untrusted": 31,
+    "trust restored": 1,
+    "trust too early": 13,
+    "act unfenced": 0,
+    "reuse an epoch": 0,
+    "repeat requests": 1,
+}
+SEARCHED = 1000
 """How many seeds more are tried in the gate."""
 
 
@@ -24,8 +43,7 @@ def test_breakage_is_found(name: str) -> None:
     """A machine, driver or service that is broken like this breaks a promise that a checker sees."""
     for seed in itertools.chain([RECORDED[name]], range(SEARCHED)):
         try:
-            if shows(seed, BREAKAGES[name]):
-                run(seed, breakage=BREAKAGES[name])
+            run(seed, breakage=BREAKAGES[name])
         except Failure:
             return
     pytest.fail(f"{name} is not found: python -m tests.simulator --hunt --breakage '{name}' --seeds 1000")

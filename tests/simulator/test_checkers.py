@@ -149,6 +149,7 @@ def test_acknowledged_entries_are_kept() -> None:
         checker.kept("g", "a", 4)
     checker.acknowledged("g", b"2", 6)
     assert checker.count == 2
+    assert (checker.newest("g"), checker.newest("h")) == (6, 0)
     with pytest.raises(Violation, match="is not among the 9 of a"):
         checker.kept("g", "a", 9)
     checker.kept("h", "a", 0)

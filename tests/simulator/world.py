@@ -22,7 +22,7 @@ from tests.simulator.host import Host
 from tests.simulator.machines import open_machine
 from tests.simulator.network import Network
 from tests.simulator.process import Process
-from tests.simulator.regime import Regime, regime_of
+from tests.simulator.regime import Regime
 from tests.simulator.registers import Registers
 from tests.simulator.schedule import Schedule
 from tests.simulator.trace import Trace
@@ -41,21 +41,21 @@ class Judges:
 
 
 class World:
-    """One seed's nodes. ``show`` gets every line of the trace; ``regime`` replaces the one that the seed draws."""
+    """One seed's nodes. ``show`` gets every line of the trace;"""
 
     def __init__(
         self,
         seed: int,
         *,
+        regime: Regime,
         breakage: Breakage = NONE,
-        regime: Regime | None = None,
         show: Callable[[str], object] | None = None,
     ) -> None:
         self.seed = seed
         self.breakage = breakage
         self.schedule = Schedule()
         self.trace = Trace(self.schedule, show)
-        self.regime = regime or regime_of(seed)
+        self.regime = regime
         self.judges = Judges()
         self._state_kind: type[Registers] = MetadataRegisters if self.regime.metadata else Registers
         if breakage.reuses_epochs or breakage.repeats_requests:

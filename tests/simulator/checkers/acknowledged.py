@@ -35,6 +35,10 @@ class Acknowledged:
                     f"group {group}: {request.hex()}, acknowledged at {index}, is not among the {applied} of {node}",
                 )
 
+    def newest(self, group: str) -> int:
+        """Return the highest index that was acknowledged."""
+        return max((index for (where, _), index in self._acknowledged.items() if where == group), default=0)
+
     @property
     def count(self) -> int:
         """How many requests were acknowledged."""
