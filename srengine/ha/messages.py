@@ -173,6 +173,21 @@ class MemberStanding(msgspec.Struct, frozen=True):
     index: int
 
 
+class DigestAt(msgspec.Struct, frozen=True):
+    """Ask for the digest of the agreed state at ``index``; `NotReady` from a node that does not stand there now."""
+
+    index: int
+
+
+class StateDigest(msgspec.Struct, frozen=True):
+    """The digest of the agreed state at ``index``."""
+
+    index: int
+    digest: bytes
+
+
+registry.register("ha.digest_at", DigestAt)
+registry.register("ha.state_digest", StateDigest)
 registry.register("ha.await_applied", AwaitApplied)
 registry.register("ha.applied_at", AppliedAt)
 registry.register("ha.transfer_leader", TransferLeader)

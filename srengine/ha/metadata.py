@@ -149,6 +149,11 @@ class MetadataMachine:
 
     # --- the whole state ---------------------------------------------------------------------------------------------
 
+    def described(self) -> tuple[int, bytes]:
+        """Return applied index and digest, which belong together."""
+        with self._lock:
+            return self.applied_index, self.digest()
+
     def digest(self) -> bytes:
         """Return 16 bytes over all rows of the appliers' tables and the index; equal states have equal digests."""
         with self._lock:

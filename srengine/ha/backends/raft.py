@@ -47,6 +47,7 @@ from srengine.ha import members as m
 from srengine.ha.backends import Answer, Attachments, Surroundings
 from srengine.ha.backends.raft_leading import Leading
 from srengine.ha.backends.raft_options import raft_options
+from srengine.ha.backends.raft_reconciling import Reconciling
 from srengine.ha.backends.raft_standing import Standing
 from srengine.ha.backends.raft_state import COPIES_NAME, JournalState, StateCopies
 from srengine.ha.epochs import check_epochs, newest_epoch
@@ -58,6 +59,7 @@ from srengine.ha.messages import (
     AppliedAt,
     AwaitApplied,
     Belongs,
+    DigestAt,
     FetchState,
     MemberStanding,
     Propose,
@@ -167,7 +169,9 @@ class RaftBackend:
             around, self._options, self._standing, self._journal, self.driver, self.machine, self._spawn
         )
         copies = StateCopies(around.data_dir / COPIES_NAME, self._journal, around.wire)
+        self.reconciling = Reconciling(around, self._standing, self._journal, copies, self._options.reconcile_s)
         wire = around.wire
+        wire.serve(DigestAt, self.reconciling.serve)
         wire.serve_posts(Bundle, self._received)
         wire.serve(Propose, self._serve_propose)
         wire.serve(AwaitApplied, self._serve_await_applied)
@@ -177,6 +181,7 @@ class RaftBackend:
         self.driver.add(JOURNAL_GROUP, self.machine, self._journal, sink=copies)
         self._unwatch = self.driver.watch_roles(JOURNAL_GROUP, self._standing.on_role)
         self._spawn(self.leading.look_after(), "raft: unstable nodes and tickets")
+        self._spawn(self.reconciling.run(), "raft: reconcile")
         self._spawn(self._ask_whether_removed(), "raft: membership of this node")
 
     async def stop(self) -> None:

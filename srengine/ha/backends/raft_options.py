@@ -16,6 +16,7 @@ class RaftOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``heartbeat_s`` to ``drift``: see `effects.Timing`. ``entries_kept``: of the log, for nodes that lag a little;
     ``persist_s_max``: a transaction of the log that takes longer is reported. ``unstable_grace_s``: a follower that has
     caught up stays unstable for so long at least. ``catch_up_s``: how fast it must be to count as caught up.
+    ``reconcile_s``: how often a node compares its agreed state with the others'.
     """
 
     heartbeat_s: float = 0.1
@@ -27,6 +28,7 @@ class RaftOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     persist_s_max: float = 0.5
     unstable_grace_s: float = 0.0
     catch_up_s: float = 1.0
+    reconcile_s: float = 30.0
 
     @property
     def timing(self) -> Timing:
@@ -52,6 +54,9 @@ def raft_options(settings: Mapping[str, Any]) -> RaftOptions:
         raise errors.InvalidValue(
             "settings of the backend raft need 0 < heartbeat_s < lease_s <= election_s_min < election_s_max, drift < 1"
         )
-    if min(options.entries_kept, options.unstable_grace_s) < 0 or min(options.persist_s_max, options.catch_up_s) <= 0:
+    if (
+        min(options.entries_kept, options.unstable_grace_s) < 0
+        or min(options.persist_s_max, options.catch_up_s, options.reconcile_s) <= 0
+    ):
         raise errors.InvalidValue("a setting of the backend raft is below its least value")
     return options

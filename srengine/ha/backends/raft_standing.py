@@ -118,6 +118,11 @@ class Standing:
             if removed is not None:
                 self.become_removed(removed)
 
+    def read_again(self) -> None:
+        """Read the rows whatever their version says: they were replaced."""
+        self._version = -1
+        self.on_applied(self._applied())
+
     def _measure(self) -> None:
         size = group_size(list(self.members.values()))
         for what, count in size._asdict().items():

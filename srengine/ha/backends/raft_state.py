@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import secrets
 import shutil
+import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -44,6 +45,7 @@ class JournalState:
         self._on_applied = on_applied
         self._loop = asyncio.get_running_loop()
         self._applied = self._floor()
+        self.replacing = threading.Lock()
 
     def _floor(self) -> Floor:
         index, term = self.machine.applied
@@ -56,22 +58,32 @@ class JournalState:
 
     def apply(self, entries: Sequence[Entry]) -> None:
         """See `consensus.services.StateMachine`."""
-        self.machine.apply_all(
-            [
-                Applying(entry.index, entry.term, _command(entry), entry.kind is EntryKind.CONFIGURATION)
-                for entry in entries
-            ]
-        )
-        self._changed()
+        with self.replacing:
+            # A state that was repaired may be ahead of what consensus has handed out.
+            held = self.machine.applied_index
+            self.machine.apply_all(
+                [
+                    Applying(entry.index, entry.term, _command(entry), entry.kind is EntryKind.CONFIGURATION)
+                    for entry in entries
+                    if entry.index > held
+                ]
+            )
+        self._changed(Floor(entries[-1].index, entries[-1].term, configuration_of(read_members(self.machine.store))))
 
     def install(self, path: Path) -> Floor:
         """Put a copy in place; in the apply thread."""
-        self.machine.install(path)
-        self._changed()
+        with self.replacing:
+            self.machine.install(path)
+        self._changed(self._floor())
         return self._applied
 
-    def _changed(self) -> None:
-        self._applied = self._floor()
+    def replace(self, path: Path) -> None:
+        """Put the right state in place of a wrong one, at the index of this node or a later one; in any thread."""
+        with self.replacing:
+            self.machine.install(path)
+
+    def _changed(self, applied: Floor) -> None:
+        self._applied = applied
         # The loop may be closing: then nobody waits any more.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._on_applied, self._applied.index)
@@ -121,6 +133,25 @@ class StateCopies:
     async def fetch(self, source: NodeId, floor: Floor, reference: bytes) -> Callable[[], Floor]:
         """See `consensus.services.StateSink`."""
         del reference
+        path = await self._fetch(source, floor)
+
+        def put() -> Floor:
+            try:
+                return self._journal.install(path)
+            finally:
+                path.unlink(missing_ok=True)
+
+        return put
+
+    async def replace(self, source: NodeId, index: int) -> None:
+        """Fetch the state of a node at ``index`` or later, and put it in place of the own one, which is wrong."""
+        path = await self._fetch(source, Floor(index, 0))
+        try:
+            await asyncio.to_thread(self._journal.replace, path)
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def _fetch(self, source: NodeId, floor: Floor) -> Path:
         path = self._path()
         try:
             stream = self._wire.stream(source, FetchState(floor.index), timeout_s=SILENCE_S_MAX)
@@ -133,18 +164,12 @@ class StateCopies:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-
-        def put() -> Floor:
-            try:
-                return self._journal.install(path)
-            finally:
-                path.unlink(missing_ok=True)
-
-        return put
+        return path
 
 
 def _check_place(described: state.Described, floor: Floor) -> None:
-    if described.index < floor.index or (described.index == floor.index and described.term != floor.term):
+    other_term = described.index == floor.index and floor.term not in {0, described.term}
+    if described.index < floor.index or other_term:
         raise errors.SnapshotDamaged(
             f"a state at index {described.index}, term {described.term} came for {floor.index}, {floor.term}"
         )

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 
+import msgspec
 import pytest
 
 from srengine import errors
@@ -505,3 +506,51 @@ def test_a_node_of_doubtful_memory_regains_its_vote(on):
         await again.protocol.propose(set_to(b"y"))
 
     on(scenario)
+
+
+@pytest.mark.parametrize("who", ["a follower", "the leader"])
+def test_a_state_that_was_changed_by_hand_is_repaired(on, monkeypatch, who):
+    """B17: a row changed by hand on one node is found within the period and put right from the majority, once; the
+    counter says so, and the node goes on applying.
+    """
+    from tests.ha.contract.clusters import RaftCluster
+
+    monkeypatch.setattr(RaftCluster, "settings", {**RaftCluster.settings, "reconcile_s": 0.5})
+
+    async def scenario(cluster):
+        leader = await cluster.leader()
+        await leader.protocol.propose(set_to(b"before"))
+        await cluster.equal()
+        node = leader if who == "the leader" else await cluster.follower()
+        right = node.machine.digest()
+        moved = msgspec.structs.replace(node.member("n0"), address=address(77))
+        with node.store.transaction() as transaction:
+            transaction.put("members", b"n0", msgspec.msgpack.encode(moved))
+        assert node.machine.digest() != right
+        await until(lambda: node.metrics.value("srengine_ha_state_repairs_total") == 1)
+        assert node.member("n0").address == address(0)
+        for other in cluster.nodes.values():
+            await other.protocol.propose(set_to(other.name.encode()))
+        await cluster.equal()
+        assert any(alarm.startswith("state_differs") for alarm in node.alarms)
+        repairs = [each.metrics.value("srengine_ha_state_repairs_total") for each in cluster.nodes.values()]
+        assert sorted(repairs) == [0, 0, 1]
+
+    on(scenario)
+
+
+def test_one_of_two_cannot_know_who_is_right(on):
+    """B17: without a majority against it nobody throws its state away."""
+
+    async def scenario(cluster):
+        leader = await cluster.leader()
+        await cluster.equal()
+        with leader.store.transaction() as transaction:
+            transaction.put("test", b"stray", b"row")
+        before = {name: node.machine.digest() for name, node in cluster.nodes.items()}
+        assert len(set(before.values())) == 2
+        for node in cluster.nodes.values():
+            assert not await node.protocol.reconciling.compare()
+        assert {name: node.machine.digest() for name, node in cluster.nodes.items()} == before
+
+    on(scenario, count=2)
