@@ -530,7 +530,7 @@ class Process:
             self.post(group, Hint(peer))
 
     def _claims(self) -> None:
-        """Ask the other voters what they saw of this node, until enough have answered (design.md §7).
+        """Ask the other voters what they saw of this node, until enough have answered.
 
         The claims themselves are ideal: peers know a directory that was put back, and the log knows its damage. Whether
         enough of them can be asked now is the network's to say.

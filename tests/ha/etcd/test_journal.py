@@ -315,9 +315,9 @@ def test_one_cluster_is_founded_for_a_name(options: EtcdOptions) -> None:
     asyncio.run(run())
 
 
-def test_of_sixteen_leaders_one_takes_the_epoch(options: EtcdOptions) -> None:
-    """B04: sixteen contenders with one term and one journal behind them append the same epoch at once; one is told
-    that it did.
+def test_of_sixteen_contenders_one_takes_each_epoch(options: EtcdOptions) -> None:
+    """B04: sixteen contenders with one term and one journal behind them append the same epoch at once, ten times over:
+    each time one is told that it did, and the epoch is its own.
     """
 
     async def run() -> None:
@@ -326,30 +326,31 @@ def test_of_sixteen_leaders_one_takes_the_epoch(options: EtcdOptions) -> None:
             keys = cluster.keys
             clients = [EtcdClient(options) for _ in range(16)]
 
-            async def contend(number_: int) -> bool:
+            async def contend(number_: int, epoch: int) -> bool:
                 journal = EtcdJournal(cluster.place(clients[number_]))
-                mark = [ec.put(keys.epoch(1), b"%d" % number_)]
+                key = keys.epoch(epoch)
                 deadline = asyncio.get_running_loop().time() + 30
                 try:
                     await journal.append(
-                        1,
+                        epoch,
                         term,
                         [b"%d" % number_],
-                        compare=[ec.absent(keys.epoch(1))],
-                        success=mark,
+                        compare=[ec.absent(key)],
+                        success=[ec.put(key, b"%d" % number_)],
                         deadline=lambda: deadline,
                     )
                 except errors.Conflict:
                     return False
                 return True
 
-            won = await asyncio.gather(*(contend(number_) for number_ in range(16)))
+            for epoch in range(1, 11):
+                won = await asyncio.gather(*(contend(number_, epoch) for number_ in range(16)))
+                assert sum(won) == 1
+                found = (await cluster.client.range(keys.epoch(epoch))).first
+                assert found is not None and int(found.value) == won.index(True)
+                assert [entry.data for entry in await cluster.read(epoch + 1)] == [found.value]
             for client in clients:
                 client.close()
-            assert sum(won) == 1
-            found = (await cluster.client.range(keys.epoch(1))).first
-            assert found is not None and int(found.value) == won.index(True)
-            assert [entry.data for entry in await cluster.read(2)] == [found.value]
 
     asyncio.run(run())
 
