@@ -96,9 +96,16 @@ class Agreed:
 
     async def follow(self, tablets: Tablets) -> None:
         """Refresh after every applied entry, until cancelled."""
-        async for _, command in self._backend.subscribe(self.index + 1):
-            if command.kind not in _SHOWN_ELSEWHERE:
+        following = self.index + 1
+        while True:
+            try:
+                async for _, command in self._backend.subscribe(following):
+                    if command.kind not in _SHOWN_ELSEWHERE:
+                        await self.refresh(tablets)
+            except errors.BelowPurgeMark as gone:
+                # Entries were trimmed, or a whole state was installed: what is applied holds them.
                 await self.refresh(tablets)
+                following = int(gone.details.get("floor", self.index)) + 1
 
     async def look_again(self, tablets: Tablets) -> None:
         """Refresh now and then, until cancelled: entries that nobody is told of (a whole state) count too."""
