@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from srengine import errors
@@ -42,17 +42,12 @@ class Tablets(Protocol):
 
 
 class Agreed:
-    """Members and tables of the cluster, on this node. ``given``: address and key of a member, where the command line
-    says other than its row.
-    """
+    """Members and tables of the cluster, on this node."""
 
-    def __init__(
-        self, store: Store, backend: HAProtocol, wire: NodeWire, given: Callable[[Member], tuple[str, str]]
-    ) -> None:
+    def __init__(self, store: Store, backend: HAProtocol, wire: NodeWire) -> None:
         self._store = store
         self._backend = backend
         self._wire = wire
-        self._given = given
         self.members: list[Member] = []
         self.tables: dict[str, catalog.Table] = {}
         self.index = 0
@@ -73,9 +68,8 @@ class Agreed:
         self.members = read_members(self._store)
         now = {NodeId(member.node_id) for member in self.members if member.node_id}
         for member in self.members:
-            address, public_key = self._given(member)
             if member.node_id:
-                self._wire.know(NodeId(member.node_id), member.name, address, public_key)
+                self._wire.know(NodeId(member.node_id), member.name, member.address, member.public_key)
         for gone in self._known - now:
             self._wire.forget(gone)
         self._known = now

@@ -95,6 +95,7 @@ class Runtime:
         """Members as the cluster that let this node in has told them; used until the journal tells better."""
         self.bootstrapped = False
         self.stopping = False
+        self.coordination: coordination.Coordination = None  # type: ignore[assignment]  # before the node has a cluster
         self._nonce = secrets.token_hex(8)
         self._stack = contextlib.AsyncExitStack()
         self._busy = 0
@@ -139,8 +140,11 @@ class Runtime:
         self.settling = bootstrap.Settling(self)
         self.endpoint.serve(Introduce, self._introduced, ports=("client",))
         await self.ports.listen(self.endpoint)
+        self._stack.push_async_callback(self._stop_coordination)
+        # NB: ends first what waits for coordination, which would call its end a fault.
         self._stack.push_async_callback(self.supervisor.stop)
-        self.wire = NodeWire(self.endpoint, self.ways, self.supervisor.spawn)
+        self._compare_options()
+        self.wire = NodeWire(self.endpoint, self.ways, self.supervisor.spawn, self._given)
         await self._or_failure(asyncio.ensure_future(self.settling.run()))
         await self._begin()
         self.bootstrapped = True
@@ -219,11 +223,9 @@ class Runtime:
             spawn=self.supervisor.spawn,
             alarm=self.alarm,
         )
-        self._compare_options()
         self.coordination = coordination.Coordination(self)
-        self._stack.push_async_callback(self.coordination.stop)
         self.backend: HAProtocol = self.coordination.backend
-        self.agreed = Agreed(self.metadata, self.backend, self.wire, self._given)
+        self.agreed = Agreed(self.metadata, self.backend, self.wire)
         self.agreed.read_members()
         self._know_told()
         self.sync = SyncService(
@@ -250,19 +252,19 @@ class Runtime:
         self.supervisor.spawn(self._call_members(), "call members")
         self.supervisor.spawn(Watch(self).run(), "watch")
 
-    def _given(self, member: Member) -> tuple[str, str]:
-        """Return address and key of a member: its row's, unless the command line has since named another address.
+    def _given(self, name: str, address: str, public_key: str) -> tuple[str, str]:
+        """Return where a member is: as its row says, unless the command line has since named another address.
 
         So a whole cluster can be started at new addresses, although nobody could put them into the journal.
         """
-        self.ports.allow(member.name, member.public_key)
-        given = {each.name: each for each in self.options.initial}.get(member.name)
-        if given is None or member.name not in self._moved_by_options:
-            return member.address, member.public_key
-        moved_at = max((row.index for row in read_events(self.metadata) if row.name == member.name), default=0)
+        self.ports.allow(name, public_key)
+        given = {each.name: each for each in self.options.initial}.get(name)
+        if given is None or name not in self._moved_by_options:
+            return address, public_key
+        moved_at = max((row.index for row in read_events(self.metadata) if row.name == name), default=0)
         if moved_at > self._options_index:
-            return member.address, member.public_key
-        return given.address, given.public_key or member.public_key
+            return address, public_key
+        return given.address, given.public_key or public_key
 
     def _compare_options(self) -> None:
         """Find out which members ``--initial`` has at another address than at the last start that named it."""
@@ -484,6 +486,10 @@ class Runtime:
         return status.replica_status(self, await self._states(table), table)
 
     # --- the end -----------------------------------------------------------------------------------------------------
+
+    async def _stop_coordination(self) -> None:
+        if self.coordination is not None:
+            await self.coordination.stop()
 
     async def stop(self) -> None:
         """Stop in order: leadership is handed over, no new requests, those begun have `DRAIN_S` to end; idempotent."""

@@ -87,8 +87,16 @@ class Posts:
 class NodeWire:
     """`ha.backends.Wire` over this node's endpoint."""
 
-    def __init__(self, endpoint: Endpoint, ways: Ways, spawn: Callable[[Any, str], Any]) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        ways: Ways,
+        spawn: Callable[[Any, str], Any],
+        given: Callable[[str, str, str], tuple[str, str]],
+    ) -> None:
+        """``given(name, address, public_key)``: where the node really is, if the command line knows better."""
         self._endpoint = endpoint
+        self._given = given
         self._ways = ways
         self._spawn = spawn
         self._names: dict[NodeId, str] = {}
@@ -98,6 +106,7 @@ class NodeWire:
 
     def know(self, node_id: NodeId, name: str, address: str, public_key: str) -> None:
         """See `Wire.know`."""
+        address, public_key = self._given(name, address, public_key)
         before = self._ways[name] if self._ways.knows(name) else None
         way = self._ways.know(name, address, public_key)
         posts = self._posts.get(node_id)

@@ -55,6 +55,27 @@ def clean(nodes: Nodes, tablet_id: str) -> None:
     assert len(roots) == 1, roots
 
 
+class Repaired:
+    """True once a copy was repaired and two whole scrubs after that found nothing more to repair."""
+
+    def __init__(self, asker: Asker, address: str, name: str) -> None:
+        self._asker, self._address, self._name = asker, address, name
+        self._repairs = 0
+        self._scrubs: set[float] = set()
+
+    def __call__(self) -> bool:
+        rows = self._asker.settled(self._address, TABLE)
+        if not rows:
+            return False
+        (row,) = [row for row in rows if row["node"] == self._name]
+        if row["repairs"] != self._repairs:
+            self._repairs, self._scrubs = row["repairs"], set()
+        if row["scrubbed_at"]:
+            self._scrubs.add(row["scrubbed_at"])
+        # The first of them may stand from before the last repair, the second may have begun before it.
+        return bool(self._repairs) and len(self._scrubs) >= 3
+
+
 KEYS = [b"key-000003", b"key-000150", b"key-000299"]
 ROT: dict[str, Callable[[Path, str], None]] = {
     "value": lambda data, tablet_id: rot.flip_value(data, tablet_id, KEYS),
@@ -103,11 +124,7 @@ def test_rot_is_found_by_the_scrub_and_repaired(scrubbed: Nodes, asker: Asker, k
     ROT[kind](node.data, tablet_id)
     node.start().wait_ready()
 
-    def repaired() -> bool:
-        rows = asker.settled(one, TABLE)
-        return bool(rows) and any(row["node"] == name and row["repairs"] for row in rows)
-
-    wait_for(repaired, f"{name} repaired", 60.0)
+    wait_for(Repaired(asker, one, name), f"{name} repaired", 60.0)
     assert asker.everything(one, TABLE) == expected
     assert asker.everything(node.address, TABLE, consistency="local") == expected
     clean(scrubbed, tablet_id)
