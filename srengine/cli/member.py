@@ -28,14 +28,18 @@ def list_members(settings: Settings) -> None:
 @member.command("add")
 @click.argument("name")
 @click.option("--role", type=_ROLES, default="follower", show_default=True, help="Whether it will vote.")
+@click.option(
+    "--key", "public_key", default="", metavar="KEY", help="Public key of the new node, as node init prints it."
+)
 @pass_settings
-def add(settings: Settings, *, name: str, role: str) -> None:
+def add(settings: Settings, *, name: str, role: str, public_key: str) -> None:
     """Print a one-time ticket with which a new node NAME may join: node start --join … --ticket TICKET.
 
-    Exit code 5 when a living member has the name. A member whose directory was lost is let in again with a new ticket.
+    Where the cluster runs with keys, KEY is needed: nodes let the new one in by it. Exit code 5 when a living member
+    has the name. A member whose directory was lost is let in again with a new ticket.
     """
     with settings.connect() as cluster:
-        ticket = cluster.add_member(name, role=role)
+        ticket = cluster.add_member(name, role=role, public_key=public_key)
     settings.out.one({"name": name, "role": role, "ticket": ticket}, ticket)
 
 

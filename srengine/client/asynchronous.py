@@ -142,14 +142,15 @@ class AsyncClient:
         reply = await self._call(self._any_call(lambda _: messages.ListMembers()))
         return expect(reply.message, messages.MemberList)
 
-    async def add_member(self, name: str, *, role: str = "follower") -> str:
+    async def add_member(self, name: str, *, role: str = "follower", public_key: str = "") -> str:
         """Return the one-time ticket with which a new node ``name`` may join (``node start --join … --ticket …``).
 
-        ``role``: follower (votes once it has caught up) or observer (never votes). `Conflict` when a living member has
-        the name, `InvalidValue` for a bad name or role.
+        ``role``: follower (votes once it has caught up) or observer (never votes). ``public_key``: of the new node, as
+        ``node init`` prints it; needed where the cluster runs with keys. `Conflict` when a living member has the name,
+        `InvalidValue` for a bad name, role or key.
         """
         types.check_name(name, "node")
-        reply = await self._call(self._any_call(lambda wait_s: messages.AddMember(name, role, wait_s)))
+        reply = await self._call(self._any_call(lambda wait_s: messages.AddMember(name, role, wait_s, public_key)))
         return expect(reply.message, messages.Ticket).ticket
 
     async def remove_member(self, name: str, *, force: bool = False) -> None:

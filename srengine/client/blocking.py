@@ -108,9 +108,9 @@ class Client:
         """Return the members as the journal has them; see `AsyncClient.list_members`."""
         return self._run(self._client.list_members())
 
-    def add_member(self, name: str, *, role: str = "follower") -> str:
+    def add_member(self, name: str, *, role: str = "follower", public_key: str = "") -> str:
         """Return a ticket for a new node; see `AsyncClient.add_member`."""
-        return self._run(self._client.add_member(name, role=role))
+        return self._run(self._client.add_member(name, role=role, public_key=public_key))
 
     def remove_member(self, name: str, *, force: bool = False) -> None:
         """Remove a member; see `AsyncClient.remove_member`."""

@@ -195,11 +195,15 @@ class MemberList(msgspec.Struct, frozen=True):
 
 
 class AddMember(msgspec.Struct, frozen=True):
-    """Let a new node in: answered by `Ticket`. `Conflict` when the name belongs to a member that is alive."""
+    """Let a new node in: answered by `Ticket`. `Conflict` when the name belongs to a member that is alive.
+
+    ``public_key``: of the new node, in hexadecimal, where the cluster runs with keys.
+    """
 
     name: str
     role: str = "follower"
     timeout_s: float = 10.0
+    public_key: str = ""
 
 
 class Ticket(msgspec.Struct, frozen=True):

@@ -149,12 +149,15 @@ class Cluster(msgspec.Struct, frozen=True):
 
 
 class Ticket(msgspec.Struct, frozen=True):
-    """The right to join once, as ``role``, under ``name`` (empty: any)."""
+    """The right to join once, as ``role``, under ``name`` (empty: any), with ``public_key`` (empty: any; where keys are
+    used, nodes let a joiner in by it).
+    """
 
     digest: bytes
     role: MemberRole
     name: str
     index: int
+    public_key: str = ""
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -233,6 +236,7 @@ class MintTicket(msgspec.Struct, frozen=True):
     digest: bytes
     role: MemberRole = "follower"
     name: str = ""
+    public_key: str = ""
 
 
 class ExpireTicket(msgspec.Struct, frozen=True):
@@ -393,6 +397,8 @@ class _Change:
         ticket = msgspec.msgpack.decode(stored, type=Ticket)
         if ticket.role != command.role or ticket.name not in {"", command.name}:
             raise errors.Denied(f"the ticket is for {ticket.name or 'any name'} as {ticket.role}")
+        if ticket.public_key not in {"", command.public_key}:
+            raise errors.Denied("the ticket is for a node with another key")
         self._tables.delete(TICKET_TABLE, command.ticket)
 
     def _update_address(self, command: UpdateAddress) -> None:
@@ -436,7 +442,7 @@ class _Change:
             types.check_name(command.name, "node")
         if len(read_tickets(self._tables)) >= TICKETS_MAX:
             raise errors.QuotaExceeded(f"{TICKETS_MAX} tickets wait to be used")
-        ticket = Ticket(command.digest, command.role, command.name, self._index)
+        ticket = Ticket(command.digest, command.role, command.name, self._index, command.public_key)
         self._tables.put(TICKET_TABLE, key, msgspec.msgpack.encode(ticket))
 
     # --- their parts -------------------------------------------------------------------------------------------------

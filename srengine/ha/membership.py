@@ -134,10 +134,11 @@ def plan(
 # --- tickets ---------------------------------------------------------------------------------------------------------
 
 
-def mint_ticket(role: MemberRole = "follower", name: str = "") -> tuple[str, Command]:
+def mint_ticket(role: MemberRole = "follower", name: str = "", public_key: str = "") -> tuple[str, Command]:
     """Return a new ticket's secret, for a person, and the command that makes it valid."""
     secret = secrets.token_hex(_TICKET_BYTES)
-    return secret, Command(MINT_TICKET, msgspec.msgpack.encode(MintTicket(ticket_digest(secret), role, name)))
+    ticket = MintTicket(ticket_digest(secret), role, name, public_key)
+    return secret, Command(MINT_TICKET, msgspec.msgpack.encode(ticket))
 
 
 def ticket_digest(secret: str) -> bytes:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from srengine import errors
 from srengine.cluster import catalog
 from srengine.ha.epochs import FENCE
-from srengine.ha.members import Member, read_members, read_membership
+from srengine.ha.members import Member, read_members, read_membership, read_tickets
 from srengine.ha.protocol import HAProtocol
 from srengine.ha.registers import REGISTER_PUT
 from srengine.ha.tables import Store
@@ -44,7 +44,9 @@ class Tablets(Protocol):
 class Agreed:
     """Members and tables of the cluster, on this node."""
 
-    def __init__(self, store: Store, backend: HAProtocol, wire: NodeWire) -> None:
+    def __init__(self, store: Store, backend: HAProtocol, wire: NodeWire, expect: Callable[[str, str], None]) -> None:
+        """``expect(name, public_key)``: a node that may join has this key."""
+        self._expect = expect
         self._store = store
         self._backend = backend
         self._wire = wire
@@ -81,6 +83,8 @@ class Agreed:
             if index == self.index:
                 return
             self.read_members()
+            for ticket in read_tickets(self._store):
+                self._expect(ticket.name, ticket.public_key)
             tables = await asyncio.to_thread(catalog.read_tables, self._store)
             await tablets.open_tables(tables)
             async with self._changed:

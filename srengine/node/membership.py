@@ -8,6 +8,7 @@ its old process is silent and when it shows the same key.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from srengine.node.runtime import Runtime
 
 TIMEOUT_S: Final = 10.0
+_KEY: Final = re.compile(r"[0-9A-Fa-f]{64}", re.ASCII)
 UNKNOWN_END: Final = "the change is not known to be done or not yet"
 
 
@@ -90,7 +92,11 @@ class MembershipServices:
         holder = node.agreed.member(message.name)
         if holder is not None and (holder.name == node.name or node.wire.connected(holder.name)):
             raise errors.Conflict(f"{message.name} is a member and alive", name=message.name)
-        secret, command = mint_ticket(_role(message.role), message.name)
+        if message.public_key and not _KEY.fullmatch(message.public_key):
+            raise errors.InvalidValue("a public key has 64 hexadecimal digits")
+        if node.public_key and not message.public_key:
+            raise errors.InvalidValue("this cluster runs with keys: the new node's is needed (node init prints it)")
+        secret, command = mint_ticket(_role(message.role), message.name, message.public_key.lower())
         await node.backend.propose(command, timeout_s=checked_timeout(message.timeout_s))
         return Reply(messages.Ticket(message.name, secret))
 

@@ -225,7 +225,7 @@ class Runtime:
         )
         self.coordination = coordination.Coordination(self)
         self.backend: HAProtocol = self.coordination.backend
-        self.agreed = Agreed(self.metadata, self.backend, self.wire)
+        self.agreed = Agreed(self.metadata, self.backend, self.wire, self.ports.allow)
         self.agreed.read_members()
         self._know_told()
         self.sync = SyncService(
