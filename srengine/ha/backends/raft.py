@@ -10,7 +10,7 @@
         └──────── outcome by request id ◄── agreed state (outcomes.py) ◄───────────────┘
 
 * **Leading takes two.** The election of the group names a leader; `fencing` puts its epoch into the journal. Commands
-  that are proposed in between wait for it (`NotReady`, tried again).
+  that are proposed in between wait for it.
 * **Once.** Every command has a request id. What became of it is read from the agreed state, not from memory, so it does
   not matter which leader is asked how often.
 * **Read your writes.** A proposer is answered when its own node has applied the entry.

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Coroutine
@@ -119,9 +120,7 @@ class Leading:
 
         One that was decided before is answered with its outcome.
         """
-        epoch = self.epoch
-        if epoch == 0:
-            raise errors.NotReady(f"{self._around.name} was elected and has no epoch yet", leader=self._around.name)
+        epoch = await self._acting_epoch(min(timeout_s, ASK_S))
         stamped = command if command.epoch else msgspec.structs.replace(command, epoch=epoch)
         if find_outcome(self._store, command.request) is not None:
             pass
@@ -148,6 +147,20 @@ class Leading:
         if acknowledge is Acknowledge.ALL:
             await self._all_applied(outcome.index, timeout_s)
         return outcome.index
+
+    async def _acting_epoch(self, timeout_s: float) -> int:
+        """Return the epoch that this node acts for, as soon as it has one; `NotReady` when that takes too long.
+
+        A command that comes between election and fencing waits here: its proposer would only ask again later.
+        """
+        if self.epoch == 0 and self._standing.leads:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s), self._standing.changed:
+                    await self._standing.changed.wait_for(lambda: self.epoch != 0 or not self._standing.leads)
+        epoch = self.epoch
+        if epoch == 0:
+            raise errors.NotReady(f"{self._around.name} was elected and has no epoch yet", leader=self._around.name)
+        return epoch
 
     async def _in_the_background(self, command: Command, timeout_s: float) -> None:
         try:
