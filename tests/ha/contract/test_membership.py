@@ -92,8 +92,9 @@ def test_lists_of_nodes(on):
         for node in cluster.nodes.values():
             assert await node.protocol.get_electable_nodes() == ["n0", "n1", "n2"]
             assert await node.protocol.get_observer_nodes() == ["o1"]
-            others = sorted({"n0", "n1", "n2"} - {leader.name})
-            await until(lambda node=node: node.protocol.observed.leader == leader.name)
+            await until(lambda node=node: node.protocol.observed.leader is not None)
+            # Whoever leads by now: on a busy machine it may be another one than at the beginning.
+            others = sorted({"n0", "n1", "n2"} - {node.protocol.observed.leader})
             assert await node.protocol.get_electable_nodes(include_leader=False) == others
 
     on(scenario)
