@@ -158,7 +158,8 @@ def _of_cuts(regime: Regime) -> Regime:
 
 
 def _of_leases(regime: Regime) -> Regime:
-    return _by_lease(regime, "one way", "bridge", "flap", "hint", "isolate")
+    # Writes at a leader tell it quickly that it leads no longer: mostly reads.
+    return _by_lease(regime, "bridge", "bridge", "one way", fault_lasts_s=0.8, mix=(30, 2, 1))
 
 
 def _of_late_answers(regime: Regime) -> Regime:
@@ -167,7 +168,7 @@ def _of_late_answers(regime: Regime) -> Regime:
 
 
 def _of_starts(regime: Regime) -> Regime:
-    return _by_lease(regime, "crash others", "one way")
+    return _by_lease(regime, "crash others", mix=(30, 2, 1))
 
 
 def _of_young_leaders(regime: Regime) -> Regime:
@@ -176,10 +177,8 @@ def _of_young_leaders(regime: Regime) -> Regime:
     return _busy(
         regime,
         "young leader",
-        "crash",
-        "crash between",
-        weather=Weather(delay_s_max=0.04),
-        disk_s=(0.001, 0.08),
+        weather=Weather(delay_s_max=0.1),
+        disk_s=(0.001, 0.01),
         timing=timing,
         fault_every_s=0.2,
         limits=small,
