@@ -29,7 +29,7 @@ RECORDED = {
     "apply what came": 24,
     "count learners": 12,
     "trust restored": 1,
-    "trust too early": 13,
+    "trust too early": 223,
     "act unfenced": 0,
     "reuse an epoch": 0,
     "repeat requests": 1,
