@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.simulator.breakages import BREAKAGES, NONE
+from tests.simulator.breakages import ALL, NONE
 from tests.simulator.story import Failure, run
 from tests.simulator.workers import results
 
@@ -54,14 +54,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=100, help="how many")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
-    parser.add_argument("--breakage", default=NONE.name, choices=[NONE.name, *BREAKAGES], metavar="NAME")
+    parser.add_argument("--breakage", default=NONE.name, choices=[NONE.name, *ALL], metavar="NAME")
     parser.add_argument("--breakages", action="store_true", help="list the breakages and end")
     parser.add_argument("--hunt", action="store_true", help="for each breakage, find the first seed that finds it")
     parser.add_argument("--trace", action="store_true", help="print everything that happens (one seed)")
     parser.add_argument("--keep-going", action="store_true", help="run all seeds though one failed")
     parsed = parser.parse_args()
     if parsed.breakages:
-        for breakage in BREAKAGES.values():
+        for breakage in ALL.values():
             sys.stdout.write(f"{breakage.name}: {breakage.text}\n")
         return 0
     if parsed.hunt:
@@ -74,7 +74,7 @@ def main() -> int:
 def traced(seed: int, breakage: str) -> int:
     """Run one seed and show all of it."""
     try:
-        report = run(seed, breakage=BREAKAGES.get(breakage, NONE), show=lambda line: sys.stdout.write(line + "\n"))
+        report = run(seed, breakage=ALL.get(breakage, NONE), show=lambda line: sys.stdout.write(line + "\n"))
     except Failure as failure:
         sys.stdout.write(told(failure, breakage) + "\n")
         return 1
@@ -84,13 +84,13 @@ def traced(seed: int, breakage: str) -> int:
 
 def hunt(parsed: argparse.Namespace) -> int:
     """For one breakage or all of them, run seeds until one fails."""
-    names = [parsed.breakage] if parsed.breakage != NONE.name else list(BREAKAGES)
+    names = [parsed.breakage] if parsed.breakage != NONE.name else list(ALL)
     missed = 0
     for name in names:
         began = time.process_time()
         for seed in range(parsed.seed, parsed.seed + parsed.seeds):
             try:
-                run(seed, breakage=BREAKAGES[name])
+                run(seed, breakage=ALL[name])
             except Failure as failure:
                 text = str(failure).splitlines()[0][:110]
                 sys.stdout.write(f"{name}: seed {seed}, {time.process_time() - began:.0f} s: {failure.rule}: {text}\n")

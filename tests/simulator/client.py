@@ -69,7 +69,7 @@ class Client:
         source = self._source
         group = source.choice(self.world.groups)
         register = f"r{source.randrange(self.world.regime.registers)}"
-        kind = source.choices((Kind.READ, Kind.WRITE, Kind.COMPARE), (4, 3, 2))[0]
+        kind = source.choices((Kind.READ, Kind.WRITE, Kind.COMPARE), self.world.regime.mix)[0]
         self.call(group, register, kind)
 
     def call(self, group: str, register: str, kind: Kind) -> Call:

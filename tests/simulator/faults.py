@@ -275,10 +275,10 @@ class Faults:
         self._later(over)
 
     def _replay(self) -> None:
-        """F27: frames of long ago arrive again, at whoever they may concern."""
+        """F27: frames of long ago arrive again."""
         kept = self.world.network.kept
-        for _, _, frame in self.source.sample(kept, min(len(kept), 4)):
-            self.world.replay(frame)
+        for target, frame, deliver in self.source.sample(kept, min(len(kept), 4)):
+            deliver(target, frame)
         self._note("replay")
 
     # --- disks -------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Network:
     source: random.Random
     weather: Weather
     cut: set[tuple[str, str]] = field(default_factory=set)
-    kept: list[tuple[str, str, Any]] = field(default_factory=list)
+    kept: list[tuple[str, Any, Callable[[str, Any], None]]] = field(default_factory=list)
     """Some frames of the past, for replay."""
     kept_max: int = 32
     _newest: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -66,9 +66,9 @@ class Network:
         if type(frame) is not tuple:
             return  # only what nodes say to each other is kept
         if len(self.kept) < self.kept_max:
-            self.kept.append((source, target, frame))
+            self.kept.append((target, frame, deliver))
         else:
-            self.kept[chance.randrange(self.kept_max * 8) % len(self.kept)] = (source, target, frame)
+            self.kept[chance.randrange(self.kept_max * 8) % len(self.kept)] = (target, frame, deliver)
 
     def _arrive(self, source: str, target: str, frame: Any, deliver: Callable[[str, Any], None]) -> None:
         if (source, target) not in self.cut:

@@ -445,7 +445,7 @@ class Process:
     def _propose(
         self,
         run: Run,
-        command: Command,
+        command: Command | None,
         decided: Callable[[Outcome | None], None],
         refused: Callable[[Why], None],
         configuration: Configuration | None = None,
@@ -460,7 +460,7 @@ class Process:
                 run.waiting.setdefault(place[0], []).append((place[1], decided))
 
         run.asked[token] = answered
-        self.post(run.group, Propose(token, encode(command), configuration))
+        self.post(run.group, Propose(token, b"" if command is None else encode(command), configuration))
 
     def write(self, group: str, make: Callable[[int, str], Command], reply: Reply) -> None:
         """Propose the command that ``make`` returns for an epoch and this node, if it owns one."""
@@ -479,10 +479,10 @@ class Process:
         self._propose(run, command, decided, lambda _why: reply(None))
 
     def change(self, group: str, configuration: Configuration, request: bytes) -> None:
-        """Propose a change of membership."""
+        """Propose a change of membership; by a leader that owns no epoch without a command, as the machine allows."""
         run = self.runs[group]
         run.proposed.append(configuration)
-        command = Command(Verb.MEMBER, run.epoch, self.id, request)
+        command = Command(Verb.MEMBER, run.epoch, self.id, request) if run.epoch else None
         self._propose(
             run, command, lambda _outcome: None, lambda _why: run.proposed.remove(configuration), configuration
         )

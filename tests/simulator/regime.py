@@ -77,6 +77,8 @@ class Regime:
     limits: tuple[tuple[str, int], ...]
     """Bounds of `srengine.limits` that are small here, so that what seldom happens happens often."""
     weights: tuple[tuple[str, float], ...]
+    mix: tuple[int, int, int] = (4, 3, 2)
+    """How many reads, writes, compare-and-sets clients do relative to each other."""
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import subprocess
 import sys
@@ -73,3 +74,10 @@ def test_failure_says_how_to_play_it_again() -> None:
         from tests.simulator.breakages import BREAKAGES
 
         run(seed, breakage=BREAKAGES["act unfenced"])
+
+
+def test_failure_survives_the_way_between_processes() -> None:
+    """What a worker found is what is told: seed, rule, text and trace."""
+    failure = Failure(7, "epochs", "epochs: two owners", ["one line", "another"])
+    other = pickle.loads(pickle.dumps(failure))
+    assert (other.seed, other.rule, str(other), other.last) == (7, "epochs", "epochs: two owners", failure.last)

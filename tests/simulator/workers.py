@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from tests.simulator.breakages import BREAKAGES, NONE
+from tests.simulator.breakages import ALL, NONE
 from tests.simulator.story import Failure, Report, run
 
 
@@ -14,7 +14,7 @@ def one(task: tuple[int, str]) -> Report | Failure:
     """Run one seed in a worker."""
     seed, breakage = task
     try:
-        return run(seed, breakage=BREAKAGES.get(breakage, NONE))
+        return run(seed, breakage=ALL.get(breakage, NONE))
     except Failure as failure:
         return failure
 

@@ -119,12 +119,6 @@ class World:
 
         self.network.send(process.host.name, name, messages, deliver)
 
-    def replay(self, frame: tuple[Any, ...]) -> None:
-        """A frame of the past arrives once more, at every node that it may concern."""
-        for host in self.hosts.values():
-            if host.process is not None and all(message.sender != host.id for message in frame):
-                host.process.receive(frame)
-
     def answers(self, host: Host, node: str) -> bool:
         """Whether ``host`` would get an answer of ``node`` now."""
         other = self.host_of(node)
