@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 HAND_OVER_S: Final = 5.0
+REMOVED_LOOK_S: Final = 0.1
 
 
 class Coordination:
@@ -162,10 +163,11 @@ class Coordination:
 
     async def _end_when_removed(self) -> None:
         """Stop the node once the cluster has removed it."""
-        async for _ in self.backend.observe():
-            if self.backend.removed is not None:
-                self._node.supervisor.fail(self.backend.removed)
-                return
+        # Looked at, not waited for: a removal is applied, or heard of from a peer, and changes nothing that is observed
+        # when no leader was known anyway.
+        while self.backend.removed is None:  # noqa: ASYNC110
+            await asyncio.sleep(REMOVED_LOOK_S)
+        self._node.supervisor.fail(self.backend.removed)
 
     @property
     def role(self) -> Role:

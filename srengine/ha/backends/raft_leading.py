@@ -211,10 +211,20 @@ class Leading:
     # --- membership --------------------------------------------------------------------------------------------------
 
     def alive(self) -> set[NodeId]:
-        """Return who was heard lately: within what this leader itself needs to go on leading."""
-        since = self._around.clock.boottime_s() - self._options.election_s_min
-        heard = {node for node, peer in self._machine.progress.items() if peer.heard_at >= since}
+        """Return who can be counted on now: heard within a lease, and connected.
+
+        A killed process closes its connection at once, long before its silence tells; a change of membership that
+        counted on it would never be decided.
+        """
+        since = self._around.clock.boottime_s() - self._options.lease_s
+        heard = {
+            node for node, peer in self._machine.progress.items() if peer.heard_at >= since and self._is_connected(node)
+        }
         return {self._around.node_id, *heard}
+
+    def _is_connected(self, node: NodeId) -> bool:
+        channel = self._around.wire.channel(node)
+        return channel is not None and channel.connected
 
     async def _change_membership(self, command: Command, timeout_s: float, *, force: bool) -> None:
         """Plan and make one change; `find_outcome` tells then what came of it."""
