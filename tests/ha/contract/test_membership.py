@@ -307,7 +307,8 @@ def test_a_follower_is_made_unstable_and_stable_again(on):
         follower = await cluster.follower()
         await follower.protocol.add_unstable_node(follower.name)
         await until(lambda: events(leader, follower.name)[-2:] == ["unstable", "stable"])
-        await cluster.leader()
+        leader = await cluster.leader()
+        await leader.protocol.read_barrier()
         assert sorted(await leader.protocol.get_electable_nodes()) == ["n0", "n1", "n2"]
 
     on(scenario)
