@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from srengine import errors
+from srengine import errors, limits
 from srengine.ha.claims_machine import Answer, Claim, ClaimsMachine, Verdict, Voters
 from srengine.ha.contact import Contact
 from srengine.ha.group import AlarmSink
@@ -56,8 +56,8 @@ class Claims:
     def __init__(
         self,
         *,
-        node_id: NodeId,
         boot_number: Callable[[], int],
+        distrusted: Callable[[], bool],
         copied: Callable[[], bool],
         contact: Contact,
         wire: NodeWire,
@@ -66,13 +66,15 @@ class Claims:
         refused: Callable[[Judgement, int], None],
         foreign: Callable[[errors.ForeignData], None],
     ) -> None:
-        """``refused``: another voter would not have this process (a copy, an older state, a second one). ``foreign``:
-        those that should be the others belong to another cluster.
+        """``distrusted``: the directory is an older state or a copy. ``copied``: its identity file is a copy, so the
+        original may be alive. ``refused``: another voter would not have this process. ``foreign``: those that should be
+        the others belong to another cluster.
         """
         self._foreign = foreign
         self._name = contact.name
-        self._node_id = node_id
+        self._node_id = NodeId(contact.process_id.node_id)
         self._boot_number = boot_number
+        self._distrusted = distrusted
         self._copied = copied
         self._contact = contact
         self._wire = wire
@@ -80,13 +82,15 @@ class Claims:
         self._alarm = alarm
         self._refused = refused
         self._begun = 0
+        self._doubled_since: float | None = None
+        """When another voter first took this process for a double."""
         self._heard = False
         """Whether another voter has answered in this run."""
         self.machine = self._new_machine()
 
     def _new_machine(self) -> ClaimsMachine:
         term, last_index = self._group.promised
-        return ClaimsMachine(Claim(self._boot_number(), term, last_index, self._copied()))
+        return ClaimsMachine(Claim(self._boot_number(), term, last_index, self._distrusted()))
 
     def begin_again(self) -> None:
         """Claim anew: the directory turned out to be an older state, so this node is another one than it said."""
@@ -112,7 +116,7 @@ class Claims:
 
     async def _ask(self, node: NodeId) -> None:
         claim = self.machine.claim
-        question = ClaimVote(self._name, self._contact.process_id, claim.term, claim.last_index, copied=claim.copied)
+        question = ClaimVote(self._name, self._contact.process_id, claim.term, claim.last_index, copied=self._copied())
         try:
             reply, _ = await self._wire.request(node, question, timeout_s=TIMEOUT_S)
         except errors.ForeignData as error:
@@ -128,12 +132,26 @@ class Claims:
             self._alarm("bad_answer", f"{node} answered a claim with {type(reply).__name__}")
             return
         if reply.verdict != Judgement.ACCEPTED.value:
-            if question.process == self._contact.process_id:
-                self._refused(Judgement(reply.verdict), reply.highest)
+            self._hear_refusal(question, reply)
             return
         self._heard = True
         self.machine.step(Answer(node, reply.highest, reply.term, reply.last_index, reply.trusted))
         self._tell()
+
+    def _hear_refusal(self, question: ClaimVote, reply: Remembered) -> None:
+        """Stop or distrust the directory, as `refused` decides.
+
+        A double may be the own predecessor, killed a moment ago and not silent for long enough: it is asked again first.
+        """
+        if question.process != self._contact.process_id:
+            return
+        verdict = Judgement(reply.verdict)
+        if verdict is Judgement.DUPLICATE:
+            now = asyncio.get_running_loop().time()
+            self._doubled_since = now if self._doubled_since is None else self._doubled_since
+            if now - self._doubled_since <= limits.DUPLICATE_PATIENCE_S:
+                return
+        self._refused(verdict, reply.highest)
 
     def _tell(self) -> None:
         effects = self.machine.drain()
@@ -166,6 +184,6 @@ class Claims:
                 judged.highest,
                 term,
                 index,
-                trusted=not self._copied(),
+                trusted=not self._distrusted(),
             )
         )

@@ -87,9 +87,9 @@ class Coordination:
         node = self._node
         if isinstance(self.backend, RaftBackend):
             self.claims = Claims(
-                node_id=NodeId(node.identity.node_id),
                 boot_number=lambda: node.identity.boot_number,
-                copied=lambda: node.identity.distrusted,
+                distrusted=lambda: node.identity.distrusted,
+                copied=lambda: node.copied,
                 contact=node.contact,
                 wire=node.wire,
                 group=JournalVotes(self.backend),
