@@ -141,7 +141,7 @@ class Claims:
     def _hear_refusal(self, question: ClaimVote, reply: Remembered) -> None:
         """Stop or distrust the directory, as `refused` decides.
 
-        A double may be the own predecessor, killed a moment ago and not silent for long enough: it is asked again first.
+        A double may be the own predecessor, killed a moment ago and not silent for long enough: asked again first.
         """
         if question.process != self._contact.process_id:
             return
