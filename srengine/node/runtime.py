@@ -71,11 +71,8 @@ THREADS: Final = 32
 STATES_TIMEOUT_S: Final = 1.5
 DRAIN_S: Final = 5.0
 SAY_AGAIN_S: Final = 5.0
-CATALOG_WAIT_S: Final = 5.0
 _INITIAL: Final = b"initial"
 """Local row: addresses of ``--initial``, the index at which they were first given, and the members that they moved."""
-TABLE_WAIT_S: Final = 0.5
-"""How long a node that has applied all that was acknowledged waits for a table that a client is sure of."""
 
 
 class Runtime:
