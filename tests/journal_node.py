@@ -79,6 +79,7 @@ class JournalNode:
         own = node_id(self.number)
         self.endpoint = Endpoint(Identity(node_id=own, name=name, cluster_id=CLUSTER))
         self.store = MetadataStore(directory / "meta")
+        self.machine = MetadataMachine(self.store, [MembersApplier(), EpochsApplier(), RegistersApplier()])
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.known = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -92,7 +93,7 @@ class JournalNode:
                 node_id=own,
                 address=address(self.ports[self.number]),
                 data_dir=directory,
-                machine=MetadataMachine(self.store, [MembersApplier(), EpochsApplier(), RegistersApplier()]),
+                machine=self.machine,
                 wire=BookWire(self.endpoint, book),
                 clock=SystemClock(),
                 spawn=self._spawn,
@@ -115,7 +116,7 @@ class JournalNode:
             self.failed.set_exception(task.exception())
 
     async def start(self) -> None:
-        service = RegisterService(self.protocol, self.store)
+        service = RegisterService(self.protocol, self.machine.store)
         for kind, handler in ((PutRegister, service.put), (GetRegister, service.get), (GetJournal, service.journal)):
 
             async def answer(_: Any, message: Any, __: Any, handler: Any = handler) -> Reply:

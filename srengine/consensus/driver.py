@@ -90,6 +90,10 @@ INBOX_BYTES_MAX: Final = 64 * limits.MIB
 APPLY_ENTRIES_MAX: Final = 1024
 """Entries handed to the state machine at a time."""
 APPLY_BYTES_MAX: Final = 16 * limits.MIB
+FLUSH_S: Final = 0.1
+"""How long what the state machine shows may stay in memory; the log has it."""
+FLUSH_BYTES: Final = 4 * limits.MIB
+"""Entries of that size are flushed at once; less than the machine hands out before it waits."""
 STOP_S: Final = 10.0
 """How long a stop waits for the disk."""
 RETRY_S: Final = 0.5
@@ -126,12 +130,17 @@ class _Group:
     to_apply: deque[Entry] = field(default_factory=deque)
     applying: bool = False
     """The state machine works."""
+    unflushed_bytes: int = 0
+    """Of the entries that are visible and may not be durable."""
+    flush_timer: asyncio.TimerHandle | None = None
+    flushing: bool = False
     installing: bool = False
     put: Callable[[], None] | None = None
     """Puts a fetched state in place as soon as everything handed out is applied."""
     trimming: bool = False
     healing: bool = False
     watchers: list[Callable[[RoleChanged], None]] = field(default_factory=list)
+    on_visible: Callable[[int], None] | None = None
     failed: errors.Error | None = None
 
 
@@ -194,17 +203,21 @@ class Driver:
         *,
         source: StateSource | None = None,
         sink: StateSink | None = None,
+        on_visible: Callable[[int], None] | None = None,
     ) -> None:
         """Begin to run a group; ``machine`` was made with what `prepare` returned.
 
-        Without ``source`` and ``sink`` a node that lags behind what the others keep cannot catch up.
+        Without ``source`` and ``sink`` a node that lags behind what the others keep cannot catch up. ``on_visible``: told
+        up to which index the state machine shows entries, whenever that changes.
         """
         log = self.log.group(name)
         assert name not in self._groups, name
         assert log.damage is None or not machine.trusted, (name, log.damage)
         role = RoleChanged(Role.FOLLOWER, log.hard_state.term, None, "started")
         waiting = WaitingRoom(name, self._loop)
-        group = _Group(name, machine, log, state, source, sink, role, state.applied.index, waiting)
+        group = _Group(
+            name, machine, log, state, source, sink, role, state.applied.index, waiting, on_visible=on_visible
+        )
         if log.floor.index:
             group.inbox.append(_trimmed(group))
         self._groups[name] = group
@@ -616,6 +629,7 @@ class Driver:
             entries.append(entry)
             size += entry_bytes(entry)
         group.applying = True
+        group.unflushed_bytes += size
         self._submit_apply(group, entries)
 
     def _submit_apply(self, group: _Group, entries: list[Entry]) -> None:
@@ -640,9 +654,51 @@ class Driver:
             for entry in entries:
                 group.waiting.applied(entry)
             group.waiting.visible(group.visible)
+        if group.on_visible is not None:
+            group.on_visible(group.visible)
+        if group.state.applied.index == group.visible:
+            self._durable(group)
+        else:
+            self._plan_flush(group)
+        self._apply(group)
+
+    def _plan_flush(self, group: _Group) -> None:
+        """See to it that what is visible becomes durable, soon or at once."""
+        if group.flushing:
+            return
+        if group.unflushed_bytes >= FLUSH_BYTES:
+            self._flush(group)
+        elif group.flush_timer is None:
+            group.flush_timer = self._loop.call_later(FLUSH_S, self._flush, group)
+
+    def _flush(self, group: _Group) -> None:
+        if group.flush_timer is not None:
+            group.flush_timer.cancel()
+            group.flush_timer = None
+        if not self._stopped and group.failed is None:
+            group.flushing = True
+            group.unflushed_bytes = 0
+            self._apply_worker.submit(group.state.flush, lambda error: self._flushed(group, error))
+
+    def _flushed(self, group: _Group, error: BaseException | None) -> None:
+        group.flushing = False
+        if self._stopped or group.failed is not None:
+            return
+        if isinstance(error, errors.DiskFull):
+            self._set_health(Health.FULL, error)
+            group.flush_timer = self._loop.call_later(RETRY_S, self._flush, group)
+            return
+        if error is not None:
+            self._fail_group(group, _typed(error, f"the state of {group.name} cannot be written"))
+            return
+        self._durable(group)
+        if group.state.applied.index < group.visible:
+            self._plan_flush(group)
+
+    def _durable(self, group: _Group) -> None:
+        """Tell the machine how far the state is durable, and let the log go that is not needed for it any more."""
         self._step(group, Applied(group.state.applied.index))
         self._maybe_trim(group)
-        self._apply(group)
 
     # --- trims and installs ------------------------------------------------------------------------------------------
 
@@ -722,6 +778,8 @@ class Driver:
         group.visible = floor.index
         group.waiting.replaced(floor.index)
         group.waiting.visible(floor.index)
+        if group.on_visible is not None:
+            group.on_visible(group.visible)
 
         def installed(failure: BaseException | None) -> None:
             if failure is not None:
@@ -760,6 +818,10 @@ class Driver:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        for group in self._groups.values():
+            if group.failed is None and group.state.applied.index < group.visible:
+                # Spares the next start the entries; if it fails, they are in the log.
+                self._apply_worker.submit(group.state.flush, lambda _: None)
         for worker in (self._log_worker, self._apply_worker):
             worker.stop()
         for worker in (self._log_worker, self._apply_worker):

@@ -237,7 +237,7 @@ class Leading:
             planned = plan(
                 self._store,
                 command,
-                index=self._journal.applied.index + 1,
+                index=self._journal.visible_index + 1,
                 leader=self._around.node_id,
                 alive=self.alive(),
                 force=force,
@@ -256,7 +256,7 @@ class Leading:
         _logger.info(
             "membership: %s",
             command.kind,
-            extra={"event": "membership", "kind": command.kind, "index": self._journal.applied.index},
+            extra={"event": "membership", "kind": command.kind, "index": self._journal.visible_index},
         )
 
     async def _check_caught_up(self, change: m.SetStable) -> None:
