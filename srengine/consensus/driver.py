@@ -207,8 +207,8 @@ class Driver:
     ) -> None:
         """Begin to run a group; ``machine`` was made with what `prepare` returned.
 
-        Without ``source`` and ``sink`` a node that lags behind what the others keep cannot catch up. ``on_visible``: told
-        up to which index the state machine shows entries, whenever that changes.
+        Without ``source`` and ``sink`` a node that lags behind what the others keep cannot catch up. ``on_visible``:
+        told up to which index the state machine shows entries, whenever that changes.
         """
         log = self.log.group(name)
         assert name not in self._groups, name
@@ -359,8 +359,9 @@ class Driver:
         for group in ready.values():
             if group.failed is None and not group.locked:
                 self._advance(group, now)
-        self._work_on_log()
+        # First what leaves: others work while this node's disk does.
         self._send()
+        self._work_on_log()
         self._arm(now)
 
     def _advance(self, group: _Group, now: float) -> None:

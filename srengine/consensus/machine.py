@@ -60,15 +60,17 @@ Adjacent configurations do not weaken it: majorities of configurations that diff
 neither of the two majorities above counts U. The proof needs a majority without U, so a group of two cannot use it, nor
 one in which a majority lost its trust: those need `Trust`.
 
-**What it costs.** A write is one round trip and one fsync on its way (a follower's; the leader's runs beside it). Without a leader nothing
-is written for at least ``lease_s`` after its last heartbeat, unless it handed over. Clocks are needed for leases alone.
+**What it costs.** A write is one round trip and one fsync on its way (a follower's; the leader's runs beside it).
+Without a leader nothing is written for at least ``lease_s`` after its last heartbeat, unless it handed over. Clocks are
+needed for leases alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import assert_never
+
+import msgspec
 
 from srengine.consensus import checks
 from srengine.consensus.effects import (
@@ -249,7 +251,7 @@ class RaftMachine(Following):
         if effects and self._is_free_of_persist():
             return effects
         accepted, self._accepted = tuple(self._accepted), []
-        return replace(effects, persist=self._take_persist(), accepted=accepted)
+        return msgspec.structs.replace(effects, persist=self._take_persist(), accepted=accepted)
 
     def _is_free_of_persist(self) -> bool:
         """Whether what was just said depends on nothing that is still to be persisted, so that it need not wait.

@@ -1,8 +1,8 @@
 """A leader's log on its way to the others: rounds of heartbeats, entries, offers of state, and the answers to them.
 
-Entries leave before they are durable here (Ongaro's thesis, 10.2.1): the leader's disk and the followers' work at the same
-time, and the leader counts its own copy when it is durable, like anybody's. `progress` says how much may be on its way;
-a heartbeat carries no entries and asks at the same time whether everything sent so far has arrived: its
+Entries leave before they are durable here (Ongaro's thesis, 10.2.1): the leader's disk and the followers' work at the
+same time, and the leader counts its own copy when it is durable, like anybody's. `progress` says how much may be on its
+way; a heartbeat carries no entries and asks at the same time whether everything sent so far has arrived: its
 ``previous_index`` is the last entry sent.
 """
 

@@ -2,8 +2,9 @@
 
 Each room that keeps cluster-wide state contributes one *applier*. The machine finds the applier by the command's kind,
 gives it a transaction, and commits its changes together with the entry's index: so after any crash the state is exactly
-that of some index. Whoever has a durable log of its own lets entries show first and flushes later (recent.py). Appliers read nothing but the command and the tables, hence every node comes to the same state;
-`MetadataMachine.digest` proves it.
+that of some index. Whoever has a durable log of its own lets entries show first and flushes later (recent.py). Appliers
+read nothing but the command and the tables, hence every node comes to the same state; `MetadataMachine.digest` proves
+it.
 
 What happens to a command, in this order:
 

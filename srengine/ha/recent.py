@@ -93,7 +93,7 @@ class RecentStore:
 
     @contextlib.contextmanager
     def show(self) -> Iterator[Tables]:
-        """Change rows: visible together when the with-block ends, durable with the next `flush`; nothing if it fails."""
+        """Change rows: visible together at the end of the with-block, durable after `flush`; nothing if it fails."""
         changes = Overlay(self)
         yield changes
         with self._lock:

@@ -378,7 +378,7 @@ class RaftBackend:
                 unknown = unknown or isinstance(error, errors.TimedOut) or error.details.get("sent") is True
                 last = error
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(RETRY_S, max(0.0, deadline - loop.time()))), self._standing.changed:
+                async with asyncio.timeout(min(RETRY_S, max(0.0, deadline - loop.time()))):
                     await self._standing.changed.wait()
         self._standing.check_usable()
         if unknown:
