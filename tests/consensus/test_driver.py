@@ -16,7 +16,7 @@ from srengine.consensus.log import NodeLog
 from srengine.consensus.messages import Bundle, TimeoutNow
 from srengine.consensus.services import Bounds, Health
 from srengine.transport import Peer
-from tests.consensus.cluster import GROUP, State, cluster, until
+from tests.consensus.cluster import GROUP, LateState, State, cluster, until
 from tests.consensus.logs import NODES, Raw, filled
 
 KINDS = pytest.mark.parametrize("kind", ["memory", "zmq"])
@@ -650,6 +650,97 @@ def test_logs_are_trimmed_by_bytes(tmp_path):
             for member in c.members:
                 await until(lambda member=member: member.log.group(GROUP).bytes < 250_000)
             await c.settled()
+
+    run(main())
+
+
+# --- states that are durable later -----------------------------------------------------------------------------------
+
+
+def test_what_is_applied_is_flushed_together_and_trimmed_behind_that(tmp_path, monkeypatch):
+    """Entries are answered before the state is durable, many share a flush, and no log is trimmed beyond it."""
+    monkeypatch.setattr("srengine.consensus.driver.FLUSH_S", 0.3)
+
+    async def main():
+        async with cluster(tmp_path, state_type=LateState, bounds=Bounds(entries_kept=5)) as c:
+            leader = await c.leader()
+            for number in range(60):
+                index, _ = await leader.propose(b"p%d" % number)
+                for member in c.members:
+                    assert member.log.group(GROUP).floor.index <= member.states[GROUP].applied.index
+            assert leader.states[GROUP].visible.index == index
+            await until(lambda: all(member.states[GROUP].applied.index == index for member in c.members))
+            assert all(0 < member.states[GROUP].flushes <= 30 for member in c.members)
+            assert all(member.log.group(GROUP).floor.index > 0 for member in c.members)
+            assert leader.states[GROUP].threads == {"srengine-apply"}
+            await c.settled()
+
+    run(main())
+
+
+def test_a_crash_before_the_flush_applies_again(tmp_path, monkeypatch):
+    """H11, F04: what all nodes only showed when they died is applied again from their logs: nothing is lost."""
+    monkeypatch.setattr("srengine.consensus.driver.FLUSH_S", 1000)
+
+    async def main():
+        async with cluster(tmp_path, state_type=LateState) as c:
+            for number in range(20):
+                await c.write(b"p%d" % number)
+            await c.settled()
+            assert all(member.states[GROUP].applied.index == 0 for member in c.members)
+            monkeypatch.setattr(LateState, "flush", lambda state: None)
+            for member in c.members:
+                await member.stop()
+                member.states[GROUP].crash()
+                assert not member.states[GROUP].data
+            for member in c.members:
+                await member.start()
+            await c.write(b"p20")
+            await c.settled()
+            for member in c.members:
+                assert member.states[GROUP].data == [b"p%d" % number for number in range(21)]
+
+    run(main())
+
+
+def test_large_entries_are_flushed_at_once_and_the_rest_at_the_stop(tmp_path, monkeypatch):
+    """Memory for what is not durable is bounded; a stop in order leaves nothing to be applied again."""
+    monkeypatch.setattr("srengine.consensus.driver.FLUSH_S", 1000)
+    monkeypatch.setattr("srengine.consensus.driver.FLUSH_BYTES", 100_000)
+
+    async def main():
+        async with cluster(tmp_path, state_type=LateState) as c:
+            leader = await c.leader()
+            for number in range(20):
+                await leader.propose(b"p%d" % number + bytes(20_000))
+            index, _ = await leader.propose(b"p20")
+            state = leader.states[GROUP]
+            await until(lambda: state.flushes >= 3)
+            assert state.applied.index < index
+            await leader.stop()
+            assert state.applied.index >= index
+
+    run(main())
+
+
+def test_a_flush_that_fails(tmp_path, monkeypatch):
+    """H26, F07: a full disk is tried again; F05: anything else ends the group on this node, named."""
+    monkeypatch.setattr("srengine.consensus.driver.FLUSH_S", 0.02)
+    monkeypatch.setattr("srengine.consensus.driver.RETRY_S", 0.02)
+
+    async def main():
+        async with cluster(tmp_path, state_type=LateState) as c:
+            leader = await c.leader()
+            state = leader.states[GROUP]
+            state.flush_fault = errors.DiskFull("no space")
+            index, _ = await leader.propose(b"p0")
+            await until(lambda: state.applied.index >= index)
+            assert Health.FULL in leader.health
+            state.flush_fault = errors.CorruptionError("a row is damaged")
+            await leader.propose(b"p1")
+            await until(lambda: leader.failed)
+            assert leader.failed == [(GROUP, "CORRUPTION")]
+            await c.leader(followers(c, leader))
 
     run(main())
 

@@ -159,8 +159,8 @@ def test_one_message_holds_many_small_entries(group):
 
 
 def test_a_leader_counts_its_own_copy_when_it_is_durable(group):
-    """Entries leave before the leader's own disk has them. Until it has, one answer of three is no majority, two are, and
-    even then nothing is applied here.
+    """Entries leave before the leader's own disk has them. Until it has, one answer of three is no majority, two are,
+    and even then nothing is applied here.
     """
     machine, node = group["a"], group.nodes["a"]
     machine.step(fx.Propose(1, b"x"))
