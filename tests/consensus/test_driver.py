@@ -659,7 +659,7 @@ def test_logs_are_trimmed_by_bytes(tmp_path):
 
 def test_what_is_applied_is_flushed_together_and_trimmed_behind_that(tmp_path, monkeypatch):
     """Entries are answered before the state is durable, many share a flush, and no log is trimmed beyond it."""
-    monkeypatch.setattr("srengine.consensus.driver.FLUSH_S", 0.3)
+    monkeypatch.setattr("srengine.consensus.applying.FLUSH_S", 0.3)
 
     async def main():
         async with cluster(tmp_path, state_type=LateState, bounds=Bounds(entries_kept=5)) as c:
@@ -680,7 +680,7 @@ def test_what_is_applied_is_flushed_together_and_trimmed_behind_that(tmp_path, m
 
 def test_a_crash_before_the_flush_applies_again(tmp_path, monkeypatch):
     """H11, F04: what all nodes only showed when they died is applied again from their logs: nothing is lost."""
-    monkeypatch.setattr("srengine.consensus.driver.FLUSH_S", 1000)
+    monkeypatch.setattr("srengine.consensus.applying.FLUSH_S", 1000)
 
     async def main():
         async with cluster(tmp_path, state_type=LateState) as c:
@@ -705,8 +705,8 @@ def test_a_crash_before_the_flush_applies_again(tmp_path, monkeypatch):
 
 def test_large_entries_are_flushed_at_once_and_the_rest_at_the_stop(tmp_path, monkeypatch):
     """Memory for what is not durable is bounded; a stop in order leaves nothing to be applied again."""
-    monkeypatch.setattr("srengine.consensus.driver.FLUSH_S", 1000)
-    monkeypatch.setattr("srengine.consensus.driver.FLUSH_BYTES", 100_000)
+    monkeypatch.setattr("srengine.consensus.applying.FLUSH_S", 1000)
+    monkeypatch.setattr("srengine.consensus.applying.FLUSH_BYTES", 100_000)
 
     async def main():
         async with cluster(tmp_path, state_type=LateState) as c:
@@ -725,8 +725,8 @@ def test_large_entries_are_flushed_at_once_and_the_rest_at_the_stop(tmp_path, mo
 
 def test_a_flush_that_fails(tmp_path, monkeypatch):
     """H26, F07: a full disk is tried again; F05: anything else ends the group on this node, named."""
-    monkeypatch.setattr("srengine.consensus.driver.FLUSH_S", 0.02)
-    monkeypatch.setattr("srengine.consensus.driver.RETRY_S", 0.02)
+    monkeypatch.setattr("srengine.consensus.applying.FLUSH_S", 0.02)
+    monkeypatch.setattr("srengine.consensus.applying.RETRY_S", 0.02)
 
     async def main():
         async with cluster(tmp_path, state_type=LateState) as c:
