@@ -4,7 +4,7 @@
 
     apply ──► recent      changes since the last flush            ┐
               flushing    what a flush is writing, if one runs    │ every read looks here first
-              kept        rows that were flushed, as they stand   ┘
+              kept        rows that were flushed or read lately   ┘
     flush ──► store       one durable transaction for all of them
 
 The journal's log is durable before an entry is applied, so nothing can be lost here: after a crash the entries behind
@@ -25,7 +25,7 @@ from typing import Final
 from srengine.ha.tables import Overlay, ReplaceableStore, Row, Tables
 
 ROWS_KEPT_MAX: Final = 4096
-"""Flushed rows kept for reading; beyond it all are forgotten."""
+"""Rows kept for reading; beyond it all are forgotten."""
 VALUE_BYTES_KEPT_MAX: Final = 1024
 """A longer value is read from the store again."""
 
@@ -52,10 +52,16 @@ class RecentStore:
         """See `tables.Readable.get`."""
         place = (table, key)
         with self._lock:
+            flushes = self._flushes
             for rows in (self._recent, self._flushing, self._kept):
                 if place in rows:
                     return rows[place]
-        return self._below.get(table, key)
+        value = self._below.get(table, key)
+        with self._lock:
+            # NB: what was flushed since may be newer than what was just read.
+            if flushes == self._flushes:
+                self._keep({place: value})
+        return value
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """See `tables.Readable.scan`; what is recent is of one moment."""

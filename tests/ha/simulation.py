@@ -11,9 +11,9 @@ is forged together with the root. A scrub finds the first kind now and then; row
 find the rest.
 
 Checked all the time: nothing is served before a start is complete; ``committed`` never goes back in a run, and a
-majority holds it, or held it when a disk was lost that the leader has not heard of yet (no leader can tell a disk that is
-lost just before it counts from one that is lost just after); a read sees acknowledged data only. Checked at the end: every acknowledged write is there, all
-replicas are equal.
+majority holds it, or held it when a disk was lost that the leader has not heard of yet (nobody can tell a disk that is
+lost just before it counts from one that is lost just after); a read sees acknowledged data only. Checked at the end:
+every acknowledged write is there, all replicas are equal.
 """
 
 from __future__ import annotations

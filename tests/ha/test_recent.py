@@ -130,14 +130,16 @@ def test_a_durable_transaction_comes_after_what_is_recent(below):
     assert store.get("t", b"b") == b"2"
 
 
-def test_rows_that_were_flushed_are_read_from_memory_up_to_a_bound(below):
+def test_rows_that_were_flushed_or_read_are_read_from_memory_up_to_a_bound(below):
+    below.rows["t", b"there"] = b"0"
     store = RecentStore(below)
     put(store, a=b"1", gone=None, long=b"x" * (VALUE_BYTES_KEPT_MAX + 1))
     store.flush()
     before = below.reads
-    assert store.get("t", b"a") == b"1"
-    assert store.get("t", b"gone") is None
-    assert below.reads == before
+    for _ in range(3):
+        assert [store.get("t", key) for key in (b"a", b"gone", b"there", b"never")] == [b"1", None, b"0", None]
+    assert below.reads == before + 2
+    before = below.reads
     assert store.get("t", b"long") == b"x" * (VALUE_BYTES_KEPT_MAX + 1)
     assert below.reads == before + 1
     put(store, **{f"k{number}": b"" for number in range(ROWS_KEPT_MAX)})
@@ -166,6 +168,23 @@ def test_a_scan_across_a_flush_begins_again(below):
     below.in_scan = move
     assert list(store.scan("t")) == [(b"a", b"new"), (b"b", b"newer")]
     assert moved
+
+
+def test_a_read_across_a_flush_is_not_kept(below):
+    """A value that was read before a flush, and is returned after it, is not what later reads get."""
+    store = RecentStore(below)
+    read = below.get
+
+    def slow(table, key):
+        value = read(table, key)
+        if not below.transactions:
+            put(store, a=b"new")
+            store.flush()
+        return value
+
+    below.get = slow
+    assert store.get("t", b"a") is None
+    assert store.get("t", b"a") == b"new"
 
 
 def test_replaced_tables_forget_what_was_kept(below):
