@@ -2,8 +2,9 @@
 
 For what concerns the journal only: benchmarks against etcd and histories of registers on real processes. Started as
 ``python -m tests.journal_node SPECIFICATION``, JSON with ``directory``, ``number`` (from 0), ``ports`` (the first of
-three for each node), ``backend`` and ``settings``. Says ``{"event": "ready"}`` on stdout when it knows a leader.
-SIGTERM: hands the leadership over and stops.
+three for each node), ``backend`` and ``settings``. Says ``{"event": "ready"}`` on stdout when it knows a leader, and
+``{"event": "fenced", "seconds": …}`` after each fencing that succeeded. SIGTERM: hands the leadership over and stops;
+SIGUSR1: gives it up.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +134,18 @@ class JournalNode:
             async for observed in self.protocol.observe():
                 if observed.leader is not None:
                     self.known.set()
-                if observed.role is Role.LEADER and not await self.protocol.fencing():
-                    await self.protocol.resign("fencing failed")
+                if observed.role is Role.LEADER:
+                    await self._fence()
+
+    async def _fence(self) -> None:
+        began = time.perf_counter()
+        if await self.protocol.fencing():
+            say("fenced", seconds=time.perf_counter() - began)
+        else:
+            await self.protocol.resign("fencing failed")
+
+    def give_up(self) -> None:
+        self._spawn(self.protocol.resign("asked to"), "resign")
 
     async def stop(self) -> None:
         if self.protocol.epoch:
@@ -146,14 +158,19 @@ class JournalNode:
         self.store.close()
 
 
+def say(event: str, **facts: object) -> None:
+    sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
+    sys.stdout.flush()
+
+
 async def run(specification: dict[str, Any], directory: Path) -> None:
     node = JournalNode(specification, directory)
     await node.start()
     asked = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, node.give_up)
     await node.known.wait()
-    sys.stdout.write('{"event": "ready"}\n')
-    sys.stdout.flush()
+    say("ready")
     stopping = asyncio.create_task(asked.wait())
     await asyncio.wait({stopping, node.failed}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

@@ -129,6 +129,17 @@ class NodeProcess:
                 if event.get("event") == "ready":
                     return event
 
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return the events of this name that it has told since the last call, without waiting; others are dropped."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while (line := self._lines.get_nowait()) is not None:
+                with contextlib.suppress(json.JSONDecodeError):
+                    event: dict[str, Any] = json.loads(line)
+                    if event.get("event") == name:
+                        found.append(event)
+        return found
+
     @property
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None

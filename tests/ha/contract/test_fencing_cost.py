@@ -53,9 +53,7 @@ def fenced(monkeypatch) -> list[Fenced]:
 
     async def measured(self) -> Fencing:
         def now() -> Cost:
-            return Cost(
-                self._around.metrics.value("srengine_consensus_turns_total"), transactions[self._around.name]
-            )
+            return Cost(self._around.metrics.value("srengine_consensus_turns_total"), transactions[self._around.name])
 
         elected = now()
         await self._driver.read_index(JOURNAL_GROUP)
