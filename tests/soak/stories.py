@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import random
+import statistics
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from srengine import errors
+from srengine.client import messages
+from tests.distance import Distance
+from tests.namespaces import HostNodes, Network
 from tests.node.cluster import Asker, numbered
 from tests.node.coordination import Writer, command, wait_leader
 from tests.processes import NodeProcess, Nodes, free_ports, wait_for
 
 TABLE = "soak.records"
+ONE_WAY_S = 0.04
+PAUSE_S = 0.05
 
 
 def kills(directory: Path, count: int, seed: int) -> int:
@@ -106,6 +113,60 @@ def observers(directory: Path, count: int, seconds: float) -> tuple[int, int]:
             wait_for(lambda node=node: asker.get_register(node.address, "r") == b"v", "the observer has applied it")
         threading.Event().wait(seconds)
         return before, asker.status(at)["term"]
+
+
+@dataclass(frozen=True, slots=True)
+class Distant:
+    """What `distant` saw; times in seconds."""
+
+    terms: tuple[int, int]
+    """At the beginning and at the end."""
+    round_trip_s: float
+    """Of a connection between the two places."""
+    far_s: list[float]
+    """Each acknowledged write, with the distance."""
+    near_s: list[float]
+    """And without it."""
+
+    @property
+    def round_trips(self) -> float:
+        """Round trips that the median write makes: what it takes longer than without the distance."""
+        return (statistics.median(self.far_s) - statistics.median(self.near_s)) / self.round_trip_s
+
+
+def distant(directory: Path, seconds: float, *, writes_min: int = 30) -> Distant:
+    """Let a leader be alone in one place, its two followers in another that is 80 ms of round trip away, and write for
+    a while, one write after the other with pauses in between; then the same writes without the distance.
+    """
+    near, far = ["node-1", "node-2"], "node-3"
+    with (
+        Network([*near, far]) as network,
+        Distance(network, near, [far], one_way_s=ONE_WAY_S) as distance,
+        HostNodes(network, directory, [*near, far]) as nodes,
+        Asker(enter=network.enter) as asker,
+    ):
+        nodes.start_all()
+        at = nodes[far].address
+        if wait_leader(asker, nodes) != far:
+            asker.ask(at, messages.TransferLeader(far))
+            wait_for(lambda: wait_leader(asker, nodes) == far, f"{far} leads")
+        before = asker.status(at)["term"]
+        round_trip_s = distance.round_trip_s(far, near[0], nodes[near[0]].port)
+
+        def write(seconds: float) -> list[float]:
+            taken: list[float] = []
+            deadline = time.monotonic() + seconds
+            while len(taken) < writes_min or time.monotonic() < deadline:
+                began = time.perf_counter()
+                asker.put_register(at, f"r{len(taken) % 100}", b"v")
+                taken.append(time.perf_counter() - began)
+                threading.Event().wait(PAUSE_S)
+            return taken
+
+        far_s = write(seconds)
+        after = asker.status(at)["term"]
+        distance.one_way_s = 0.0
+        return Distant((before, after), round_trip_s, far_s, write(0))
 
 
 def _end(node: NodeProcess) -> None:

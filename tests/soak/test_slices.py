@@ -27,3 +27,16 @@ def test_observers_join_and_disturb_nobody(tmp_path: Path) -> None:
     """B29, B30: observers join, apply what is acknowledged, and the leader stays."""
     before, after = stories.observers(tmp_path, 2, 2.0)
     assert after == before
+
+
+@pytest.mark.requires_root
+@pytest.mark.requires_tool("ip")
+def test_two_places_far_from_each_other(tmp_path: Path) -> None:
+    """B31: 80 ms of round trip between a leader and its followers: nobody else is elected, and a write that needs them
+    makes one round trip.
+    """
+    seen = stories.distant(tmp_path, 5.0)
+    assert seen.terms[0] == seen.terms[1], seen
+    assert seen.round_trip_s >= 2 * stories.ONE_WAY_S, seen
+    assert min(seen.far_s) >= 2 * stories.ONE_WAY_S, seen
+    assert round(seen.round_trips) == 1, seen
