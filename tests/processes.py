@@ -82,6 +82,8 @@ class NodeProcess:
         self.arguments = list(arguments)
         self.before: list[str] = []
         """What stands before the command, to start it elsewhere."""
+        self.environment: dict[str, str] = {}
+        """Of the process, beyond this one's."""
         self.log = data.with_name(data.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -91,7 +93,7 @@ class NodeProcess:
         """Start the process; does not wait (see `wait_ready`)."""
         assert self.process is None or self.process.poll() is not None, (self.name, "is running")
         command = [*self.command(), *more]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment

@@ -45,6 +45,7 @@ from srengine.consensus.machine import RaftMachine
 from srengine.consensus.messages import Bundle
 from srengine.ha import members as m
 from srengine.ha.backends import Answer, Attachments, Surroundings
+from srengine.ha.backends.raft_currency import Currency
 from srengine.ha.backends.raft_leading import Leading
 from srengine.ha.backends.raft_options import raft_options
 from srengine.ha.backends.raft_reconciling import Reconciling
@@ -168,6 +169,7 @@ class RaftBackend:
         self.leading = Leading(
             around, self._options, self._standing, self._journal, self.driver, self.machine, self._spawn
         )
+        self.currency = Currency(lambda: self.machine.commit_index, lambda: self._journal.applied.index, around.clock)
         copies = StateCopies(around.data_dir / COPIES_NAME, self._journal, around.wire)
         self.reconciling = Reconciling(around, self._standing, self._journal, copies, self._options.reconcile_s)
         wire = around.wire
@@ -182,6 +184,7 @@ class RaftBackend:
         self._unwatch = self.driver.watch_roles(JOURNAL_GROUP, self._standing.on_role)
         self._spawn(self.leading.look_after(), "raft: unstable nodes and tickets")
         self._spawn(self.reconciling.run(), "raft: reconcile")
+        self._spawn(self.currency.run(self._stands_still), "raft: currency")
         self._spawn(self._ask_whether_removed(), "raft: membership of this node")
 
     async def stop(self) -> None:
@@ -208,6 +211,15 @@ class RaftBackend:
         task = self._around.spawn(work, name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _stands_still(self) -> None:
+        """Give up a leadership that is worth nothing: what is acknowledged and read goes through the agreed state.
+
+        One that has no epoch yet is given up when fencing fails.
+        """
+        if self.epoch:
+            self._around.alarm("applying_stands_still", f"nothing was applied for {limits.STALENESS_S_MAX:g} s")
+            self.driver.step_down(JOURNAL_GROUP, "nothing is applied here")
 
     def _received(self, peer: Peer, message: msgspec.Struct) -> None:
         assert isinstance(message, Bundle), message
@@ -287,7 +299,7 @@ class RaftBackend:
             not self._standing.stopped
             and self._standing.removed is None
             and self._standing.role.leader is not None
-            and self.machine.commit_index <= self._journal.applied.index
+            and self.currency.within(limits.STALENESS_S_MAX)
         )
 
     async def read_barrier(self, *, timeout_s: float = 10.0) -> int:

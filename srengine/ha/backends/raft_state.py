@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from srengine import errors
+from srengine import errors, failpoints
 from srengine.consensus.entries import Entry, EntryKind, Floor
 from srengine.ha import state
 from srengine.ha.journal import Command, decode_command
@@ -58,6 +58,7 @@ class JournalState:
 
     def apply(self, entries: Sequence[Entry]) -> None:
         """See `consensus.services.StateMachine`."""
+        failpoints.hit("journal.apply")
         with self.replacing:
             # A state that was repaired may be ahead of what consensus has handed out.
             held = self.machine.applied_index
