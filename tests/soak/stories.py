@@ -46,6 +46,30 @@ def kills(directory: Path, count: int, seed: int) -> int:
         return len(writer.acknowledged)
 
 
+def leaders(directory: Path, count: int) -> list[float]:
+    """Kill whoever leads ``count`` times under a writer that never stops; return the seconds from each kill until a
+    write that began after it was acknowledged. Every acknowledged one must be on every node at the end.
+    """
+    taken: list[float] = []
+    with Nodes(directory) as nodes, Asker() as asker:
+        nodes.start_all()
+        with Writer(nodes) as writer:
+            for _ in range(count):
+                leader = wait_leader(asker, nodes)
+                writer.wait_more(1)
+                began = time.monotonic()
+                nodes[leader].kill()
+                # The first one may have been on its way already.
+                writer.wait_more(2)
+                taken.append(time.monotonic() - began)
+                wait_leader(asker, nodes, but=leader)
+                nodes[leader].start().wait_ready()
+        wait_leader(asker, nodes)
+        for node in nodes:
+            writer.check(asker, node.address)
+    return taken
+
+
 def calm(directory: Path, seconds: float, *, load: bool) -> tuple[int, int]:
     """Let three nodes run for a while, idle or with tables being written as fast as they take it; return the term at
     the beginning and at the end: equal when nobody was elected without a reason.

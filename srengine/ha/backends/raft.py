@@ -43,6 +43,7 @@ from srengine.consensus.entries import Entry, EntryKind
 from srengine.consensus.log import LOG_NAME, NodeLog
 from srengine.consensus.machine import RaftMachine
 from srengine.consensus.messages import Bundle
+from srengine.consensus.services import Health
 from srengine.ha import members as m
 from srengine.ha.backends import Answer, Attachments, Surroundings
 from srengine.ha.backends.raft_currency import Currency
@@ -153,6 +154,7 @@ class RaftBackend:
             around.clock,
             bounds=self._options.bounds,
             metrics=around.metrics,
+            on_health=self._on_health,
             on_group_failed=lambda name, error: around.alarm("group_failed", f"{name}: {error.message}"),
         )
         self.machine = RaftMachine(
@@ -211,6 +213,17 @@ class RaftBackend:
         task = self._around.spawn(work, name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _on_health(self, health: Health, error: errors.Error | None) -> None:
+        """Say how the log's disk is: whoever looks at a node that follows nobody must not have to guess."""
+        if health in {Health.FULL, Health.FENCED} and error is not None:
+            self._around.alarm(f"journal_disk_{health.value}", error.message)
+        _logger.log(
+            logging.INFO if health is Health.OK else logging.WARNING,
+            "the disk of the journal is %s",
+            health.value,
+            extra={"event": "journal_disk", "health": health.value},
+        )
 
     def _stands_still(self) -> None:
         """Give up a leadership that is worth nothing: what is acknowledged and read goes through the agreed state.
