@@ -43,7 +43,7 @@ def kills(directory: Path, count: int, seed: int) -> int:
         wait_leader(asker, nodes)
         for node in nodes:
             writer.check(asker, node.address)
-        return len(writer.acknowledged)
+        return writer.count
 
 
 def leaders(directory: Path, count: int) -> list[float]:
