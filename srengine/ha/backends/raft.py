@@ -205,9 +205,9 @@ class RaftBackend:
             self._log.close()
         await self._standing.stop()
 
-    def trust(self, *, trusted: bool) -> bool:
+    def trust(self, *, trusted: bool, held: tuple[int, int] = (0, 0)) -> bool:
         """Tell whether this node may vote, when that is found out after the start; see `Driver.trust`."""
-        return self.driver.trust(JOURNAL_GROUP, trusted=trusted)
+        return self.driver.trust(JOURNAL_GROUP, trusted=trusted, held=held)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = self._around.spawn(work, name)
