@@ -1,10 +1,10 @@
 """One node of the journal alone, as a process: a backend of coordination, registers, and a client port; no tablets.
 
-For what concerns the journal only: benchmarks against etcd and histories of registers on real processes. Started as
-``python -m tests.journal_node SPECIFICATION``, JSON with ``directory``, ``number`` (from 0), ``ports`` (the first of
-three for each node), ``backend`` and ``settings``. Says ``{"event": "ready"}`` on stdout when it knows a leader, and
-``{"event": "fenced", "seconds": …}`` after each fencing that succeeded. SIGTERM: hands the leadership over and stops;
-SIGUSR1: gives it up.
+For what concerns the journal only: benchmarks against etcd, histories of registers, and claims of epochs on real
+processes. Started as ``python -m tests.journal_node SPECIFICATION``, JSON with ``directory``, ``number`` (from 0),
+``ports`` (the first of three for each node), ``backend`` and ``settings``. Says on stdout ``{"event": "ready"}`` when
+it knows a leader, and ``{"event": "fenced", "seconds": …}`` after each fencing that succeeded. SIGTERM: hands the
+leadership over and stops; SIGUSR1: gives it up.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from srengine.metrics import Metrics
 from srengine.storage import MetadataStore
 from srengine.transport import Endpoint, Identity, Reply
 from srengine.types import NodeId
+from tests.contending import Claim, Epochs, GetEpoch
 from tests.ha.contract.wire import BookWire
 
 CLUSTER = "c" * 32
@@ -118,7 +119,14 @@ class JournalNode:
 
     async def start(self) -> None:
         service = RegisterService(self.protocol, self.store)
-        for kind, handler in ((PutRegister, service.put), (GetRegister, service.get), (GetJournal, service.journal)):
+        epochs = Epochs(self.protocol, self.store)
+        for kind, handler in (
+            (PutRegister, service.put),
+            (GetRegister, service.get),
+            (GetJournal, service.journal),
+            (Claim, epochs.claim),
+            (GetEpoch, epochs.newest),
+        ):
 
             async def answer(_: Any, message: Any, __: Any, handler: Any = handler) -> Reply:
                 return Reply(await handler(message))

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from srengine import errors
 from srengine.client import messages
+from srengine.ha.epochs import check_epochs, read_epoch
+from srengine.storage import MetadataStore
+from srengine.transport import Endpoint, Identity
+from tests.contending import Contender, GetEpoch, Newest, ask
 from tests.distance import Distance
+from tests.journal_process import JournalProcess
 from tests.namespaces import HostNodes, Network
 from tests.node.cluster import Asker, numbered
-from tests.node.coordination import Writer, command, wait_leader
+from tests.node.coordination import Writer, command, joiner, wait_leader
 from tests.processes import NodeProcess, Nodes, free_ports, wait_for
 
 TABLE = "soak.records"
+REGISTER_BYTES = 60_000
 ONE_WAY_S = 0.04
 PAUSE_S = 0.05
 
@@ -137,6 +145,127 @@ def observers(directory: Path, count: int, seconds: float) -> tuple[int, int]:
             wait_for(lambda node=node: asker.get_register(node.address, "r") == b"v", "the observer has applied it")
         threading.Event().wait(seconds)
         return before, asker.status(at)["term"]
+
+
+def contend(directory: Path, contenders: int, rounds: int) -> int:
+    """Let processes claim the epoch behind the newest one, all at the same moment, ``rounds`` times, at three nodes;
+    return how many epochs a contender won (the nodes' own leaders fence, too).
+
+    For each claimed epoch exactly the one that its record names was told that it won, on every node the same.
+    """
+    directory.chmod(0o700)
+    ports = [free_ports(3) for _ in range(3)]
+    nodes = [JournalProcess(directory / f"node-{number + 1}", number, ports, "raft", {}) for number in range(3)]
+    winners: dict[int, list[str]] = {}
+
+    async def newest(address: str) -> Newest:
+        endpoint = Endpoint(Identity(version="test"))
+        try:
+            found: Newest = await ask(endpoint.channel(address), GetEpoch())
+            return found
+        finally:
+            await endpoint.close()
+
+    with ExitStack() as stack:
+        for node in nodes:
+            stack.callback(_end, node)
+            node.start()
+        for node in nodes:
+            node.wait_ready()
+        names = [f"contender-{number}" for number in range(contenders)]
+        processes = {
+            name: stack.enter_context(Contender(name, nodes[number % 3].address)) for number, name in enumerate(names)
+        }
+        before = asyncio.run(newest(nodes[0].address))
+        for _ in range(rounds):
+            for process in processes.values():
+                process.begin(before)
+            winners[before.epoch + 1] = [name for name, process in processes.items() if process.won()]
+            after = asyncio.run(newest(nodes[0].address))
+            assert after.epoch > before.epoch, (before, after)
+            before = after
+        for node in nodes:
+            assert asyncio.run(newest(node.address)).epoch >= before.epoch
+        for node in nodes:
+            node.signal(signal.SIGTERM)
+        assert [node.wait() for node in nodes] == [0, 0, 0]
+    for node in nodes:
+        with MetadataStore(node.data / "meta") as store:
+            assert check_epochs(store) >= before.epoch
+            for epoch, told in winners.items():
+                record = read_epoch(store, epoch)
+                assert record is not None, epoch
+                assert told == ([record.name] if record.name in processes else []), (record, told)
+    return sum(map(len, winners.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What `join` saw; times in seconds, of each acknowledged write."""
+
+    before_s: list[float]
+    held_s: list[float]
+    """While the joiner could not put in place what it had been sent."""
+    joining_s: list[float]
+    """From then until it was stable."""
+
+    @property
+    def slower(self) -> float:
+        """How many times the 99th percentile of before that of the whole joining is."""
+        return late(self.held_s + self.joining_s) / late(self.before_s)
+
+
+def late(taken: list[float]) -> float:
+    """Return the 99th percentile."""
+    return sorted(taken)[int(0.99 * (len(taken) - 1))]
+
+
+def join(directory: Path, mib: int, *, writes: int = 50) -> Joined:
+    """Let a follower join a cluster whose agreed state is so large, and whose log is trimmed, under one write after the
+    other. Until it has all of it the joiner counts for nothing and nobody waits for it.
+    """
+    options = directory / "options.toml"
+    options.write_text("journal_kept = 100\n")
+    gate = directory / "gate"
+    with Nodes(directory, arguments=["--config", str(options)]) as nodes, Asker() as asker:
+        nodes.start_all()
+        at = nodes[wait_leader(asker, nodes)].address
+        chooser = random.Random(mib)
+        count = (mib << 20) // REGISTER_BYTES
+        for number in range(count):
+            asker.put_register(at, f"b{number}", chooser.randbytes(REGISTER_BYTES), timeout_s=60)
+
+        def write(goes_on: Callable[[int], bool]) -> list[float]:
+            taken: list[float] = []
+            while goes_on(len(taken)):
+                began = time.perf_counter()
+                asker.put_register(at, f"t{len(taken) % 10}", b"v", timeout_s=60)
+                taken.append(time.perf_counter() - began)
+            return taken
+
+        def is_stable() -> bool:
+            return next(member.stable for member in asker.members(at).members if member.name == "late")
+
+        before_s = write(lambda done: done < 4 * writes)
+        ticket = command(at, "member", "add", "late").stdout.decode().strip()
+        with joiner(nodes, directory, "late", ticket, "--config", str(options)) as newcomer:
+            newcomer.environment = {
+                "SRENGINE_FAILPOINTS": "journal.apply=hold",
+                "SRENGINE_FAILPOINTS_HOLD": str(gate),
+            }
+            gate.touch()
+            newcomer.start()
+            wait_for(lambda: any(each.name == "late" for each in asker.members(at).members), "it is a member")
+            held_s = write(lambda done: done < writes)
+            assert not is_stable(), "it is stable and has nothing"
+            gate.unlink()
+            joining_s = write(lambda done: done < writes or not is_stable())
+            newcomer.wait_ready()
+            chooser.seed(mib)
+            for number in range(count):
+                found = asker.get_register(newcomer.address, f"b{number}", timeout_s=60)
+                assert found == chooser.randbytes(REGISTER_BYTES), number
+        return Joined(before_s, held_s, joining_s)
 
 
 @dataclass(frozen=True, slots=True)

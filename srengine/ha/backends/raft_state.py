@@ -73,6 +73,7 @@ class JournalState:
 
     def install(self, path: Path) -> Floor:
         """Put a copy in place; in the apply thread."""
+        failpoints.hit("journal.apply")
         with self.replacing:
             self.machine.install(path)
         self._changed(self._floor())
