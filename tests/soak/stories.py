@@ -23,7 +23,7 @@ from tests.distance import Distance
 from tests.journal_process import JournalProcess
 from tests.namespaces import HostNodes, Network
 from tests.node.cluster import Asker, numbered
-from tests.node.coordination import Writer, command, joiner, wait_leader
+from tests.node.coordination import Writer, command, joiner, put_until_done, wait_leader
 from tests.processes import NodeProcess, Nodes, free_ports, wait_for
 
 TABLE = "soak.records"
@@ -124,9 +124,19 @@ def _load(nodes: Nodes) -> Iterator[None]:
         raise failures[0]
 
 
-def observers(directory: Path, count: int, seconds: float) -> tuple[int, int]:
-    """Let ``count`` observers join three voters; return the terms at the beginning and after ``seconds`` of calm."""
-    with Nodes(directory) as nodes, Asker() as asker, ExitStack() as stack:
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What `observers` saw."""
+
+    terms: tuple[int, int]
+    """Before and after the calm."""
+    election_s: float
+    """From the kill of the leader until a write was acknowledged."""
+
+
+def observers(directory: Path, count: int, seconds: float, *, voters: int = 3) -> Observed:
+    """Let ``count`` observers join, let everything be calm for a while, then kill the leader."""
+    with Nodes(directory, voters) as nodes, Asker() as asker, ExitStack() as stack:
         nodes.start_all()
         leader = wait_leader(asker, nodes)
         at = nodes[leader].address
@@ -144,7 +154,15 @@ def observers(directory: Path, count: int, seconds: float) -> tuple[int, int]:
         for node in joined:
             wait_for(lambda node=node: asker.get_register(node.address, "r") == b"v", "the observer has applied it")
         threading.Event().wait(seconds)
-        return before, asker.status(at)["term"]
+        after = asker.status(at)["term"]
+        began = time.monotonic()
+        nodes[leader].kill()
+        others = [node.address for node in nodes if node.alive]
+        put_until_done(asker, lambda: others, "r", b"w")
+        election_s = time.monotonic() - began
+        for node in joined:
+            wait_for(lambda node=node: asker.get_register(node.address, "r") == b"w", "the observer follows")
+        return Observed((before, after), election_s)
 
 
 def contend(directory: Path, contenders: int, rounds: int) -> int:
@@ -246,7 +264,7 @@ def join(directory: Path, mib: int, *, writes: int = 50) -> Joined:
         def is_stable() -> bool:
             return next(member.stable for member in asker.members(at).members if member.name == "late")
 
-        before_s = write(lambda done: done < 4 * writes)
+        before_s = write(lambda done: done < writes)
         ticket = command(at, "member", "add", "late").stdout.decode().strip()
         with joiner(nodes, directory, "late", ticket, "--config", str(options)) as newcomer:
             newcomer.environment = {
