@@ -73,6 +73,9 @@ def test_a_node_that_applies_nothing_stands_still():
         node.passes(1)
         node.applied += 1
         assert not node.currency.still
+    node.now += 3600
+    node.currency.look()
+    assert not node.currency.still, "the process was stopped for an hour"
     node.passes(limits.STALENESS_S_MAX + 0.5)
     assert node.currency.still
     node.applied += 1

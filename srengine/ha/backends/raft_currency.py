@@ -32,8 +32,8 @@ class Currency:
         self._looks: deque[tuple[float, int]] = deque(maxlen=_LOOKS)
         """When, and what was committed then; none is older than matters."""
         self._applied_last = -1
-        self._moved_at = 0.0
-        """When a look last found that something had been applied, or that nothing was to be."""
+        self._still = 0
+        """Looks in a row that found nothing applied since the one before, and something to be."""
 
     async def run(self, on_still: Callable[[], None]) -> None:
         """Look until cancelled; ``on_still`` is called at every look that finds that this node stands still."""
@@ -45,15 +45,18 @@ class Currency:
 
     def look(self) -> None:
         """Take note of what is committed and applied now."""
-        now, committed, applied = self._clock.boottime_s(), self._committed(), self._applied()
-        self._looks.append((now, committed))
-        if applied != self._applied_last or applied >= committed:
-            self._applied_last, self._moved_at = applied, now
+        committed, applied = self._committed(), self._applied()
+        self._looks.append((self._clock.boottime_s(), committed))
+        self._still = self._still + 1 if self._applied_last == applied < committed else 0
+        self._applied_last = applied
 
     @property
     def still(self) -> bool:
-        """Whether nothing was applied for longer than a node may be behind, although something is committed."""
-        return self._clock.boottime_s() - self._moved_at > limits.STALENESS_S_MAX
+        """Whether nothing was applied for longer than a node may be behind, although something is committed.
+
+        Counted in looks: a process that was stopped has not stood still.
+        """
+        return self._still >= _LOOKS
 
     def within(self, seconds: float) -> bool:
         """Return whether all that was committed ``seconds`` ago, or at a later look, is applied."""
