@@ -32,7 +32,7 @@ help:
 	@echo "make crash   rebuild many crash images and open every one"
 	@echo "make fuzz    feed every decoder anything, for 20 minutes (ARGS=\"--minutes 5 tests/codec\")"
 	@echo "make sim     many nodes in one thread under every fault (SEED=0 SEEDS=10000)"
-	@echo "make soak    real nodes for long: kills, calm, many observers (ARGS=\"--kills 50\")"
+	@echo "make soak    real nodes for long: kills, calm, distance, many observers (ARGS=\"kills --kills 50\")"
 	@echo "make docs    run the examples of the documentation and check its links"
 	@echo "make wheel   build wheel and sdist, try each in a fresh environment"
 	@echo "make clean   remove what the others made"

@@ -9,8 +9,10 @@ the first point a SIGKILL of the own process and the first hit of the second an 
 * ``stop``   SIGSTOP to the own process: a test continues it
 * ``error``  raise ``OSError(EIO)``
 * ``full``   raise ``OSError(ENOSPC)``
+* ``hold``   the thread stands still while the file that ``SRENGINE_FAILPOINTS_HOLD`` names is there
 
-``@n`` (default 1) is the hit that acts; earlier and later ones pass. A test in the same process may use `armed`.
+``@n`` (default 1) is the hit that acts; earlier and later ones pass, but later ones of ``hold`` look for the file, too.
+A test in the same process may use `armed`.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ import errno
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_ACTIONS = ("kill", "exit", "stop", "error", "full")
+_ACTIONS = ("kill", "exit", "stop", "error", "full", "hold")
+_LOOK_S = 0.01
 
 
 class _Points:
@@ -47,7 +52,7 @@ class _Points:
         with self.lock:
             count = self.counts[name] = self.counts.get(name, 0) + 1
             action, number = self.plan.get(name, ("", 0))
-        if count == number:
+        if count == number or (action == "hold" and count > number):
             _act(action, name)
 
 
@@ -58,6 +63,9 @@ def _act(action: str, name: str) -> None:
         os._exit(86)
     elif action == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif action == "hold":
+        while Path(os.environ["SRENGINE_FAILPOINTS_HOLD"]).exists():
+            time.sleep(_LOOK_S)
     elif action == "error":
         raise OSError(errno.EIO, f"failpoint {name}")
     else:

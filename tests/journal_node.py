@@ -1,9 +1,10 @@
 """One node of the journal alone, as a process: a backend of coordination, registers, and a client port; no tablets.
 
-For what concerns the journal only: benchmarks against etcd and histories of registers on real processes. Started as
-``python -m tests.journal_node SPECIFICATION``, JSON with ``directory``, ``number`` (from 0), ``ports`` (the first of
-three for each node), ``backend`` and ``settings``. Says ``{"event": "ready"}`` on stdout when it knows a leader.
-SIGTERM: hands the leadership over and stops.
+For what concerns the journal only: benchmarks against etcd, histories of registers, and claims of epochs on real
+processes. Started as ``python -m tests.journal_node SPECIFICATION``, JSON with ``directory``, ``number`` (from 0),
+``ports`` (the first of three for each node), ``backend`` and ``settings``. Says on stdout ``{"event": "ready"}`` when
+it knows a leader, and ``{"event": "fenced", "seconds": …}`` after each fencing that succeeded. SIGTERM: hands the
+leadership over and stops; SIGUSR1: gives it up.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from srengine.metrics import Metrics
 from srengine.storage import MetadataStore
 from srengine.transport import Endpoint, Identity, Reply
 from srengine.types import NodeId
+from tests.contending import Claim, Epochs, GetEpoch
 from tests.ha.contract.wire import BookWire
 
 CLUSTER = "c" * 32
@@ -117,7 +120,14 @@ class JournalNode:
 
     async def start(self) -> None:
         service = RegisterService(self.protocol, self.machine.store)
-        for kind, handler in ((PutRegister, service.put), (GetRegister, service.get), (GetJournal, service.journal)):
+        epochs = Epochs(self.protocol, self.machine.store)
+        for kind, handler in (
+            (PutRegister, service.put),
+            (GetRegister, service.get),
+            (GetJournal, service.journal),
+            (Claim, epochs.claim),
+            (GetEpoch, epochs.newest),
+        ):
 
             async def answer(_: Any, message: Any, __: Any, handler: Any = handler) -> Reply:
                 return Reply(await handler(message))
@@ -133,8 +143,18 @@ class JournalNode:
             async for observed in self.protocol.observe():
                 if observed.leader is not None:
                     self.known.set()
-                if observed.role is Role.LEADER and not await self.protocol.fencing():
-                    await self.protocol.resign("fencing failed")
+                if observed.role is Role.LEADER:
+                    await self._fence()
+
+    async def _fence(self) -> None:
+        began = time.perf_counter()
+        if await self.protocol.fencing():
+            say("fenced", seconds=time.perf_counter() - began)
+        else:
+            await self.protocol.resign("fencing failed")
+
+    def give_up(self) -> None:
+        self._spawn(self.protocol.resign("asked to"), "resign")
 
     async def stop(self) -> None:
         if self.protocol.epoch:
@@ -147,14 +167,19 @@ class JournalNode:
         self.store.close()
 
 
+def say(event: str, **facts: object) -> None:
+    sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
+    sys.stdout.flush()
+
+
 async def run(specification: dict[str, Any], directory: Path) -> None:
     node = JournalNode(specification, directory)
     await node.start()
     asked = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, node.give_up)
     await node.known.wait()
-    sys.stdout.write('{"event": "ready"}\n')
-    sys.stdout.flush()
+    say("ready")
     stopping = asyncio.create_task(asked.wait())
     await asyncio.wait({stopping, node.failed}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

@@ -54,21 +54,21 @@ class Network:
 
     def _make(self) -> None:
         router = self._add("r")
-        _ip("-n", router, "link", "set", "lo", "up")
-        _in(router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+        run_ip("-n", router, "link", "set", "lo", "up")
+        run_in(router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
         for number in self.numbers.values():
             host = self._add(str(number))
-            _ip("-n", host, "link", "set", "lo", "up")
-            _ip("link", "add", "up0", "netns", host, "type", "veth", "peer", "name", f"to{number}", "netns", router)
-            _ip("-n", host, "addr", "add", f"10.77.{number}.2/24", "dev", "up0")
-            _ip("-n", host, "link", "set", "up0", "up")
-            _ip("-n", router, "addr", "add", f"10.77.{number}.1/24", "dev", f"to{number}")
-            _ip("-n", router, "link", "set", f"to{number}", "up")
-            _ip("-n", host, "route", "add", "default", "via", f"10.77.{number}.1")
+            run_ip("-n", host, "link", "set", "lo", "up")
+            run_ip("link", "add", "up0", "netns", host, "type", "veth", "peer", "name", f"to{number}", "netns", router)
+            run_ip("-n", host, "addr", "add", f"10.77.{number}.2/24", "dev", "up0")
+            run_ip("-n", host, "link", "set", "up0", "up")
+            run_ip("-n", router, "addr", "add", f"10.77.{number}.1/24", "dev", f"to{number}")
+            run_ip("-n", router, "link", "set", f"to{number}", "up")
+            run_ip("-n", host, "route", "add", "default", "via", f"10.77.{number}.1")
 
     def _add(self, what: str) -> str:
         name = f"{self._prefix}-{what}"
-        _ip("netns", "add", name)
+        run_ip("netns", "add", name)
         self._made.append(name)
         return name
 
@@ -87,9 +87,19 @@ class Network:
         """Return a host's address."""
         return f"10.77.{self.numbers[name]}.2"
 
+    @property
+    def router(self) -> str:
+        """Name of the router's namespace."""
+        return f"{self._prefix}-r"
+
     def enter(self, name: str = CLIENT) -> None:
         """Move the calling thread (and those that it starts afterwards) to a host, for good."""
-        fd = os.open(f"/var/run/netns/{self.namespace(name)}", os.O_RDONLY)
+        self.enter_namespace(self.namespace(name))
+
+    @staticmethod
+    def enter_namespace(namespace: str) -> None:
+        """As `enter`, for any namespace of the network."""
+        fd = os.open(f"/var/run/netns/{namespace}", os.O_RDONLY)
         try:
             if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNET) != 0:
                 raise OSError(ctypes.get_errno(), "setns")
@@ -112,8 +122,12 @@ class Network:
             self._rule("del", source, target, preference)
 
     def _rule(self, verb: str, source: str, target: str, preference: int) -> None:
-        where = ["pref", str(preference), "iif", f"to{self.numbers[source]}", "to", f"{self.host(target)}/32"]
-        _ip("-n", f"{self._prefix}-r", "rule", verb, *where, "blackhole")
+        where = ["pref", str(preference), *self.between(source, target)]
+        run_ip("-n", self.router, "rule", verb, *where, "blackhole")
+
+    def between(self, source: str, target: str) -> list[str]:
+        """Return what a rule of the router needs to match all that one host sends to another."""
+        return ["iif", f"to{self.numbers[source]}", "to", f"{self.host(target)}/32"]
 
     def split(self, *sides: Iterable[str]) -> None:
         """Cut every pair of nodes on different sides, both ways. The tests' own host reaches all."""
@@ -168,9 +182,11 @@ def hosts(directory: Path, count: int, **more: Any) -> Iterator[HostNodes]:
         yield nodes
 
 
-def _ip(*arguments: str) -> None:
+def run_ip(*arguments: str) -> None:
+    """Run ``ip``."""
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
-def _in(namespace: str, *command: str) -> None:
+def run_in(namespace: str, *command: str) -> None:
+    """Run a command in a namespace."""
     subprocess.run(["ip", "netns", "exec", namespace, *command], check=True, capture_output=True)

@@ -82,6 +82,8 @@ class NodeProcess:
         self.arguments = list(arguments)
         self.before: list[str] = []
         """What stands before the command, to start it elsewhere."""
+        self.environment: dict[str, str] = {}
+        """Of the process, beyond this one's."""
         self.log = data.with_name(data.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -91,7 +93,7 @@ class NodeProcess:
         """Start the process; does not wait (see `wait_ready`)."""
         assert self.process is None or self.process.poll() is not None, (self.name, "is running")
         command = [*self.command(), *more]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment
@@ -128,6 +130,17 @@ class NodeProcess:
                 event: dict[str, Any] = json.loads(line)
                 if event.get("event") == "ready":
                     return event
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return the events of this name that it has told since the last call, without waiting; others are dropped."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while (line := self._lines.get_nowait()) is not None:
+                with contextlib.suppress(json.JSONDecodeError):
+                    event: dict[str, Any] = json.loads(line)
+                    if event.get("event") == name:
+                        found.append(event)
+        return found
 
     @property
     def alive(self) -> bool:

@@ -76,6 +76,8 @@ class Core:
         self.trusted = trusted
         self.nonce = 0
         """Of this start while not trusted, else 0; see `machine`, "Trust"."""
+        # (term, index) of the last entry that a candidate must hold, whatever this node holds; see `Trust.held`.
+        self.held_least = (0, 0)
         self.promise_until = now
         """Until then this node votes for nobody: somebody may count on it."""
         self.persisting_since: float | None = None
@@ -121,6 +123,11 @@ class Core:
     def term(self) -> int:
         """The current term."""
         return self.hard_state.term
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Term and index of the last entry, durable or not; zeros for an empty log."""
+        return self.view.last_term, self.view.last_index
 
     @property
     def role(self) -> Role:

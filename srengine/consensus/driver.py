@@ -234,14 +234,14 @@ class Driver:
         """Give up leadership of a group, if this node has it."""
         self.step(self._group(name), StepDown(reason))
 
-    def trust(self, name: str, *, trusted: bool) -> bool:
-        """Tell whether this node may vote in a group; return whether that was passed on: a damaged log is not trusted
-        by what peers say, only by catching up.
+    def trust(self, name: str, *, trusted: bool, held: tuple[int, int] = (0, 0)) -> bool:
+        """Tell whether this node may vote in a group, see `effects.Trust`; return whether that was passed on: a damaged
+        log is not trusted by what peers say, only by catching up.
         """
         group = self._group(name)
         if trusted and group.log.damage is not None:
             return False
-        self.step(group, Trust(trusted))
+        self.step(group, Trust(trusted, held))
         return True
 
     def _begin(self, name: str, what: str, timeout_s: float) -> tuple[Group, int, asyncio.Future[Any]]:

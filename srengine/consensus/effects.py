@@ -126,9 +126,14 @@ class StepDown(msgspec.Struct, frozen=True):
 
 
 class Trust(msgspec.Struct, frozen=True):
-    """Whether this node may vote: False until its directory is known not to be behind what it once promised."""
+    """Whether this node may vote: False until its directory is known not to be behind what it once promised.
+
+    ``held``: (term, index) of the furthest log that any voter was found to hold, where votes are given back although
+    most directories are lost: whoever holds less gets no vote of this node, and it does not stand itself.
+    """
 
     trusted: bool
+    held: tuple[int, int] = (0, 0)
 
 
 Input = (

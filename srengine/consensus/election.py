@@ -29,7 +29,8 @@ class Election(Leading):
 
     def _may_campaign(self) -> bool:
         """Whether this node may stand: it counts, it may vote for itself, and it holds what it says it holds."""
-        return self._is_eligible() and self.trusted and self.installing is None and self.persisting_since is None
+        ready = self.installing is None and self.persisting_since is None
+        return self._is_eligible() and self.trusted and ready and self.held >= self.held_least
 
     def _is_eligible(self) -> bool:
         """Whether the group may need this node to lead.
@@ -150,8 +151,8 @@ class Election(Leading):
         return self.hard_state.vote in {"", message.sender} and self.leader is None
 
     def _is_up_to_date(self, message: Vote) -> bool:
-        """Whether the candidate holds at least what this node holds, hence everything committed."""
-        return (message.last_term, message.last_index) >= (self.view.last_term, self.view.last_index)
+        """Whether the candidate holds at least what this node holds, or should hold, hence everything committed."""
+        return (message.last_term, message.last_index) >= max(self.held, self.held_least)
 
     def _vote_for(self, message: Vote) -> None:
         self.hard_state = HardState(self.term, message.sender)
@@ -195,8 +196,9 @@ class Election(Leading):
 
     # --- trust -------------------------------------------------------------------------------------------------------
 
-    def _on_trust(self, *, trusted: bool) -> None:
+    def _on_trust(self, *, trusted: bool, held: tuple[int, int]) -> None:
         """`Trust`: what the services above found out about this directory."""
+        self.held_least = held
         if trusted == self.trusted:
             return
         self.trusted = trusted

@@ -58,7 +58,8 @@ itself, and records its vote of T for L if it has none. Then what it forgot does
 
 Adjacent configurations do not weaken it: majorities of configurations that differ by one voter share a voter, and
 neither of the two majorities above counts U. The proof needs a majority without U, so a group of two cannot use it, nor
-one in which a majority lost its trust: those need `Trust`.
+one in which a majority lost its trust: those need `Trust`. A majority of older directories could elect one of their own
+and cut off what an intact node has applied; `Trust.held` keeps them from that.
 
 **What it costs.** A write is one round trip and one fsync on its way (a follower's; the leader's runs beside it).
 Without a leader nothing is written for at least ``lease_s`` after its last heartbeat, unless it handed over. Clocks are
@@ -155,8 +156,8 @@ class RaftMachine(Following):
                 self._on_hint(given)
             case StepDown(reason):
                 self._on_step_down(reason)
-            case Trust(trusted):
-                self._on_trust(trusted=trusted)
+            case Trust(trusted, held):
+                self._on_trust(trusted=trusted, held=held)
             case _:
                 assert_never(given)
 

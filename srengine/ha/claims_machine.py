@@ -16,7 +16,9 @@ directory not copied, half of the other voters (rounded up)     TRUSTED: with th
 answered and remember no more                                   whoever promised after us is among them
 directory copied or put back                                    as BELOW, however many answer; but see the next line
 the same, every other voter answered, and the voters that       TRUSTED, with an alarm: nobody knows better, waiting
-are what they were are no majority                              would be for ever; acknowledged entries may be gone
+are what they were are no majority                              would be for ever; acknowledged entries may be gone.
+                                                                Votes go to those alone who hold all that any voter
+                                                                was found to hold: an intact one among them must win
 anything else                                                   WAITING
 ==============================================================  ===================================================
 
@@ -53,7 +55,7 @@ class Voters:
 class Answer:
     """What another voter remembers of this node; zeros for nothing.
 
-    ``trusted``: the answering directory is what it was.
+    ``trusted``: the answering directory is what it was. ``held``: (term, index) of the last entry of its own log.
     """
 
     node: NodeId
@@ -61,6 +63,7 @@ class Answer:
     term: int
     last_index: int
     trusted: bool = True
+    held: tuple[int, int] = (0, 0)
 
 
 Input = Voters | Answer
@@ -76,10 +79,14 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """``verdict``: None: as it was. ``alarm``: empty when there is nothing that a person must see."""
+    """``verdict``: None: as it was. ``alarm``: empty when there is nothing that a person must see.
+
+    ``held``: with TRUSTED, what a candidate must hold at least to get a vote, see the table.
+    """
 
     verdict: Verdict | None = None
     alarm: str = ""
+    held: tuple[int, int] = (0, 0)
 
 
 class ClaimsMachine:
@@ -132,14 +139,15 @@ class ClaimsMachine:
                     Verdict.TRUSTED,
                     f"only {intact} of {voters} voters are what they were and nobody remembers more: "
                     f"what only lost directories held is gone",
+                    max((answer.held for answer in answers), default=(0, 0)),
                 )
             else:
                 self._become(Verdict.BELOW)
 
-    def _become(self, verdict: Verdict, alarm: str = "") -> None:
+    def _become(self, verdict: Verdict, alarm: str = "", held: tuple[int, int] = (0, 0)) -> None:
         if verdict is not self.verdict:
             self.verdict = verdict
-            self._effects = Effects(verdict, alarm)
+            self._effects = Effects(verdict, alarm, held)
 
 
 def _knows_more(answer: Answer, claim: Claim) -> bool:

@@ -185,7 +185,10 @@ class ClaimVote(msgspec.Struct, frozen=True):
 
 
 class Remembered(msgspec.Struct, frozen=True):
-    """What the asked node remembers of the asker. ``verdict``: of `roster_machine`; ``highest``: boot number seen."""
+    """What the asked node remembers of the asker. ``verdict``: of `roster_machine`; ``highest``: boot number seen.
+
+    ``held_term``, ``held_index``: of the last entry of the asked node's own log.
+    """
 
     process: ProcessId
     verdict: str
@@ -193,6 +196,8 @@ class Remembered(msgspec.Struct, frozen=True):
     term: int = 0
     last_index: int = 0
     trusted: bool = True
+    held_term: int = 0
+    held_index: int = 0
 
 
 class AwaitApplied(msgspec.Struct, frozen=True):

@@ -199,7 +199,9 @@ class HAProtocol(Journal, Protocol):
 
     @property
     def current(self) -> bool:
-        """Whether this node has lately applied all that the leader called committed, and is in contact."""
+        """Whether this node is in contact and has applied all that was called committed `limits.STALENESS_S_MAX` ago,
+        or later.
+        """
         ...
 
     async def read_barrier(self, *, timeout_s: float = 10.0) -> int:

@@ -13,6 +13,7 @@ same id, higher boot number, directory not copied     ACCEPTED: it restarted (it
 same id, higher boot number, copied, old one heard    DUPLICATE
 same id, boot number seen before, old one silent      STALE_BOOT: raise it above ``highest`` and trust nothing
 same id, boot number seen before, old one heard       DUPLICATE
+same id and nonce, higher boot number                 ACCEPTED: it has raised its number, nobody else runs
 another id under a known name, old one silent         ACCEPTED: the node was wiped
 another id under a known name, old one heard          DUPLICATE
 ====================================================  ============================================================
@@ -89,7 +90,8 @@ class RosterMachine:
         if live is not None and live.process == process:
             live.heard_at = now
             return Judged(Verdict.ACCEPTED, process.boot_number)
-        living = live is not None and now - live.heard_at <= limits.CONTACT_S
+        heard = live is not None and now - live.heard_at <= limits.CONTACT_S
+        living = heard and live is not None and not _is_same_run(live.process, process)
         seen = self._seen.get(process.node_id)
         highest = seen.boot_number if seen is not None else 0
         if seen is not None and seen != process and process.boot_number <= seen.boot_number:
@@ -125,3 +127,7 @@ class RosterMachine:
         """Return whether the node was heard within ``CONTACT_S``."""
         live = self._live.get(name)
         return live is not None and now - live.heard_at <= limits.CONTACT_S
+
+
+def _is_same_run(one: Process, other: Process) -> bool:
+    return (one.node_id, one.nonce) == (other.node_id, other.nonce)

@@ -41,12 +41,17 @@ class Group(Protocol):
         """Return (term, last index) of the own log and hard state."""
         ...
 
+    @property
+    def held(self) -> tuple[int, int]:
+        """Return (term, index) of the last entry of the own log."""
+        ...
+
     def remembered(self, node: NodeId) -> tuple[int, int]:
         """Return (term, index) that the node is known to have promised and acknowledged; zeros when nothing is."""
         ...
 
-    def trust(self, *, trusted: bool) -> None:
-        """Tell the group whether this node may vote."""
+    def trust(self, *, trusted: bool, held: tuple[int, int] = (0, 0)) -> None:
+        """Tell the group whether this node may vote; ``held``: only for whom holds that much (`effects.Trust`)."""
         ...
 
 
@@ -135,7 +140,8 @@ class Claims:
             self._hear_refusal(question, reply)
             return
         self._heard = True
-        self.machine.step(Answer(node, reply.highest, reply.term, reply.last_index, reply.trusted))
+        held = (reply.held_term, reply.held_index)
+        self.machine.step(Answer(node, reply.highest, reply.term, reply.last_index, reply.trusted, held))
         self._tell()
 
     def _hear_refusal(self, question: ClaimVote, reply: Remembered) -> None:
@@ -159,7 +165,7 @@ class Claims:
             self._alarm("votes_unproved", effects.alarm)
         match effects.verdict:
             case Verdict.TRUSTED:
-                self._group.trust(trusted=True)
+                self._group.trust(trusted=True, held=effects.held)
                 _logger.info("this node may vote", extra={"event": "votes"})
             case Verdict.BELOW:
                 self._group.trust(trusted=False)
@@ -177,6 +183,7 @@ class Claims:
             raise errors.ForeignData(f"{message.name} claims for another node than it said hello as")
         judged = self._contact.meet(message.name, message.process, copied=message.copied)
         term, index = self._group.remembered(NodeId(message.process.node_id))
+        held_term, held_index = self._group.held
         return Reply(
             Remembered(
                 self._contact.process_id,
@@ -185,5 +192,7 @@ class Claims:
                 term,
                 index,
                 trusted=not self._distrusted(),
+                held_term=held_term,
+                held_index=held_index,
             )
         )

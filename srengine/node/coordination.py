@@ -225,14 +225,19 @@ class JournalVotes:
         """See `claims.Group`."""
         return self._backend.machine.term, self._backend.machine.last_index
 
+    @property
+    def held(self) -> tuple[int, int]:
+        """See `claims.Group`."""
+        return self._backend.machine.held
+
     def remembered(self, node: NodeId) -> tuple[int, int]:
         """See `claims.Group`. Only a leader knows what others acknowledged."""
         peer = self._backend.machine.progress.get(node)
         return (0, 0) if peer is None or not peer.match_index else (self._backend.machine.term, peer.match_index)
 
-    def trust(self, *, trusted: bool) -> None:
+    def trust(self, *, trusted: bool, held: tuple[int, int] = (0, 0)) -> None:
         """See `claims.Group`."""
-        self._backend.trust(trusted=trusted)
+        self._backend.trust(trusted=trusted, held=held)
 
 
 def settings_of(node: Runtime) -> dict[str, object]:

@@ -31,7 +31,7 @@ from typing import Any, Final
 
 import msgspec
 
-from srengine import errors
+from srengine import errors, limits
 from srengine.clock import Clock, SystemClock
 from srengine.cluster import catalog
 from srengine.ha import epochs
@@ -376,7 +376,10 @@ class Runtime:
         if self.coordination.role in {Role.INIT, Role.UNKNOWN}:
             return "it hears no leader"
         if not self.backend.current:
-            return "it has not applied lately what the leader called committed"
+            return (
+                f"it has applied the journal up to {self.backend.applied_index}, and for {limits.STALENESS_S_MAX:g} s "
+                f"not what the leader called committed"
+            )
         return ""
 
     def ready_event(self) -> dict[str, object]:

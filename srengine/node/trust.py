@@ -104,7 +104,9 @@ class Trust:
     def refused(self, verdict: Verdict, highest: int) -> None:
         """Take note that the leader would not have this process."""
         node = self._node
-        if node.contact.accepted:
+        # NB: an older directory may have been accepted by a peer whose own one is older, too.
+        restored = verdict is Verdict.STALE_BOOT and self.standing.distrusted
+        if node.contact.accepted and not restored:
             node.supervisor.fail(
                 errors.Conflict(f"another process runs as {node.name} ({node.identity.node_id}); this one stops")
             )

@@ -22,6 +22,8 @@ TARGETED = (
     "exchange: leaves built / C cursor loop over headers",
     "exchange: warm leaves adjusted / the durable put_many beside it",
     "exchange: bytes at d = 10 / the table's",
+    "journal: fencing, 1 node, median / one durable metadata transaction",
+    "journal: fencing, 3 nodes, median / one durable metadata transaction",
     "durable put_many, inserts / C loop",
     "durable put_many, inserts / py-lmdb",
     "durable put_many, overwrites / C loop",

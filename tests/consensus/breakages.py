@@ -154,6 +154,13 @@ class CountsTheUntrusted(RaftMachine):
         peer.counted_index = max(peer.counted_index, peer.match_index)
 
 
+class ForgetsWhatOthersHold(RaftMachine):
+    """Votes and stands again as if no voter held more than an older directory."""
+
+    def _on_trust(self, *, trusted, held):
+        super()._on_trust(trusted=trusted, held=(0, 0))
+
+
 class TrustsWithoutBarrier(RaftMachine):
     """Trusts itself as soon as it has caught up with any leader."""
 

@@ -11,7 +11,7 @@ log a 1 1 4 term=5                     give a node that log (terms from index 1)
 elect a                                let promises lapse, let it stand, deliver everything; it has to win
 stand a                                let it ask for votes now, deliver nothing
 propose a x · read a                   · members a a,b,c [learners=d] · transfer a [b] · hint b a · stepdown a why
-trust a · distrust a                   · trim a 3 · fetch b · fetch b fails
+trust a [held=3@2] · distrust a        · trim a 3 · fetch b · fetch b fails
 time 0.5                               that much passes for everybody, in small steps, everything is delivered
 tick a 0.5                             the clock moves, one node notices, nothing is delivered
 flow                                   deliver everything, and what follows from it
@@ -223,7 +223,8 @@ class Story:
         group.step(words[0], fx.StepDown(" ".join(words[1:])))
 
     def do_trust(self, group, words, options):
-        group.step(words[0], fx.Trust(trusted=True))
+        index, term = map(int, options.get("held", "0@0").split("@"))
+        group.step(words[0], fx.Trust(trusted=True, held=(term, index)))
 
     def do_distrust(self, group, words, options):
         group.step(words[0], fx.Trust(trusted=False))
@@ -396,6 +397,7 @@ def test_transcript(path: Path) -> None:
         (breakages.TrustsItself, "untrusted"),
         (breakages.CountsTheUntrusted, "untrusted_does_not_count"),
         (breakages.TrustsWithoutBarrier, "untrusted"),
+        (breakages.ForgetsWhatOthersHold, "restored_majority"),
         (breakages.AnswersOldTermsWithTheirRound, "answer_to_an_old_term"),
     ],
     ids=lambda value: getattr(value, "__name__", value),

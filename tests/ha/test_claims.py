@@ -84,3 +84,21 @@ def test_trust_is_final_and_told_once() -> None:
 def test_below_becomes_trusted_no_more_by_answers() -> None:
     """Once an answer remembered more, answers that do not cannot outvote it."""
     assert judged(OWN, (A, B, C), Answer(A, 8, 5, 100), same(B), same(C)) is Verdict.BELOW
+
+
+def test_what_an_intact_voter_holds_must_win() -> None:
+    """F14: most directories were put back: votes are given back, with an alarm, for whom holds all that any voter was
+    found to hold; in all other cases the log of each voter is enough.
+    """
+    machine = ClaimsMachine(COPIED)
+    machine.step(Voters((A, B)))
+    machine.step(Answer(A, 7, 5, 100, trusted=False, held=(5, 90)))
+    machine.step(Answer(B, 7, 5, 100, trusted=True, held=(6, 80)))
+    effects = machine.drain()
+    assert effects.verdict is Verdict.TRUSTED
+    assert "only 1 of 3 voters" in effects.alarm
+    assert effects.held == (6, 80)
+    whole = ClaimsMachine(OWN)
+    whole.step(Voters((A, B)))
+    whole.step(Answer(A, 7, 5, 100, held=(6, 80)))
+    assert whole.drain().held == (0, 0)

@@ -169,8 +169,11 @@ class Asker:
         message = messages.PutRegister(name, value, secrets.token_bytes(16), if_version, timeout_s)
         return self.ask(address, message, timeout_s=timeout_s + 2).message.version
 
+    def register(self, address: str, name: str, *, timeout_s: float = 10.0) -> messages.Register:
+        return self.ask(address, messages.GetRegister(name, timeout_s), timeout_s=timeout_s + 2).message
+
     def get_register(self, address: str, name: str, *, timeout_s: float = 10.0) -> bytes:
-        return self.ask(address, messages.GetRegister(name, timeout_s), timeout_s=timeout_s + 2).message.value
+        return self.register(address, name, timeout_s=timeout_s).value
 
     def tablets(self, address: str, table: str) -> int:
         return len(self.ask(address, messages.DescribeTable(table)).message.tablets)

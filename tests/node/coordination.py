@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from srengine import errors
+from srengine.client import messages
 from tests.node.cluster import Asker
 from tests.processes import ROOT, NodeProcess, Nodes, free_ports, wait_for
+
+REGISTERS = 1000
+"""That a `Writer` uses: a cluster holds 4096."""
 
 
 def agreed_leader(asker: Asker, nodes: Nodes, among: list[str] | None = None) -> str | None:
@@ -53,13 +57,17 @@ def put_until_done(
 
 
 class Writer:
-    """Puts registers w0, w1, … one after the other in a thread, at whichever node answers; notes what was
-    acknowledged.
+    """Puts numbers into registers w0, w1, …, around and around, one after the other in a thread, at whichever node
+    answers. Each put demands the version that the last one of its register was acknowledged with, so an acknowledged
+    one that is lost shows at once, also where a later one would have covered it.
     """
 
     def __init__(self, nodes: Nodes) -> None:
         self.nodes = nodes
-        self.acknowledged: dict[str, bytes] = {}
+        self.count = 0
+        """Of puts that were acknowledged."""
+        self.acknowledged: dict[str, messages.Register] = {}
+        """The last one of each register."""
         self.failures = 0
         self._stop = threading.Event()
         self._error: BaseException | None = None
@@ -83,30 +91,42 @@ class Writer:
             self._error = error
 
     def _write(self, asker: Asker) -> None:
-        number = 0
         while not self._stop.is_set():
-            name, value = f"w{number}", b"%d" % number
             for node in self.nodes:
                 if self._stop.is_set():
                     return
                 try:
-                    asker.put_register(node.address, name, value, timeout_s=2)
+                    done = self._put(asker, node.address, f"w{self.count % REGISTERS}", b"%d" % self.count)
                 except errors.Error:
                     self.failures += 1
                     continue
-                self.acknowledged[name] = value
-                number += 1
+                self.acknowledged[done.name] = done
+                self.count += 1
                 break
+
+    def _put(self, asker: Asker, address: str, name: str, value: bytes) -> messages.Register:
+        before = self.acknowledged.get(name)
+        expected = before.version if before is not None else 0
+        try:
+            version = asker.put_register(address, name, value, if_version=expected, timeout_s=2)
+        except errors.Conflict:
+            # An earlier try may have been done after all. What stands there is this value or something was lost.
+            found = asker.register(address, name, timeout_s=2)
+            assert found.value == value, (name, value, expected, found)
+            return found
+        return messages.Register(name, value, version)
 
     def wait_more(self, count: int) -> None:
         """Return when ``count`` more puts were acknowledged."""
-        target = len(self.acknowledged) + count
-        wait_for(lambda: self._error is not None or len(self.acknowledged) >= target, f"{count} more acknowledged", 60)
+        target = self.count + count
+        wait_for(lambda: self._error is not None or self.count >= target, f"{count} more acknowledged", 60)
 
     def check(self, asker: Asker, address: str) -> None:
-        """Every acknowledged register is there."""
-        for name, value in self.acknowledged.items():
-            assert asker.get_register(address, name) == value, name
+        """Every acknowledged register is there, or what the last put that was begun made of it."""
+        for name, done in self.acknowledged.items():
+            found = asker.register(address, name)
+            last = (f"w{self.count % REGISTERS}", b"%d" % self.count)
+            assert found == done or (name, found.value) == last, (found, done, last)
 
 
 def command(address: str, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[bytes]:

@@ -12,6 +12,7 @@ import pytest
 
 from srengine import errors
 from tests.node.cluster import Asker, numbered
+from tests.node.coordination import put_until_done, wait_leader
 from tests.processes import NodeProcess, Nodes, wait_for
 
 pytestmark = pytest.mark.processes
@@ -223,6 +224,69 @@ def test_restored_leader_needs_both_others(nodes: Nodes, asker: Asker, tmp_path:
     nodes["node-1"].wait_ready()
     wait_for(lambda: asker.settled(one, TABLE), "all replicas equal again")
     assert asker.everything(one, TABLE) == expected
+
+
+@pytest.mark.parametrize("third", ["held all", "was away"])
+def test_most_directories_put_back_at_once(nodes: Nodes, asker: Asker, tmp_path: Path, third: str) -> None:
+    """F14: two of three directories are put back to yesterday at once. Alone they touch nothing and say what is wrong.
+    With the third, intact one they go on, with an alarm, from the furthest state that any of them holds: what the third
+    held is there, what it had not is gone.
+    """
+    one, two, three = nodes
+    expected: dict[bytes, bytes] = {}
+    asker.create(one.address, TABLE)
+    write_all(asker, one.address, expected, numbered(0, 60))
+    put_until_done(asker, lambda: [one.address], "r", b"yesterday")
+    wait_for(lambda: asker.settled(one.address, TABLE), "all replicas equal")
+    for node in nodes:
+        node.kill()
+    for node in (one, two):
+        shutil.copytree(node.data, tmp_path / "yesterday" / node.name)
+    running = [one, two, three] if third == "held all" else [one, two]
+    for node in running:
+        node.start()
+    for node in running:
+        node.wait_ready()
+    today = numbered(30, 120, "today")
+    asker.write(one.address, TABLE, today)
+    put_until_done(asker, lambda: [one.address, two.address], "r", b"today")
+    if third == "held all":
+        expected.update(today)
+        wait_for(lambda: asker.settled(one.address, TABLE), "all replicas equal")
+        wait_for(lambda: asker.get_register(three.address, "r") == b"today", "the third has it")
+    for node in running:
+        node.kill()
+    for node in (one, two):
+        lose(node, "restore", tmp_path / "yesterday" / node.name)
+        node.start()
+    for node in (one, two):
+        wait_for(lambda node=node: "directory_distrusted" in node.log_tail(100_000), f"{node.name} knows what it is")
+    wait_for(lambda: alive(asker, one) and alive(asker, two), "they answer")
+    with pytest.raises((errors.NoQuorum, errors.TimedOut)):
+        asker.put_register(two.address, "r", b"lost", timeout_s=1)
+    with pytest.raises((errors.NotReady, errors.TimedOut)):
+        asker.read(one.address, TABLE, [b"key-000001"], timeout_s=1)
+    three.start()
+    for node in nodes:
+        node.wait_ready()
+    wait_leader(asker, nodes)
+    wait_for(lambda: asker.settled(one.address, TABLE), "all replicas equal again")
+    for node in nodes:
+        assert node.alive
+        assert asker.everything(node.address, TABLE) == expected
+        assert asker.get_register(node.address, "r") == (b"today" if third == "held all" else b"yesterday")
+    alarms = [alarm for row in asker.status(one.address)["nodes"] for alarm in row["alarms"]]
+    for said in ("votes_unproved: only 1 of 3 voters are what they were", "acknowledged_writes_may_be_missing: "):
+        assert any(alarm.startswith(said) for alarm in alarms), (said, alarms)
+    write_all(asker, one.address, expected, numbered(500, 510))
+    assert asker.everything(two.address, TABLE) == expected
+
+
+def alive(asker: Asker, node: NodeProcess) -> bool:
+    try:
+        return bool(asker.status(node.address))
+    except errors.Error:
+        return False
 
 
 def test_second_process_of_a_copied_directory_is_refused(nodes: Nodes, asker: Asker, tmp_path: Path) -> None:

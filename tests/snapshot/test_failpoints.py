@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,29 @@ def test_the_environment_arms_a_process(action, code):
         timeout=60,
     )
     assert died.returncode == code
+
+
+def test_a_thread_is_held_while_the_file_is_there(tmp_path, monkeypatch):
+    """``hold``: from its hit on, the thread stands still while the file is there, and goes on when it is gone."""
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("SRENGINE_FAILPOINTS_HOLD", str(gate))
+    passed = []
+
+    def hit_often() -> None:
+        for number in range(4):
+            failpoints.hit("p")
+            passed.append(number)
+
+    with failpoints.armed("p=hold@2"):
+        hit_often()
+        assert passed == [0, 1, 2, 3]
+        passed.clear()
+        gate.touch()
+        thread = threading.Thread(target=hit_often)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert passed == []
+        gate.unlink()
+        thread.join(60)
+        assert passed == [0, 1, 2, 3]

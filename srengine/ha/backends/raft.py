@@ -43,8 +43,10 @@ from srengine.consensus.entries import Entry, EntryKind
 from srengine.consensus.log import LOG_NAME, NodeLog
 from srengine.consensus.machine import RaftMachine
 from srengine.consensus.messages import Bundle
+from srengine.consensus.services import Health
 from srengine.ha import members as m
 from srengine.ha.backends import Answer, Attachments, Surroundings
+from srengine.ha.backends.raft_currency import Currency
 from srengine.ha.backends.raft_leading import Leading
 from srengine.ha.backends.raft_options import raft_options
 from srengine.ha.backends.raft_reconciling import Reconciling
@@ -152,6 +154,7 @@ class RaftBackend:
             around.clock,
             bounds=self._options.bounds,
             metrics=around.metrics,
+            on_health=self._on_health,
             on_group_failed=lambda name, error: around.alarm("group_failed", f"{name}: {error.message}"),
         )
         self.machine = RaftMachine(
@@ -168,6 +171,7 @@ class RaftBackend:
         self.leading = Leading(
             around, self._options, self._standing, self._journal, self.driver, self.machine, self._spawn
         )
+        self.currency = Currency(lambda: self.machine.commit_index, lambda: self._journal.visible_index, around.clock)
         copies = StateCopies(around.data_dir / COPIES_NAME, self._journal, around.wire)
         self.reconciling = Reconciling(around, self._standing, self._journal, copies, self._options.reconcile_s)
         wire = around.wire
@@ -182,6 +186,7 @@ class RaftBackend:
         self._unwatch = self.driver.watch_roles(JOURNAL_GROUP, self._standing.on_role)
         self._spawn(self.leading.look_after(), "raft: unstable nodes and tickets")
         self._spawn(self.reconciling.run(), "raft: reconcile")
+        self._spawn(self.currency.run(self._stands_still), "raft: currency")
         self._spawn(self._ask_whether_removed(), "raft: membership of this node")
 
     async def stop(self) -> None:
@@ -200,14 +205,34 @@ class RaftBackend:
             self._log.close()
         await self._standing.stop()
 
-    def trust(self, *, trusted: bool) -> bool:
+    def trust(self, *, trusted: bool, held: tuple[int, int] = (0, 0)) -> bool:
         """Tell whether this node may vote, when that is found out after the start; see `Driver.trust`."""
-        return self.driver.trust(JOURNAL_GROUP, trusted=trusted)
+        return self.driver.trust(JOURNAL_GROUP, trusted=trusted, held=held)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = self._around.spawn(work, name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _on_health(self, health: Health, error: errors.Error | None) -> None:
+        """Say how the log's disk is: whoever looks at a node that follows nobody must not have to guess."""
+        if health in {Health.FULL, Health.FENCED} and error is not None:
+            self._around.alarm(f"journal_disk_{health.value}", error.message)
+        _logger.log(
+            logging.INFO if health is Health.OK else logging.WARNING,
+            "the disk of the journal is %s",
+            health.value,
+            extra={"event": "journal_disk", "health": health.value},
+        )
+
+    def _stands_still(self) -> None:
+        """Give up a leadership that is worth nothing: what is acknowledged and read goes through the agreed state.
+
+        One that has no epoch yet is given up when fencing fails.
+        """
+        if self.epoch:
+            self._around.alarm("applying_stands_still", f"nothing was applied for {limits.STALENESS_S_MAX:g} s")
+            self.driver.step_down(JOURNAL_GROUP, "nothing is applied here")
 
     def _received(self, peer: Peer, message: msgspec.Struct) -> None:
         assert isinstance(message, Bundle), message
@@ -287,7 +312,7 @@ class RaftBackend:
             not self._standing.stopped
             and self._standing.removed is None
             and self._standing.role.leader is not None
-            and self.machine.commit_index <= self._journal.visible_index
+            and self.currency.within(limits.STALENESS_S_MAX)
         )
 
     async def read_barrier(self, *, timeout_s: float = 10.0) -> int:

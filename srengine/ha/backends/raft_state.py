@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from srengine import errors
+from srengine import errors, failpoints
 from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor
 from srengine.ha import state
 from srengine.ha.journal import Command, decode_command
@@ -68,6 +68,7 @@ class JournalState:
 
     def apply(self, entries: Sequence[Entry]) -> None:
         """See `consensus.services.StateMachine`."""
+        failpoints.hit("journal.apply")
         with self._replacing:
             # A state that was repaired may be ahead of what consensus has handed out.
             held = self.machine.applied_index
@@ -88,6 +89,7 @@ class JournalState:
 
     def install(self, path: Path) -> Floor:
         """Put a copy in place; in the apply thread."""
+        failpoints.hit("journal.apply")
         with self._replacing:
             self.machine.install(path)
             self._visible = self._applied = self._floor(*self.machine.applied)
