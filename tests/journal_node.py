@@ -82,6 +82,7 @@ class JournalNode:
         own = node_id(self.number)
         self.endpoint = Endpoint(Identity(node_id=own, name=name, cluster_id=CLUSTER))
         self.store = MetadataStore(directory / "meta")
+        self.machine = MetadataMachine(self.store, [MembersApplier(), EpochsApplier(), RegistersApplier()])
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.known = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -95,7 +96,7 @@ class JournalNode:
                 node_id=own,
                 address=address(self.ports[self.number]),
                 data_dir=directory,
-                machine=MetadataMachine(self.store, [MembersApplier(), EpochsApplier(), RegistersApplier()]),
+                machine=self.machine,
                 wire=BookWire(self.endpoint, book),
                 clock=SystemClock(),
                 spawn=self._spawn,
@@ -118,8 +119,8 @@ class JournalNode:
             self.failed.set_exception(task.exception())
 
     async def start(self) -> None:
-        service = RegisterService(self.protocol, self.store)
-        epochs = Epochs(self.protocol, self.store)
+        service = RegisterService(self.protocol, self.machine.store)
+        epochs = Epochs(self.protocol, self.machine.store)
         for kind, handler in (
             (PutRegister, service.put),
             (GetRegister, service.get),

@@ -10,14 +10,15 @@ r"""Runs the machines of many groups over one log and one transport.
               one transaction for all of them                     log thread
                           |  Persisted
                           v
-              send: one bundle for each peer; apply               loop, apply thread
-                          |  Applied: proposals and reads end
+              send: one bundle for each peer; apply               loop, apply thread (applying.py)
+                          |  proposals and reads end
                           v
                         again
 
 * **A turn.** A group whose effects wait for the disk is *busy*: nothing is stepped into it, what arrives waits in its
   inbox. So everything that arrives during one transaction of the log shares the next one: group commit needs no timer.
-  A busy group is still ticked and drained: its leader beats on, and gives up when its own disk hangs.
+  A busy group is still ticked and drained: its leader beats on, and gives up when its own disk hangs. What a leader
+  sends does not wait for its transaction.
 * **The disk.** A transaction that takes too long, or a full disk (tried again until there is space), shows in `health`;
   its groups stay busy, so they promise nothing and their machines step down. An input/output error fences the log: no
   group takes part any more.
@@ -35,19 +36,15 @@ import heapq
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from srengine import errors, limits
 from srengine.clock import Clock
+from srengine.consensus.applying import RETRY_S, Applying
 from srengine.consensus.effects import (
-    Applied,
     Effects,
     Hint,
     Input,
-    Installed,
-    InstallFailed,
-    InstallState,
     Persisted,
     Propose,
     Read,
@@ -56,11 +53,11 @@ from srengine.consensus.effects import (
     RoleChanged,
     StepDown,
     Transfer,
-    Trimmed,
     Trust,
 )
-from srengine.consensus.entries import Configuration, Entry, Floor
-from srengine.consensus.log import GroupLog, NodeLog, entry_bytes
+from srengine.consensus.entries import Configuration
+from srengine.consensus.hosting import NEVER, Group
+from srengine.consensus.log import GroupLog, NodeLog
 from srengine.consensus.messages import Bundle
 from srengine.consensus.outbox import Outbox, bundles, message_bytes
 from srengine.consensus.services import (
@@ -87,52 +84,11 @@ NEWS_S: Final = 0.01
 INBOX_MESSAGES_MAX: Final = 4096
 """Messages of peers that wait for a busy group; later ones are dropped, as a network may."""
 INBOX_BYTES_MAX: Final = 64 * limits.MIB
-APPLY_ENTRIES_MAX: Final = 1024
-"""Entries handed to the state machine at a time."""
-APPLY_BYTES_MAX: Final = 16 * limits.MIB
 STOP_S: Final = 10.0
 """How long a stop waits for the disk."""
-RETRY_S: Final = 0.5
-"""Pause before a write that met a full disk is tried again, and before a state is fetched again."""
 
-_NEVER: Final = float("inf")
 _GREETING: Final = Bundle(())
 """Says nothing; whoever gets it knows that its sender can be reached."""
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """One group on this node."""
-
-    name: str
-    machine: Machine
-    log: GroupLog
-    state: StateMachine
-    source: StateSource | None
-    sink: StateSink | None
-    role: RoleChanged
-    visible: int
-    """Index up to which the state machine shows entries; not less than what it holds durably."""
-    waiting: WaitingRoom
-    inbox: deque[Input] = field(default_factory=deque)
-    inbox_messages: int = 0
-    inbox_bytes: int = 0
-    busy: bool = False
-    """Its effects wait for the disk: nothing is stepped into it."""
-    locked: bool = False
-    """Its log is being trimmed, reset or healed under the machine, which is left alone meanwhile."""
-    deadline: float = _NEVER
-    """When the machine is due if nothing comes before."""
-    to_apply: deque[Entry] = field(default_factory=deque)
-    applying: bool = False
-    """The state machine works."""
-    installing: bool = False
-    put: Callable[[], None] | None = None
-    """Puts a fetched state in place as soon as everything handed out is applied."""
-    trimming: bool = False
-    healing: bool = False
-    watchers: list[Callable[[RoleChanged], None]] = field(default_factory=list)
-    failed: errors.Error | None = None
 
 
 class Driver:
@@ -161,8 +117,8 @@ class Driver:
         self._on_health = on_health
         self._on_group_failed = on_group_failed
         self._loop = asyncio.get_running_loop()
-        self._groups: dict[str, _Group] = {}
-        self._ready: dict[str, _Group] = {}
+        self._groups: dict[str, Group] = {}
+        self._ready: dict[str, Group] = {}
         """Groups with something in their inbox, or whose deadline has passed."""
         self._due = False
         self._deadlines: list[tuple[float, str]] = []
@@ -171,7 +127,7 @@ class Driver:
         self._timer_at = 0.0
         self._pending: dict[str, Effects] = {}
         """Drained, to be persisted next."""
-        self._jobs: deque[tuple[_Group, Job, Done]] = deque()
+        self._jobs: deque[tuple[Group, Job, Done]] = deque()
         """Other work on the log: trims, installs, healing."""
         self._log_works = False
         self._outbox = Outbox()
@@ -179,10 +135,9 @@ class Driver:
         self._watched: dict[NodeId, PostChannel] = {}
         self._greet: set[NodeId] = set()
         """Nodes to be told that this one is here: they may be waiting out a back-off."""
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._stopped = False
+        self.stopped = False
         self._log_worker = Worker("srengine-log", self._loop)
-        self._apply_worker = Worker("srengine-apply", self._loop)
+        self._applying = Applying(self, log, self._bounds, self.metrics, self._loop)
 
     # --- groups ------------------------------------------------------------------------------------------------------
 
@@ -194,19 +149,23 @@ class Driver:
         *,
         source: StateSource | None = None,
         sink: StateSink | None = None,
+        on_visible: Callable[[int], None] | None = None,
     ) -> None:
         """Begin to run a group; ``machine`` was made with what `prepare` returned.
 
-        Without ``source`` and ``sink`` a node that lags behind what the others keep cannot catch up.
+        Without ``source`` and ``sink`` a node that lags behind what the others keep cannot catch up. ``on_visible``:
+        told up to which index the state machine shows entries, whenever that changes.
         """
         log = self.log.group(name)
         assert name not in self._groups, name
         assert log.damage is None or not machine.trusted, (name, log.damage)
         role = RoleChanged(Role.FOLLOWER, log.hard_state.term, None, "started")
         waiting = WaitingRoom(name, self._loop)
-        group = _Group(name, machine, log, state, source, sink, role, state.applied.index, waiting)
+        group = Group(
+            name, machine, log, state, source, sink, role, state.applied.index, waiting, on_visible=on_visible
+        )
         if log.floor.index:
-            group.inbox.append(_trimmed(group))
+            group.inbox.append(group.trimmed)
         self._groups[name] = group
         self._greet.update(set(log.configuration.nodes) - {self.node})
         self._wake(group)
@@ -235,7 +194,7 @@ class Driver:
             group.failed,
         )
 
-    def _group(self, name: str) -> _Group:
+    def _group(self, name: str) -> Group:
         group = self._groups.get(name)
         if group is None:
             raise errors.NotFound(f"this node runs no group {name}", group=name)
@@ -253,27 +212,27 @@ class Driver:
         place, it will never be applied; `TimedOut`, `Closed`, and what ended the group: not known.
         """
         group, token, future = self._begin(name, PROPOSAL, timeout_s)
-        self._step(group, Propose(token, data, configuration))
+        self.step(group, Propose(token, data, configuration))
         decided: tuple[int, int] = await future
         return decided
 
     async def read_index(self, name: str, *, timeout_s: float = 10.0) -> int:
         """Return an index that is applied here and at which reads are linearizable. Raises as `propose`."""
         group, token, future = self._begin(name, READ, timeout_s)
-        self._step(group, Read(token))
+        self.step(group, Read(token))
         index: int = await future
         return index
 
     async def transfer(self, name: str, target: NodeId | None = None, *, timeout_s: float = 10.0) -> NodeId:
         """Hand leadership over and return who leads then. Raises as `propose`."""
         group, token, future = self._begin(name, TRANSFER, timeout_s)
-        self._step(group, Transfer(token, target))
+        self.step(group, Transfer(token, target))
         leader: NodeId = await future
         return leader
 
     def step_down(self, name: str, reason: str) -> None:
         """Give up leadership of a group, if this node has it."""
-        self._step(self._group(name), StepDown(reason))
+        self.step(self._group(name), StepDown(reason))
 
     def trust(self, name: str, *, trusted: bool, held: tuple[int, int] = (0, 0)) -> bool:
         """Tell whether this node may vote in a group, see `effects.Trust`; return whether that was passed on: a damaged
@@ -282,12 +241,12 @@ class Driver:
         group = self._group(name)
         if trusted and group.log.damage is not None:
             return False
-        self._step(group, Trust(trusted, held))
+        self.step(group, Trust(trusted, held))
         return True
 
-    def _begin(self, name: str, what: str, timeout_s: float) -> tuple[_Group, int, asyncio.Future[Any]]:
+    def _begin(self, name: str, what: str, timeout_s: float) -> tuple[Group, int, asyncio.Future[Any]]:
         group = self._group(name)
-        if self._stopped:
+        if self.stopped:
             raise errors.Closed("the node stops")
         if group.failed is not None:
             raise _again(group.failed)
@@ -300,7 +259,7 @@ class Driver:
 
     def receive(self, peer: Peer, bundle: Bundle) -> None:
         """Take the posts of a peer: the handler of `messages.Bundle` at the peer port."""
-        if peer.node_id is None or self._stopped:
+        if peer.node_id is None or self.stopped:
             return
         sender = NodeId(peer.node_id)
         channel = self._watched.get(sender)
@@ -318,20 +277,21 @@ class Driver:
                 continue
             group.inbox_messages += 1
             group.inbox_bytes += size
-            self._step(group, Received(message))
+            self.step(group, Received(message))
 
     def _hint(self, node: NodeId) -> None:
         for group in self._groups.values():
-            self._step(group, Hint(node))
+            self.step(group, Hint(node))
 
-    def _step(self, group: _Group, arrived: Input) -> None:
+    def step(self, group: Group, arrived: Input) -> None:
+        """Hand an input to a group's machine, in its next turn."""
         if group.failed is None:
             group.inbox.append(arrived)
             self._wake(group)
 
-    def _wake(self, group: _Group) -> None:
+    def _wake(self, group: Group) -> None:
         self._ready[group.name] = group
-        if not self._due and not self._stopped:
+        if not self._due and not self.stopped:
             self._due = True
             self._loop.call_soon(self._turn)
 
@@ -339,18 +299,19 @@ class Driver:
 
     def _turn(self) -> None:
         self._due = False
-        if self._stopped:
+        if self.stopped:
             return
         now = self._clock.boottime_s()
         ready, self._ready = self._ready, {}
         for group in ready.values():
             if group.failed is None and not group.locked:
                 self._advance(group, now)
-        self._work_on_log()
+        # First what leaves: others work while this node's disk does.
         self._send()
+        self._work_on_log()
         self._arm(now)
 
-    def _advance(self, group: _Group, now: float) -> None:
+    def _advance(self, group: Group, now: float) -> None:
         """Step what arrived into a group that is not busy, and take what comes out of it."""
         machine = group.machine
         try:
@@ -368,17 +329,17 @@ class Driver:
                     break
                 self._carry_out(group, effects)
         except errors.Error as error:
-            self._fail_group(group, error)
+            self.fail_group(group, error)
             return
         except BaseException:
-            self._fail_group(group, errors.Error(f"the machine of {group.name} failed"))
+            self.fail_group(group, errors.Error(f"the machine of {group.name} failed"))
             raise
         deadline = machine.next_deadline
-        if deadline != group.deadline and deadline < _NEVER:
+        if deadline != group.deadline and deadline < NEVER:
             heapq.heappush(self._deadlines, (deadline, group.name))
         group.deadline = deadline
 
-    def _step_inbox(self, group: _Group) -> None:
+    def _step_inbox(self, group: Group) -> None:
         inbox = group.inbox
         while inbox:
             arrived = inbox.popleft()
@@ -387,7 +348,7 @@ class Driver:
             group.machine.step(arrived)
         group.inbox_messages = group.inbox_bytes = 0
 
-    def _carry_out(self, group: _Group, effects: Effects) -> None:
+    def _carry_out(self, group: Group, effects: Effects) -> None:
         """Do what comes after the persist, in the order of the duties."""
         waiting = group.waiting
         for accepted in effects.accepted:
@@ -402,13 +363,13 @@ class Driver:
             self._outbox.post(outgoing.target, outgoing.message)
         if effects.apply:
             group.to_apply.extend(effects.apply)
-            self._apply(group)
+            self._applying.apply(group)
         if effects.install is not None:
-            self._install(group, effects.install)
+            self._applying.install(group, effects.install)
         if group.log.damage is not None and group.machine.trusted:
             self._heal(group)
 
-    def _publish(self, group: _Group, role: RoleChanged) -> None:
+    def _publish(self, group: Group, role: RoleChanged) -> None:
         group.role = role
         self.metrics.add("srengine_consensus_role_changes_total", role=role.role.value)
         if role.leader is not None and role.leader != self.node:
@@ -418,7 +379,7 @@ class Driver:
         for watcher in list(group.watchers):
             watcher(role)
 
-    def _refuse_inbox(self, group: _Group, leader: NodeId | None) -> None:
+    def _refuse_inbox(self, group: Group, leader: NodeId | None) -> None:
         """Let those go whose question the machine has not seen: nobody leads here, and it cannot be asked now."""
         for arrived in group.inbox:
             if isinstance(arrived, Propose | Read | Transfer):
@@ -448,7 +409,7 @@ class Driver:
             deadline, name = heapq.heappop(self._deadlines)
             group = self._groups[name]
             if group.deadline == deadline:
-                group.deadline = _NEVER
+                group.deadline = NEVER
                 self._wake(group)
         if not self._due:
             self._arm(now)
@@ -457,7 +418,7 @@ class Driver:
 
     def _work_on_log(self) -> None:
         """Give the log thread its next piece: everything that waits to be persisted, else another job."""
-        if self._log_works or self._stopped:
+        if self._log_works or self.stopped:
             return
         if self._pending:
             batch, self._pending = self._pending, {}
@@ -472,7 +433,7 @@ class Driver:
                 self._work(group, job, done)
                 return
 
-    def _work(self, group: _Group, job: Job, done: Done) -> None:
+    def _work(self, group: Group, job: Job, done: Done) -> None:
         def ended(error: BaseException | None) -> None:
             self._log_works = group.locked = False
             if error is not None and not isinstance(error, errors.DiskFull | errors.QuotaExceeded):
@@ -484,7 +445,7 @@ class Driver:
         self._log_worker.submit(job, ended)
 
     def _persist(self, batch: dict[str, Effects]) -> None:
-        if self._stopped:
+        if self.stopped:
             return
         self._log_works = True
         turn = {name: effects.persist for name, effects in batch.items() if effects.persist is not None}
@@ -496,7 +457,7 @@ class Driver:
 
     def _overrun(self) -> None:
         self.metrics.add("srengine_consensus_persist_overruns_total")
-        self._set_health(Health.SLOW, None)
+        self.set_health(Health.SLOW, None)
 
     def _persisted(
         self, batch: dict[str, Effects], started: float, alarm: asyncio.TimerHandle, error: BaseException | None
@@ -506,7 +467,7 @@ class Driver:
         if isinstance(error, errors.DiskFull | errors.QuotaExceeded):
             # What was drained stays as it is, and goes first: its groups are busy, nothing was stepped into them.
             self._log_works = True
-            self._set_health(Health.FULL, error)
+            self.set_health(Health.FULL, error)
             self._loop.call_later(RETRY_S, self._persist, batch)
             return
         if error is not None:
@@ -514,7 +475,7 @@ class Driver:
             return
         self.metrics.add("srengine_consensus_turns_total")
         self.metrics.add("srengine_consensus_persist_seconds_total", self._loop.time() - started)
-        self._set_health(Health.OK, None)
+        self.set_health(Health.OK, None)
         for name, effects in batch.items():
             group = self._groups[name]
             if group.failed is not None:
@@ -530,24 +491,25 @@ class Driver:
         typed = error if isinstance(error, errors.Error) else errors.Error(f"the log failed: {error!r}")
         if typed is not error:
             _logger.error("the log failed", exc_info=error)
-        self._set_health(Health.FENCED, typed)
+        self.set_health(Health.FENCED, typed)
         for group in self._groups.values():
-            self._fail_group(group, typed)
+            self.fail_group(group, typed)
 
-    def _set_health(self, health: Health, error: errors.Error | None) -> None:
+    def set_health(self, health: Health, error: errors.Error | None) -> None:
+        """Say how the disk is; what is fenced stays so."""
         if health is self.health or self.health is Health.FENCED:
             return
         self.health = health
         if self._on_health is not None:
             self._on_health(health, error)
 
-    def _fail_group(self, group: _Group, error: errors.Error) -> None:
+    def fail_group(self, group: Group, error: errors.Error) -> None:
         """End a group on this node, for this process."""
         if group.failed is not None:
             return
         _logger.error("the group %s takes part no more: %s", group.name, error.message)
         group.failed = error
-        group.deadline = _NEVER
+        group.deadline = NEVER
         group.inbox.clear()
         group.to_apply.clear()
         self._pending.pop(group.name, None)
@@ -556,7 +518,7 @@ class Driver:
         if self._on_group_failed is not None:
             self._on_group_failed(group.name, error)
 
-    def _heal(self, group: _Group) -> None:
+    def _heal(self, group: Group) -> None:
         if group.healing:
             return
         group.healing = True
@@ -566,7 +528,12 @@ class Driver:
             if error is None:
                 _logger.warning("the log of %s is whole again", group.name)
 
-        self._jobs.append((group, lambda: self.log.heal(group.name), healed))
+        self.write(group, lambda: self.log.heal(group.name), healed)
+
+    def write(self, group: Group, job: Job, done: Done) -> None:
+        """Run a job of a group on the log as soon as nothing of the group is being written."""
+        self._jobs.append((group, job, done))
+        self._wake(group)
 
     # --- sending -----------------------------------------------------------------------------------------------------
 
@@ -598,146 +565,6 @@ class Driver:
             channel.on_down = lambda _: self._hint(node)
         return channel
 
-    # --- applying ----------------------------------------------------------------------------------------------------
-
-    def _apply(self, group: _Group) -> None:
-        """Hand the next committed entries to the state machine, unless it works already."""
-        if group.applying or group.failed is not None or self._stopped:
-            return
-        if not group.to_apply:
-            if group.put is not None:
-                group.put()
-            return
-        entries: list[Entry] = []
-        size = 0
-        while group.to_apply and len(entries) < APPLY_ENTRIES_MAX and size < APPLY_BYTES_MAX:
-            entry = group.to_apply.popleft()
-            assert entry.index == group.visible + len(entries) + 1, (group.name, entry.index, group.visible)
-            entries.append(entry)
-            size += entry_bytes(entry)
-        group.applying = True
-        self._submit_apply(group, entries)
-
-    def _submit_apply(self, group: _Group, entries: list[Entry]) -> None:
-        if not self._stopped:
-            self._apply_worker.submit(
-                lambda: group.state.apply(entries), lambda error: self._applied(group, entries, error)
-            )
-
-    def _applied(self, group: _Group, entries: list[Entry], error: BaseException | None) -> None:
-        if self._stopped or group.failed is not None:
-            return
-        if isinstance(error, errors.DiskFull):
-            self._set_health(Health.FULL, error)
-            self._loop.call_later(RETRY_S, self._submit_apply, group, entries)
-            return
-        if error is not None:
-            self._fail_group(group, _typed(error, f"an entry of {group.name} cannot be applied"))
-            return
-        group.applying = False
-        group.visible = entries[-1].index
-        if group.waiting:
-            for entry in entries:
-                group.waiting.applied(entry)
-            group.waiting.visible(group.visible)
-        self._step(group, Applied(group.state.applied.index))
-        self._maybe_trim(group)
-        self._apply(group)
-
-    # --- trims and installs ------------------------------------------------------------------------------------------
-
-    def _maybe_trim(self, group: _Group) -> bool:
-        """Trim the log behind what is applied durably, when more is kept than need be."""
-        if group.trimming or group.installing or group.log.damage is not None:
-            return False
-        log, bounds = group.log, self._bounds
-        applied = min(group.state.applied.index, log.last_index)
-        kept = applied - log.floor.index
-        wanted = bounds.entries_kept
-        if log.bytes > bounds.bytes_kept + bounds.bytes_kept // 8 and kept > 1:
-            wanted = min(wanted, kept * bounds.bytes_kept // log.bytes)
-        # In steps, so that a trim is not one entry each time.
-        if kept <= wanted + max(1, min(wanted // 10, 1000)):
-            return False
-        group.trimming = True
-        floor = log.floor_at(applied - wanted)
-
-        def trimmed(error: BaseException | None) -> None:
-            group.trimming = False
-            if error is None:
-                group.inbox.appendleft(_trimmed(group))
-
-        self._jobs.append((group, lambda: self.log.trim(group.name, floor), trimmed))
-        self._wake(group)
-        return True
-
-    def _install(self, group: _Group, install: InstallState) -> None:
-        assert not group.installing, (group.name, install)
-        group.installing = True
-        task = self._loop.create_task(self._fetch(group, install))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _fetch(self, group: _Group, install: InstallState) -> None:
-        try:
-            if group.sink is None:
-                raise errors.NotFound(f"nothing here can fetch a state of {group.name}", group=group.name)
-            put = await group.sink.fetch(install.source, install.floor, install.reference)
-        except errors.Error as error:
-            _logger.warning("the state of %s cannot be fetched: %s", group.name, error.message)
-            await asyncio.sleep(RETRY_S)
-            self._install_failed(group, install)
-            return
-        floors: list[Floor] = []
-
-        def begin() -> None:
-            group.put = None
-            group.applying = True
-            self._apply_worker.submit(
-                lambda: floors.append(put()), lambda error: self._put_done(group, install, floors, error)
-            )
-
-        group.put = begin
-        self._apply(group)
-
-    def _install_failed(self, group: _Group, install: InstallState) -> None:
-        group.installing = False
-        self._step(group, InstallFailed(install.floor.index))
-
-    def _put_done(self, group: _Group, install: InstallState, floors: list[Floor], error: BaseException | None) -> None:
-        if self._stopped or group.failed is not None:
-            return
-        group.applying = False
-        if isinstance(error, errors.DiskFull):
-            self._set_health(Health.FULL, error)
-            self._loop.call_later(RETRY_S, self._install_failed, group, install)
-            return
-        if error is not None:
-            # It is not known what is in place now.
-            self._fail_group(group, _typed(error, f"the state of {group.name} cannot be put in place"))
-            return
-        floor = floors[0]
-        assert floor.index >= install.floor.index, (group.name, floor, install)
-        self.metrics.add("srengine_consensus_installs_total")
-        group.visible = floor.index
-        group.waiting.replaced(floor.index)
-        group.waiting.visible(floor.index)
-
-        def installed(failure: BaseException | None) -> None:
-            if failure is not None:
-                # The state is in place already; the log follows when there is space.
-                self._set_health(Health.FULL, _typed(failure, "the log"))
-                self._loop.call_later(RETRY_S, self._reset_log, group, floor, installed)
-                return
-            group.installing = False
-            group.inbox.extendleft((_trimmed(group), Installed(floor)))
-
-        self._reset_log(group, floor, installed)
-
-    def _reset_log(self, group: _Group, floor: Floor, installed: Done) -> None:
-        self._jobs.append((group, lambda: self.log.install(group.name, floor), installed))
-        self._wake(group)
-
     # --- the end -----------------------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
@@ -746,9 +573,9 @@ class Driver:
         The log may be closed afterwards. Hand leadership over before (`transfer`) where that matters. `TimedOut` when
         the disk does not answer in `STOP_S`: closing the log would wait for it.
         """
-        if self._stopped:
+        if self.stopped:
             return
-        self._stopped = True
+        self.stopped = True
         for timer in (self._timer, self._news_timer):
             if timer is not None:
                 timer.cancel()
@@ -756,13 +583,9 @@ class Driver:
             channel.on_down = None
         for group in self._groups.values():
             group.waiting.end_all(lambda: errors.Closed("the node stops"))
-        for task in list(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        for worker in (self._log_worker, self._apply_worker):
-            worker.stop()
-        for worker in (self._log_worker, self._apply_worker):
+        await self._applying.stop(self._groups.values())
+        self._log_worker.stop()
+        for worker in (self._log_worker, self._applying.worker):
             if not await self._loop.run_in_executor(None, worker.join, STOP_S):
                 raise errors.TimedOut(
                     f"the disk has not answered in {STOP_S:.3g} s; what was being written may be lost"
@@ -795,18 +618,5 @@ def prepare(log: NodeLog, name: str, state: StateMachine) -> GroupLog:
     return group
 
 
-def _trimmed(group: _Group) -> Trimmed:
-    """Return what tells the machine where its log begins, and where others fetch what came before."""
-    floor = group.log.floor
-    return Trimmed(floor, group.source.reference(floor) if group.source is not None else None)
-
-
 def _again(error: errors.Error) -> errors.Error:
     return errors.from_code(error.code, error.message, {**error.details})
-
-
-def _typed(error: BaseException, what: str) -> errors.Error:
-    if isinstance(error, errors.Error):
-        return error
-    _logger.error(what, exc_info=error)
-    return errors.Error(f"{what}: {error!r}")

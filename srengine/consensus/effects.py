@@ -31,6 +31,8 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from srengine.consensus.entries import Configuration, Entry, Floor, HardState
 from srengine.consensus.messages import Message
 from srengine.types import NodeId
@@ -38,15 +40,13 @@ from srengine.types import NodeId
 # --- what goes in ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True):
     """A message for this group arrived; its sender was checked."""
 
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Propose:
+class Propose(msgspec.Struct, frozen=True):
     """Append ``data`` if this node leads; answered by `Accepted` or `Refused` with the token.
 
     With ``configuration`` it is a change of membership: single-step (one voter more or less, any learners), refused
@@ -59,29 +59,25 @@ class Propose:
     configuration: Configuration | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(msgspec.Struct, frozen=True):
     """Answer with a `ReadReady` when reads at that index are linearizable; a follower asks the leader."""
 
     token: int
 
 
-@dataclass(frozen=True, slots=True)
-class Persisted:
+class Persisted(msgspec.Struct, frozen=True):
     """Everything drained so far is durable; ``last_index`` is the log's."""
 
     last_index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
+class Applied(msgspec.Struct, frozen=True):
     """The state machine holds everything up to ``index`` durably."""
 
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Installed:
+class Installed(msgspec.Struct, frozen=True):
     """The state at ``floor`` is in place, durably, and the log begins behind it: entries after it stay if the entry at
     it has its term or it lies below the log's former floor. It may be later than what `InstallState` offered.
     """
@@ -89,15 +85,13 @@ class Installed:
     floor: Floor
 
 
-@dataclass(frozen=True, slots=True)
-class InstallFailed:
+class InstallFailed(msgspec.Struct, frozen=True):
     """The state could not be fetched; the leader will offer it again."""
 
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Trimmed:
+class Trimmed(msgspec.Struct, frozen=True):
     """The log was trimmed to this floor, which the machine named by `RaftMachine.floor_at`: applied durably.
 
     ``reference``: where followers that need what is gone fetch the state (`messages.Install`); None: as before. At its
@@ -108,8 +102,7 @@ class Trimmed:
     reference: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(msgspec.Struct, frozen=True):
     """Hand leadership to ``target`` (None: to the voter that holds most). It worked when `RoleChanged` says so; else
     `Refused` says why, also when the time for it is over (then this node goes on to lead, without leases in this term).
     """
@@ -118,8 +111,7 @@ class Transfer:
     target: NodeId | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Hint:
+class Hint(msgspec.Struct, frozen=True):
     """The connection to ``peer`` closed, or it refused hello: if it leads, it may be dead. Starts a candidate early,
     shortens no promise.
     """
@@ -127,15 +119,13 @@ class Hint:
     peer: NodeId
 
 
-@dataclass(frozen=True, slots=True)
-class StepDown:
+class StepDown(msgspec.Struct, frozen=True):
     """Give up leadership: the own disk overran its time, or the process ends. Nothing happens on a follower."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Trust:
+class Trust(msgspec.Struct, frozen=True):
     """Whether this node may vote: False until its directory is known not to be behind what it once promised.
 
     ``held``: (term, index) of the furthest log that any voter was found to hold, where votes are given back although
@@ -164,24 +154,21 @@ Input = (
 # --- what comes out --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Persist:
+class Persist(msgspec.Struct, frozen=True):
     """Make this durable: first cut the log so that ``entries[0].index`` is next (when there are any), then append."""
 
     hard_state: HardState | None = None
     entries: tuple[Entry, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(msgspec.Struct, frozen=True):
     """One message to one node."""
 
     target: NodeId
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True):
     """The proposal is in the own log at (index, term). It is decided when an entry is applied at that index: it is this
     one exactly when the terms are equal.
     """
@@ -203,8 +190,7 @@ class Why(enum.Enum):
     """Too much is not committed yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """``leader``: who leads as far as known."""
 
     token: int
@@ -213,16 +199,14 @@ class Refused:
     message: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ReadReady:
+class ReadReady(msgspec.Struct, frozen=True):
     """Wait until ``index`` is applied, then read. Index 0: leadership could not be confirmed; ask again."""
 
     token: int
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class InstallState:
+class InstallState(msgspec.Struct, frozen=True):
     """Fetch and put in place the state at ``floor`` from ``source``; see the driver's duties."""
 
     source: NodeId
@@ -239,8 +223,7 @@ class Role(enum.Enum):
     LEARNER = "learner"
 
 
-@dataclass(frozen=True, slots=True)
-class RoleChanged:
+class RoleChanged(msgspec.Struct, frozen=True):
     """For the log, the metrics and the service above. ``leader``: None while unknown."""
 
     role: Role
@@ -249,8 +232,7 @@ class RoleChanged:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Effects:
+class Effects(msgspec.Struct, frozen=True):
     """In the order of the driver's duties; see the module's text."""
 
     persist: Persist | None = None
@@ -264,16 +246,10 @@ class Effects:
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
-        return bool(
-            self.persist
-            or self.send
-            or self.apply
-            or self.accepted
-            or self.refused
-            or self.reads
-            or self.install
-            or self.roles
-        )
+        return self != NOTHING
+
+
+NOTHING = Effects()
 
 
 # --- what a machine is given -----------------------------------------------------------------------------------------

@@ -263,7 +263,9 @@ class Leading(Replication):
         return None
 
     def _contact_deadline(self, leader: Leader) -> float:
-        self._count_contact(leader)
+        if len(self.configuration.voters) == 1:
+            # Nobody else is asked: the time alone moves it. Else answers do, and each is counted when it comes.
+            self._count_contact(leader)
         return max(leader.contact_at, leader.elected_at) + self.timing.election_s_min
 
     def _disk_deadline(self) -> float:

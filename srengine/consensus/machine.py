@@ -61,15 +61,17 @@ neither of the two majorities above counts U. The proof needs a majority without
 one in which a majority lost its trust: those need `Trust`. A majority of older directories could elect one of their own
 and cut off what an intact node has applied; `Trust.held` keeps them from that.
 
-**What it costs.** A write is one round trip and two fsyncs on its way (leader, then follower). Without a leader nothing
-is written for at least ``lease_s`` after its last heartbeat, unless it handed over. Clocks are needed for leases alone.
+**What it costs.** A write is one round trip and one fsync on its way (a follower's; the leader's runs beside it).
+Without a leader nothing is written for at least ``lease_s`` after its last heartbeat, unless it handed over. Clocks are
+needed for leases alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import assert_never
+
+import msgspec
 
 from srengine.consensus import checks
 from srengine.consensus.effects import (
@@ -250,13 +252,13 @@ class RaftMachine(Following):
         if effects and self._is_free_of_persist():
             return effects
         accepted, self._accepted = tuple(self._accepted), []
-        return replace(effects, persist=self._take_persist(), accepted=accepted)
+        return msgspec.structs.replace(effects, persist=self._take_persist(), accepted=accepted)
 
     def _is_free_of_persist(self) -> bool:
         """Whether what was just said depends on nothing that is still to be persisted, so that it need not wait.
 
-        A leader sends, applies and answers what is durable already; only its term may not be. Everybody else's answers
-        say that something is durable.
+        A leader applies and answers what is durable already, and what it sends says nothing of its own disk; only its
+        term may not be durable. Everybody else's answers say that something is.
         """
         return isinstance(self.state, Leader) and self.hard_state == self._durable_state
 
@@ -273,7 +275,9 @@ class RaftMachine(Following):
         return Persist(changed, entries)
 
     def _take_apply(self) -> tuple[Entry, ...]:
-        stop = self.commit_index + 1
+        # NB: a leader may hear of a majority that does not need its own copy before that is durable.
+        held = self.view.durable_index if isinstance(self.state, Leader) else self.view.last_index
+        stop = min(self.commit_index, held) + 1
         if self.installing is not None or self.persisting_since is not None or self.handed_index + 1 >= stop:
             return ()
         room = APPLY_BYTES_MAX - sum(size for _, size in self._handed)

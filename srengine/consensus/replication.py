@@ -1,8 +1,9 @@
 """A leader's log on its way to the others: rounds of heartbeats, entries, offers of state, and the answers to them.
 
-Entries leave once they are durable here, so a message never says what this disk might forget. `progress` says how much
-may be on its way; a heartbeat carries no entries and asks at the same time whether everything sent so far has arrived:
-its ``previous_index`` is the last entry sent.
+Entries leave before they are durable here (Ongaro's thesis, 10.2.1): the leader's disk and the followers' work at the
+same time, and the leader counts its own copy when it is durable, like anybody's. `progress` says how much may be on its
+way; a heartbeat carries no entries and asks at the same time whether everything sent so far has arrived: its
+``previous_index`` is the last entry sent.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Replication(Reading):
     def _replicate(self, leader: Leader) -> None:
         """Send to everybody what may be sent."""
         for target, peer in sorted(leader.peers.items()):
-            while peer.may_send() and peer.next_index <= self.view.durable_index:
+            while peer.may_send() and peer.next_index <= self.view.last_index:
                 if self._needs_state(peer):
                     self._offer_state(leader, target, peer)
                     break
@@ -67,8 +68,8 @@ class Replication(Reading):
         previous_term = self.view.term_at(previous_index)
         assert previous_term is not None, (previous_index, self.view.floor, self.view.last_index)
         entries = (
-            self.view.entries(peer.next_index, self.view.durable_index + 1, bytes_max)
-            if bytes_max and peer.next_index <= self.view.durable_index
+            self.view.entries(peer.next_index, self.view.last_index + 1, bytes_max)
+            if bytes_max and peer.next_index <= self.view.last_index
             else ()
         )
         confirmed = peer.barrier if 0 < peer.barrier <= self.commit_index else 0
@@ -144,10 +145,9 @@ class Replication(Reading):
             peer.acked_at = leader.rounds[number - leader.rounds[0][0]][1]
 
     def _hear_match(self, peer: Progress, message: AppendReply) -> None:
-        match_index = min(message.match_index, self.view.durable_index)
-        peer.matched(match_index)
+        peer.matched(message.match_index)
         if message.votes:
-            peer.counted_index = max(peer.counted_index, match_index)
+            peer.counted_index = max(peer.counted_index, message.match_index)
 
     def _next_to_try(self, message: AppendReply) -> int:
         """Find the last place that may be common, from the last place of the follower's log that may be."""

@@ -54,6 +54,12 @@ class StateMachine(Protocol):
         """
         ...
 
+    def flush(self) -> None:
+        """Make durable what is visible: `applied` says so then. Called as `apply` is, and may fail in the same ways;
+        never while everything is durable.
+        """
+        ...
+
 
 class StateSource(Protocol):
     """Offers a group's whole state to nodes that lack entries which are gone."""

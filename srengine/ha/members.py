@@ -65,7 +65,6 @@ TICKET_TABLE: Final = "tickets"
 CLUSTER_TABLE: Final = "cluster"
 
 BOOTSTRAP: Final = "ha.bootstrap"
-IDENTIFY: Final = "ha.identify"
 ADD: Final = "ha.add_member"
 REMOVE: Final = "ha.remove_member"
 UPDATE_ADDRESS: Final = "ha.update_address"
@@ -170,13 +169,6 @@ class Bootstrap(msgspec.Struct, frozen=True):
     members: tuple[Member, ...]
 
 
-class Identify(msgspec.Struct, frozen=True):
-    """A member that was bootstrapped without an id shows itself. Without consensus also with a new one."""
-
-    name: str
-    node_id: str
-
-
 class Holder(msgspec.Struct, frozen=True):
     """Exactly this admission of exactly this id."""
 
@@ -245,12 +237,9 @@ class ExpireTicket(msgspec.Struct, frozen=True):
     digest: bytes
 
 
-Change = (
-    Bootstrap | Identify | AddMember | RemoveMember | UpdateAddress | SetStable | SetRole | MintTicket | ExpireTicket
-)
+Change = Bootstrap | AddMember | RemoveMember | UpdateAddress | SetStable | SetRole | MintTicket | ExpireTicket
 COMMANDS: Final[dict[str, type[msgspec.Struct]]] = {
     BOOTSTRAP: Bootstrap,
-    IDENTIFY: Identify,
     ADD: AddMember,
     REMOVE: RemoveMember,
     UPDATE_ADDRESS: UpdateAddress,
@@ -291,8 +280,6 @@ class _Change:
         match command:
             case Bootstrap():
                 self._bootstrap(command)
-            case Identify():
-                self._identify(command)
             case AddMember():
                 self._add(command)
             case RemoveMember():
@@ -336,15 +323,6 @@ class _Change:
                 self._happened("stable" if member.votes else "unstable", member)
         self._tables.put(CLUSTER_TABLE, _CLUSTER, msgspec.msgpack.encode(command.cluster))
         self._note(version=1, next_number=len(command.members))
-
-    def _identify(self, command: Identify) -> None:
-        member = find_member(self._tables, command.name)
-        if member is None:
-            raise errors.MemberNotFound(f"{command.name} is no member", name=command.name)
-        if member.node_id == command.node_id:
-            return
-        self._put(msgspec.structs.replace(member, node_id=command.node_id, incarnation=self._index))
-        self._raise_version()
 
     def _add(self, command: AddMember) -> None:
         types.check_name(command.name, "node")

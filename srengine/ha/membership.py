@@ -31,7 +31,6 @@ from srengine.ha.members import (
     BOOTSTRAP,
     COMMANDS,
     EXPIRE_TICKET,
-    IDENTIFY,
     MINT_TICKET,
     ExpireTicket,
     Member,
@@ -106,7 +105,7 @@ def plan(
     that the leader has heard lately, itself included. Raises what the applier raises, `MasterState`, `NoQuorum`.
     """
     assert is_membership(command.kind), command.kind
-    if command.kind in {BOOTSTRAP, IDENTIFY}:
+    if command.kind == BOOTSTRAP:
         raise errors.Conflict(f"the cluster runs: {command.kind} is not for it", kind=command.kind)
     before = read_members(rows)
     overlay = Overlay(rows)

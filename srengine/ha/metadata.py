@@ -2,8 +2,9 @@
 
 Each room that keeps cluster-wide state contributes one *applier*. The machine finds the applier by the command's kind,
 gives it a transaction, and commits its changes together with the entry's index: so after any crash the state is exactly
-that of some index. Appliers read nothing but the command and the tables, hence every node comes to the same state;
-`MetadataMachine.digest` proves it.
+that of some index. Whoever has a durable log of its own lets entries show first and flushes later (recent.py). Appliers
+read nothing but the command and the tables, hence every node comes to the same state; `MetadataMachine.digest` proves
+it.
 
 What happens to a command, in this order:
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -37,6 +39,7 @@ from srengine.ha.epochs import FENCE, newest_epoch
 from srengine.ha.journal import Command
 from srengine.ha.members import BOOTSTRAP
 from srengine.ha.outcomes import OUTCOME_TABLE, Outcome, find_outcome, keep_outcome, refused
+from srengine.ha.recent import RecentStore
 from srengine.ha.tables import Applier, Overlay, ReplaceableStore, Row, Store, Tables
 
 __all__ = ["STATE_TABLE", "Applier", "Applying", "MetadataMachine", "Store", "Tables"]
@@ -61,7 +64,8 @@ class MetadataMachine:
     """The appliers in their order, over one metadata store. Thread-safe: one call changes, others wait."""
 
     def __init__(self, store: ReplaceableStore, appliers: Sequence[Applier]) -> None:
-        self.store = store
+        self.store = RecentStore(store)
+        """Where the state is read from."""
         self._lock = threading.RLock()
         self._appliers: dict[str, Applier] = {}
         tables = [OUTCOME_TABLE]
@@ -95,9 +99,22 @@ class MetadataMachine:
 
     def apply_all(self, entries: Sequence[Applying]) -> list[Outcome]:
         """Apply the next entries, which follow each other, in one durable transaction; return what each came to."""
+        with self._lock:
+            return self._apply_in(self.store.transaction(), entries)
+
+    def show_all(self, entries: Sequence[Applying]) -> list[Outcome]:
+        """Apply the next entries; they are visible when this returns, and durable after the next `flush`."""
+        with self._lock:
+            return self._apply_in(self.store.show(), entries)
+
+    def flush(self) -> None:
+        """Make everything that was applied durable. Not beside a call that changes something."""
+        self.store.flush()
+
+    def _apply_in(self, target: AbstractContextManager[Tables], entries: Sequence[Applying]) -> list[Outcome]:
         if not entries:
             return []
-        with self._lock, _faults_of_the_disk(), self.store.transaction() as transaction:
+        with _faults_of_the_disk(), target as transaction:
             applied, _ = _applied(transaction)
             outcomes = []
             for applied, entry in enumerate(entries, applied + 1):  # noqa: B020  (it is the applied index)

@@ -78,29 +78,30 @@ class Overlay:
 
     def __init__(self, below: Readable) -> None:
         self._below = below
-        self._changes: dict[tuple[str, bytes], bytes | None] = {}
+        self.changes: dict[tuple[str, bytes], bytes | None] = {}
+        """Values by table and key; None: deleted."""
 
     def get(self, table: str, key: bytes) -> bytes | None:
         """See `Readable.get`."""
-        if (table, key) in self._changes:
-            return self._changes[table, key]
+        if (table, key) in self.changes:
+            return self.changes[table, key]
         return self._below.get(table, key)
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
         """See `Tables.put`."""
-        self._changes[table, key] = value
+        self.changes[table, key] = value
 
     def delete(self, table: str, key: bytes) -> bool:
         """See `Tables.delete`."""
         there = self.get(table, key) is not None
-        self._changes[table, key] = None
+        self.changes[table, key] = None
         return there
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """See `Readable.scan`; rows changed behind the place reached may or may not show."""
         changed = sorted(
             (key, value)
-            for (of, key), value in self._changes.items()
+            for (of, key), value in self.changes.items()
             if of == table and (start is None or key >= start) and (stop is None or key < stop)
         )
         hidden = {key for key, _ in changed}
@@ -110,7 +111,7 @@ class Overlay:
 
     def write(self, target: Tables) -> None:
         """Make the changes there."""
-        for (table, key), value in sorted(self._changes.items(), key=lambda item: item[0]):
+        for (table, key), value in sorted(self.changes.items(), key=lambda item: item[0]):
             if value is None:
                 target.delete(table, key)
             else:

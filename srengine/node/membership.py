@@ -61,7 +61,7 @@ class MembershipServices:
         node = self._node
         await node.wait_catalog(TIMEOUT_S)
         version, digest = await asyncio.to_thread(
-            lambda: (read_membership(node.metadata).version, membership_digest(node.metadata).hex())
+            lambda: (read_membership(node.machine.store).version, membership_digest(node.machine.store).hex())
         )
         return Reply(
             messages.MemberList(
@@ -144,7 +144,7 @@ class MembershipServices:
         return self._changed(leader)
 
     def _changed(self, name: str) -> Reply:
-        return Reply(messages.Changed(name, read_membership(self._node.metadata).version))
+        return Reply(messages.Changed(name, read_membership(self._node.machine.store).version))
 
     # --- letting nodes in --------------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ class MembershipServices:
                 raise errors.UnknownMaster(f"{node.name} does not lead, and knows nobody who does")
             return await node.ways[leader].request(message, timeout_s=timeout_s)
         await node.wait_catalog(timeout_s)
-        removed = find_removed(node.metadata, message.node_id)
+        removed = find_removed(node.machine.store, message.node_id)
         if removed is not None:
             raise was_removed(removed)
         member = node.agreed.by_id(message.node_id)
@@ -220,7 +220,7 @@ class MembershipServices:
         """Read it linearizably."""
         del peer, attachments
         await self._node.backend.read_barrier(timeout_s=checked_timeout(message.timeout_s))
-        found = registers.read_register(self._node.metadata, message.name)
+        found = registers.read_register(self._node.machine.store, message.name)
         if found is None:
             raise errors.NotFound(f"there is no register {message.name}", name=message.name)
         return Reply(messages.Register(message.name, found.value, found.version))

@@ -193,7 +193,7 @@ class Runtime:
                 f"{self.name} belongs to {self.identity.cluster_id or 'no cluster'}, the peer to {peer.cluster_id}"
             )
         if peer.port != "client" and self.bootstrapped and peer.node_id:
-            removed = find_removed(self.metadata, peer.node_id)
+            removed = find_removed(self.machine.store, peer.node_id)
             if removed is not None:
                 raise was_removed(removed)
 
@@ -222,13 +222,13 @@ class Runtime:
         )
         self.coordination = coordination.Coordination(self)
         self.backend: HAProtocol = self.coordination.backend
-        self.agreed = Agreed(self.metadata, self.backend, self.wire, self.ports.allow)
+        self.agreed = Agreed(self.machine.store, self.backend, self.wire, self.ports.allow)
         self.agreed.read_members()
         self._know_told()
         self.sync = SyncService(
             around=self.around,
             store=self.store,
-            rows=self.metadata,
+            rows=self.machine.store,
             standing=self.trust.standing,
             file_ids=identity_file_id,
             metrics=self.metrics,
@@ -258,7 +258,7 @@ class Runtime:
         given = {each.name: each for each in self.options.initial}.get(name)
         if given is None or name not in self._moved_by_options:
             return address, public_key
-        moved_at = max((row.index for row in read_events(self.metadata) if row.name == name), default=0)
+        moved_at = max((row.index for row in read_events(self.machine.store) if row.name == name), default=0)
         if moved_at > self._options_index:
             return address, public_key
         return given.address, given.public_key or public_key

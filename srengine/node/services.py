@@ -99,7 +99,7 @@ class Services:
                 ),
                 tables=tuple(self._info(table) for table in node.tables.values()),
                 catalog_version=node.agreed.index,
-                epoch=epochs.newest_epoch(node.metadata)[0],
+                epoch=epochs.newest_epoch(node.machine.store)[0],
             )
         )
 
@@ -140,7 +140,7 @@ class Services:
         """Answer from this node's catalog."""
         del peer, message, attachments
         await self._node.wait_catalog(CATALOG_WAIT_S_MAX)
-        databases = await asyncio.to_thread(catalog.read_databases, self._node.metadata)
+        databases = await asyncio.to_thread(catalog.read_databases, self._node.machine.store)
         return Reply(messages.DatabaseList(tuple(database.name for database in databases)))
 
     async def create_table(self, peer: Peer, message: messages.CreateTable, attachments: Sequence[memoryview]) -> Reply:

@@ -60,6 +60,38 @@ class State:
         return [data for _, _, data in self.entries if data.startswith(b"p")]
 
 
+class LateState(State):
+    """One that shows entries at once and holds them durably after `flush` only; `crash` loses the difference."""
+
+    def __init__(self):
+        super().__init__()
+        self.visible = Floor()
+        self.flushes = 0
+        self.flush_fault = None
+
+    def apply(self, entries):
+        durable, self.applied = self.applied, self.visible
+        super().apply(entries)
+        self.visible, self.applied = self.applied, durable
+
+    def flush(self):
+        self.threads.add(threading.current_thread().name)
+        assert self.applied != self.visible
+        if self.flush_fault is not None:
+            fault, self.flush_fault = self.flush_fault, None
+            raise fault
+        self.flushes += 1
+        self.applied = self.visible
+
+    def crash(self):
+        del self.entries[self.applied.index :]
+        self.visible = self.applied
+
+    def copy_from(self, other):
+        self.visible = super().copy_from(other)
+        return self.visible
+
+
 class Member:
     """One node: what outlives a restart (directory, state), and what does not (endpoint, log, driver)."""
 
@@ -129,7 +161,7 @@ class Member:
         for name in groups:
             if name not in self.log.groups():
                 self.log.bootstrap(name, FIRST)
-            state = self.states.setdefault(name, State())
+            state = self.states.setdefault(name, self.cluster.state_type())
             log = prepare(self.log, name, state)
             machine = RaftMachine(
                 group=name,
@@ -162,8 +194,9 @@ class Member:
 
 
 class Cluster:
-    def __init__(self, path, kind="memory", *, bounds=None, seed=1):
+    def __init__(self, path, kind="memory", *, bounds=None, seed=1, state_type=State):
         self.path = path
+        self.state_type = state_type
         self.seed = seed
         self.network = Network(seed) if kind == "memory" else None
         self.bounds = bounds if bounds is not None else Bounds(persist_s_max=0.1)

@@ -62,6 +62,7 @@ def test_a_vote_leaves_with_the_state_that_makes_it_durable(group):
 def test_nothing_is_stepped_while_something_is_persisted(group):
     """A driver that steps between a drain and its Persisted is told so."""
     group["a"].step(fx.Propose(1, b"x"))
+    assert group["a"].drain().send
     assert group["a"].drain().persist
     with pytest.raises(AssertionError):
         group["a"].step(fx.Propose(2, b"y"))
@@ -157,15 +158,34 @@ def test_one_message_holds_many_small_entries(group):
     assert len(message.entries) == 50
 
 
+def test_a_leader_counts_its_own_copy_when_it_is_durable(group):
+    """Entries leave before the leader's own disk has them. Until it has, one answer of three is no majority, two are,
+    and even then nothing is applied here.
+    """
+    machine, node = group["a"], group.nodes["a"]
+    machine.step(fx.Propose(1, b"x"))
+    assert [outgoing.target for outgoing in machine.drain().send] == ["b", "c"]
+    machine.step(fx.Received(AppendReply(GROUP, 2, "b", success=True, match_index=3, round=1)))
+    assert machine.commit_index == 2
+    machine.step(fx.Received(AppendReply(GROUP, 2, "c", success=True, match_index=3, round=1)))
+    assert machine.commit_index == 3
+    effects = machine.drain()
+    assert effects.persist is None
+    assert not effects.apply
+    node.log.persist(machine.drain().persist.entries)
+    machine.step(fx.Persisted(3))
+    assert [entry.index for entry in machine.drain().apply] == [3]
+
+
 def test_committed_entries_are_handed_out_in_bounded_portions(group, monkeypatch):
     """No more than the bound is handed out and not applied; the rest follows."""
     monkeypatch.setattr("srengine.consensus.machine.APPLY_BYTES_MAX", 300)
     machine, node = group["a"], group.nodes["a"]
     for token in range(10):
         machine.step(fx.Propose(token, b"x"))
+    assert machine.drain().send
     node.log.persist(machine.drain().persist.entries)
     machine.step(fx.Persisted(12))
-    machine.drain()
     machine.step(fx.Received(AppendReply(GROUP, 2, "b", success=True, match_index=12, round=1)))
     handed = machine.drain().apply
     assert [entry.index for entry in handed] == [3, 4, 5, 6]

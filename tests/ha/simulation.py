@@ -11,8 +11,9 @@ is forged together with the root. A scrub finds the first kind now and then; row
 find the rest.
 
 Checked all the time: nothing is served before a start is complete; ``committed`` never goes back in a run, and a
-majority really holds it; a read sees acknowledged data only. Checked at the end: every acknowledged write is there, all
-replicas are equal.
+majority holds it, or held it when a disk was lost that the leader has not heard of yet (nobody can tell a disk that is
+lost just before it counts from one that is lost just after); a read sees acknowledged data only. Checked at the end:
+every acknowledged write is there, all replicas are equal.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class SimNode:
     backups: list[ReferenceTablet] = field(default_factory=list)
     void: int = 0
     """Runs up to this one spoke of a disk that was lost since: what is still on its way of them does not arrive."""
+    held: int = 0
+    """The sequence that its disk had when it was lost last; 0 once everybody was whole again."""
 
 
 class Simulation:
@@ -130,11 +133,13 @@ class Simulation:
     def wipe(self, name: str) -> None:
         node = self.nodes[name]
         assert not node.up
+        node.held = node.disk.sequence
         node.disk, node.trusted, node.void = ReferenceTablet(LINEAGE), False, node.run
 
     def restore(self, name: str) -> None:
         node = self.nodes[name]
         assert not node.up
+        node.held = node.disk.sequence
         if node.backups:
             node.disk, node.trusted, node.void = self.random.choice(node.backups).copy(), False, node.run
 
@@ -402,7 +407,7 @@ class Simulation:
             return
         assert leader.own == self.first.disk.position or self.first.disk.sequence >= leader.own.sequence
         if leader.committed > self.committed_ever:
-            holders = [node for node in self.nodes.values() if node.disk.sequence >= leader.committed]
+            holders = [node for node in self.nodes.values() if max(node.disk.sequence, node.held) >= leader.committed]
             assert len(holders) >= majority(len(self.names)), (
                 leader.committed,
                 [node.disk.position for node in holders],
@@ -493,7 +498,7 @@ class Simulation:
     def _lose(self, node: SimNode) -> None:
         self.settle()
         for each in self.nodes.values():
-            each.trusted = True
+            each.trusted, each.held = True, 0
         self.loss = 0.15
         for each in self.nodes.values():
             each.backups = [*each.backups[-3:], each.disk.copy()]

@@ -439,12 +439,11 @@ def test_what_does_not_concern_votes_changes_no_configuration(node):
         assert planned(node, change, 1).configuration is None
 
 
-def test_nobody_changes_its_id_under_consensus(node):
-    """An id is a vote: another one is admitted, never exchanged."""
+def test_a_running_cluster_is_not_founded_again(node):
+    """Its members are admitted, never exchanged: an id is a vote."""
     node.must(bootstrap())
-    for change in (command(m.IDENTIFY, m.Identify("n2", node_id(9))), bootstrap()):
-        with pytest.raises(errors.Conflict):
-            planned(node, change, 1, 2, 3)
+    with pytest.raises(errors.Conflict):
+        planned(node, bootstrap(), 1, 2, 3)
 
 
 def test_a_plan_is_never_refused_when_it_is_applied(node):

@@ -137,8 +137,8 @@ class RaftBackend:
         if JOURNAL_GROUP not in log.groups():
             # A node that joins: its log begins when the leader sends something.
             await asyncio.to_thread(log.bootstrap, JOURNAL_GROUP)
-        self._journal = JournalState(around.machine, self._standing.on_applied)
-        self._standing.begin(lambda: self._journal.applied.index)
+        self._journal = JournalState(around.machine)
+        self._standing.begin(lambda: self._journal.visible_index)
         group = prepare(log, JOURNAL_GROUP, self._journal)
         if self._journal.applied.index < group.floor.index:
             raise errors.CorruptionError(
@@ -171,7 +171,7 @@ class RaftBackend:
         self.leading = Leading(
             around, self._options, self._standing, self._journal, self.driver, self.machine, self._spawn
         )
-        self.currency = Currency(lambda: self.machine.commit_index, lambda: self._journal.applied.index, around.clock)
+        self.currency = Currency(lambda: self.machine.commit_index, lambda: self._journal.visible_index, around.clock)
         copies = StateCopies(around.data_dir / COPIES_NAME, self._journal, around.wire)
         self.reconciling = Reconciling(around, self._standing, self._journal, copies, self._options.reconcile_s)
         wire = around.wire
@@ -182,7 +182,7 @@ class RaftBackend:
         wire.serve(TransferLeader, self._serve_transfer)
         wire.serve(Belongs, self._serve_belongs)
         wire.serve_stream(FetchState, copies.serve)
-        self.driver.add(JOURNAL_GROUP, self.machine, self._journal, sink=copies)
+        self.driver.add(JOURNAL_GROUP, self.machine, self._journal, sink=copies, on_visible=self._standing.on_applied)
         self._unwatch = self.driver.watch_roles(JOURNAL_GROUP, self._standing.on_role)
         self._spawn(self.leading.look_after(), "raft: unstable nodes and tickets")
         self._spawn(self.reconciling.run(), "raft: reconcile")
@@ -303,7 +303,7 @@ class RaftBackend:
     @property
     def applied_index(self) -> int:
         """See `Journal.applied_index`."""
-        return self._journal.applied.index
+        return self._journal.visible_index
 
     @property
     def current(self) -> bool:
@@ -336,7 +336,7 @@ class RaftBackend:
                 raise errors.BelowPurgeMark(
                     f"entries up to {log.floor.index} are gone from the journal", floor=log.floor.index
                 )
-            stop = min(self._journal.applied.index, log.last_index) + 1
+            stop = min(self._journal.visible_index, log.last_index) + 1
             for entry in await asyncio.to_thread(log.entries, index, stop, SUBSCRIBE_BYTES):
                 if entry.index != index:
                     break
@@ -403,7 +403,7 @@ class RaftBackend:
                 unknown = unknown or isinstance(error, errors.TimedOut) or error.details.get("sent") is True
                 last = error
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(RETRY_S, max(0.0, deadline - loop.time()))), self._standing.changed:
+                async with asyncio.timeout(min(RETRY_S, max(0.0, deadline - loop.time()))):
                     await self._standing.changed.wait()
         self._standing.check_usable()
         if unknown:
@@ -527,7 +527,7 @@ class RaftBackend:
         del node, attachments
         assert isinstance(message, AwaitApplied), message
         await self._standing.wait_applied(message.index, min(max(message.timeout_s, 0.0), limits.PROPOSE_S_MAX))
-        return AppliedAt(self._journal.applied.index), ()
+        return AppliedAt(self._journal.visible_index), ()
 
     async def _serve_transfer(self, node: NodeId, message: msgspec.Struct, attachments: Attachments) -> Answer:
         del attachments
@@ -541,7 +541,7 @@ class RaftBackend:
     async def _serve_belongs(self, node: NodeId, message: msgspec.Struct, attachments: Attachments) -> Answer:
         del message, attachments
         self._check_sender(node)
-        return MemberStanding(node in self._standing.members, self._journal.applied.index), ()
+        return MemberStanding(node in self._standing.members, self._journal.visible_index), ()
 
     def _check_sender(self, node: NodeId) -> None:
         """Refuse a node that was removed, and tell it so."""

@@ -118,13 +118,11 @@ class Leading:
     ) -> int:
         """Put a command into the journal as the acting leader; return its index once it is applied here.
 
-        One that was decided before is answered with its outcome.
+        One that was decided before is answered with its outcome: a second entry of it changes nothing.
         """
         epoch = await self._acting_epoch(min(timeout_s, ASK_S))
         stamped = command if command.epoch else msgspec.structs.replace(command, epoch=epoch)
-        if find_outcome(self._store, command.request) is not None:
-            pass
-        elif is_membership(command.kind):
+        if is_membership(command.kind):
             await self._change_membership(stamped, timeout_s, force=force)
         elif acknowledge is Acknowledge.NONE:
             self._spawn(self._in_the_background(stamped, timeout_s), f"propose {command.kind}")
@@ -155,7 +153,7 @@ class Leading:
         """
         if self.epoch == 0 and self._standing.leads:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s), self._standing.changed:
+                async with asyncio.timeout(timeout_s):
                     await self._standing.changed.wait_for(lambda: self.epoch != 0 or not self._standing.leads)
         epoch = self.epoch
         if epoch == 0:
@@ -237,7 +235,7 @@ class Leading:
             planned = plan(
                 self._store,
                 command,
-                index=self._journal.applied.index + 1,
+                index=self._journal.visible_index + 1,
                 leader=self._around.node_id,
                 alive=self.alive(),
                 force=force,
@@ -256,7 +254,7 @@ class Leading:
         _logger.info(
             "membership: %s",
             command.kind,
-            extra={"event": "membership", "kind": command.kind, "index": self._journal.applied.index},
+            extra={"event": "membership", "kind": command.kind, "index": self._journal.visible_index},
         )
 
     async def _check_caught_up(self, change: m.SetStable) -> None:

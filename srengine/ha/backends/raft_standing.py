@@ -40,8 +40,8 @@ class Standing:
         self.members: dict[NodeId, m.Member] = {}
         self.removed: m.RemovedMember | None = None
         self.observed = Observed(Role.INIT, None, 0, "started")
-        self.changed = asyncio.Condition()
-        """Notified after every change of role and every applied batch."""
+        self.changed = Bell()
+        """Rings after every change of role and every applied batch."""
         self.stopped = False
         self._applied: Callable[[], int] = _nothing_applied
         self._version = -1
@@ -49,7 +49,6 @@ class Standing:
         self._heard = False
         """Whether a leader was ever known in this run."""
         self._watchers: list[_Watcher] = []
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, applied: Callable[[], int]) -> None:
         """Read the rows; ``applied()``: the applied index."""
@@ -61,10 +60,7 @@ class Standing:
         self.stopped = True
         for watcher in self._watchers:
             watcher.wake.set()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        async with self.changed:
-            self.changed.notify_all()
+        self.changed.ring()
 
     # --- hearing -----------------------------------------------------------------------------------------------------
 
@@ -84,15 +80,7 @@ class Standing:
 
     def notify(self) -> None:
         """Wake whoever waits for a change."""
-
-        async def notify() -> None:
-            async with self.changed:
-                self.changed.notify_all()
-
-        if not self.stopped:
-            task = asyncio.ensure_future(notify())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        self.changed.ring()
 
     def read_rows(self) -> None:
         """Learn what was applied of members: names and addresses, and whether this node is one."""
@@ -197,7 +185,7 @@ class Standing:
     async def wait_applied(self, index: int, timeout_s: float | None) -> None:
         """Return when this node has applied ``index``; `TimedOut`, `Closed`."""
         try:
-            async with asyncio.timeout(timeout_s), self.changed:
+            async with asyncio.timeout(timeout_s):
                 await self.changed.wait_for(lambda: self._applied() >= index or self.stopped)
         except TimeoutError:
             raise errors.TimedOut(f"journal index {index} is not applied here yet", index=index) from None
@@ -246,6 +234,31 @@ class Standing:
             if member.name == name:
                 return member
         raise errors.MemberNotFound(f"{name[:128]} is no member", name=name[:128])
+
+
+class Bell:
+    """Wakes everybody who waits, on one event loop; costs nothing while nobody does."""
+
+    def __init__(self) -> None:
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def ring(self) -> None:
+        """Wake all."""
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def wait(self) -> None:
+        """Return after the next ring."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        await future
+
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Return as soon as ``condition()`` holds, which is looked at after every ring."""
+        while not condition():
+            await self.wait()
 
 
 class _Watcher:

@@ -1,8 +1,8 @@
 """The journal's state machine as consensus sees it: committed entries in, copies of the whole state in and out.
 
-`JournalState` applies entries in the driver's apply thread and tells the event loop; `StateCopies` serves and fetches
-copies. A copy is written to a file first on both sides: the sender must not stop applying while a slow receiver reads,
-and the receiver proves all of it before it touches what it has.
+`JournalState` applies entries in the driver's apply thread; `StateCopies` serves and fetches copies. A copy is written
+to a file first on both sides: the sender must not stop applying while a slow receiver reads, and the receiver proves
+all of it before it touches what it has.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from srengine import errors, failpoints
-from srengine.consensus.entries import Entry, EntryKind, Floor
+from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor
 from srengine.ha import state
 from srengine.ha.journal import Command, decode_command
-from srengine.ha.members import read_members
+from srengine.ha.members import read_members, read_membership
 from srengine.ha.membership import configuration_of
 from srengine.ha.messages import FetchState
 from srengine.ha.metadata import Applying, MetadataMachine
@@ -38,57 +38,67 @@ SILENCE_S_MAX: Final = 10.0
 
 
 class JournalState:
-    """See `consensus.services.StateMachine`. ``on_applied(index)`` is called on the event loop after every batch."""
+    """See `consensus.services.StateMachine`."""
 
-    def __init__(self, machine: MetadataMachine, on_applied: Callable[[int], None]) -> None:
+    def __init__(self, machine: MetadataMachine) -> None:
         self.machine = machine
-        self._on_applied = on_applied
-        self._loop = asyncio.get_running_loop()
-        self._applied = self._floor()
-        self.replacing = threading.Lock()
+        self._membership = -1
+        """Version of the table of members that ``_configuration`` is made of."""
+        self._configuration = Configuration()
+        self._visible = self._applied = self._floor(*self.machine.applied)
+        self._replacing = threading.Lock()
+        """Held by whoever changes or flushes the state."""
 
-    def _floor(self) -> Floor:
-        index, term = self.machine.applied
-        return Floor(index, term, configuration_of(read_members(self.machine.store)))
+    def _floor(self, index: int, term: int) -> Floor:
+        version = read_membership(self.machine.store).version
+        if version != self._membership:
+            self._configuration = configuration_of(read_members(self.machine.store))
+            self._membership = version
+        return Floor(index, term, self._configuration)
 
     @property
     def applied(self) -> Floor:
         """See `consensus.services.StateMachine`."""
         return self._applied
 
+    @property
+    def visible_index(self) -> int:
+        """Up to where readers see entries; `applied` follows with the next flush."""
+        return self._visible.index
+
     def apply(self, entries: Sequence[Entry]) -> None:
         """See `consensus.services.StateMachine`."""
         failpoints.hit("journal.apply")
-        with self.replacing:
+        with self._replacing:
             # A state that was repaired may be ahead of what consensus has handed out.
             held = self.machine.applied_index
-            self.machine.apply_all(
+            self.machine.show_all(
                 [
                     Applying(entry.index, entry.term, _command(entry), entry.kind is EntryKind.CONFIGURATION)
                     for entry in entries
                     if entry.index > held
                 ]
             )
-        self._changed(Floor(entries[-1].index, entries[-1].term, configuration_of(read_members(self.machine.store))))
+            self._visible = self._floor(entries[-1].index, entries[-1].term)
+
+    def flush(self) -> None:
+        """See `consensus.services.StateMachine`."""
+        with self._replacing:
+            self.machine.flush()
+            self._applied = self._visible
 
     def install(self, path: Path) -> Floor:
         """Put a copy in place; in the apply thread."""
         failpoints.hit("journal.apply")
-        with self.replacing:
+        with self._replacing:
             self.machine.install(path)
-        self._changed(self._floor())
-        return self._applied
+            self._visible = self._applied = self._floor(*self.machine.applied)
+            return self._applied
 
     def replace(self, path: Path) -> None:
         """Put the right state in place of a wrong one, at the index of this node or a later one; in any thread."""
-        with self.replacing:
+        with self._replacing:
             self.machine.install(path)
-
-    def _changed(self, applied: Floor) -> None:
-        self._applied = applied
-        # The loop may be closing: then nobody waits any more.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._on_applied, self._applied.index)
 
 
 def _command(entry: Entry) -> Command | None:

@@ -75,6 +75,8 @@ class Node:
     roles: RoleService
     admission: Admission
     metrics: Metrics
+    disk: MetadataStore
+    """What ``store`` reads from, where nothing is recent."""
     alarms: list[str] = field(default_factory=list)
     tasks: set[asyncio.Task] = field(default_factory=set)
     endpoint: MemoryEndpoint | None = None
@@ -142,7 +144,7 @@ class Cluster(ABC):
         await node.protocol.stop()
         if node.endpoint is not None:
             await node.endpoint.close()
-        node.store.close()
+        node.disk.close()
 
     def make(self, name: str, number: int, wire, **more) -> Node:
         """Make a node's state, backend and role service around a wire; nothing is started."""
@@ -152,7 +154,7 @@ class Cluster(ABC):
         setting = Setting()
         machine = MetadataMachine(store, [MembersApplier(), EpochsApplier(), setting])
         metrics = Metrics()
-        node = Node(name, number, None, machine, setting, None, Admission(), metrics)
+        node = Node(name, number, None, machine, setting, None, Admission(), metrics, store)
 
         def spawn(work, what: str) -> asyncio.Task:
             task = asyncio.get_running_loop().create_task(work, name=what)

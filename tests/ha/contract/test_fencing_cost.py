@@ -29,7 +29,7 @@ class Cost:
         return Cost(self.turns - other.turns, self.transactions - other.transactions)
 
     def within(self, turns: int, transactions: int) -> bool:
-        return 1 <= self.turns <= turns and self.turns <= self.transactions <= transactions
+        return 1 <= self.turns <= turns and 1 <= self.transactions <= transactions
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def fenced(monkeypatch) -> list[Fenced]:
             found.append(Fenced(now() - elected, now() - applied))
         return status
 
+    # Flushes of the state are nobody's wait: here they would be counted where they happen to fall.
+    monkeypatch.setattr("srengine.consensus.applying.FLUSH_S", 1000)
     monkeypatch.setattr(MetadataStore, "transaction", counted)
     monkeypatch.setattr(Leading, "try_fence", measured)
     return found
@@ -70,8 +72,8 @@ def fenced(monkeypatch) -> list[Fenced]:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_fencing_costs_one_turn_of_the_log(on, fenced, count):
-    """B08: an epoch costs its leader one turn of the log and at most one transaction of the agreed state; together with
-    the first entry of the term, which must be applied before, twice that. Alone and with others that must answer.
+    """B08: an epoch costs its leader one turn of the log and no other transaction; together with the first entry of the
+    term, which must be applied before, twice that. Alone and with others that must answer.
     """
 
     async def scenario(cluster):
@@ -84,5 +86,5 @@ def test_fencing_costs_one_turn_of_the_log(on, fenced, count):
 
     on(scenario, count)
     for each in fenced[:LEADERSHIPS]:
-        assert each.epoch.within(turns=1, transactions=2), fenced
-        assert each.whole.within(turns=2, transactions=4), fenced
+        assert each.epoch.within(turns=1, transactions=1), fenced
+        assert each.whole.within(turns=2, transactions=2), fenced
