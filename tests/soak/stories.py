@@ -143,7 +143,9 @@ def observers(directory: Path, count: int, seconds: float, *, voters: int = 3) -
         joined: list[NodeProcess] = []
         for number in range(count):
             name = f"observer-{number}"
-            ticket = command(at, "member", "add", name, "--role", "observer").stdout.decode().strip()
+            added = command(at, "member", "add", name, "--role", "observer")
+            assert added.returncode == 0, added.stderr.decode()
+            ticket = added.stdout.decode().strip()
             arguments = ["--cluster", "test", "--join", at, "--ticket", ticket, "--role", "observer"]
             node = NodeProcess(name, directory / name, free_ports(), arguments)
             stack.callback(_end, node)
@@ -265,7 +267,9 @@ def join(directory: Path, mib: int, *, writes: int = 50) -> Joined:
             return next(member.stable for member in asker.members(at).members if member.name == "late")
 
         before_s = write(lambda done: done < writes)
-        ticket = command(at, "member", "add", "late").stdout.decode().strip()
+        added = command(at, "member", "add", "late")
+        assert added.returncode == 0, added.stderr.decode()
+        ticket = added.stdout.decode().strip()
         with joiner(nodes, directory, "late", ticket, "--config", str(options)) as newcomer:
             newcomer.environment = {
                 "SRENGINE_FAILPOINTS": "journal.apply=hold",

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
 import secrets
@@ -50,7 +51,7 @@ from srengine.ha.backends.raft_currency import Currency
 from srengine.ha.backends.raft_leading import Leading
 from srengine.ha.backends.raft_options import raft_options
 from srengine.ha.backends.raft_reconciling import Reconciling
-from srengine.ha.backends.raft_standing import Standing
+from srengine.ha.backends.raft_standing import Standing, whom_to_ask
 from srengine.ha.backends.raft_state import COPIES_NAME, JournalState, StateCopies
 from srengine.ha.epochs import check_epochs, newest_epoch
 from srengine.ha.fencing import fence
@@ -411,13 +412,15 @@ class RaftBackend:
         raise last
 
     async def _ask_whether_removed(self) -> None:
-        """While nobody is known to lead, ask the others whether this node is a member still: nobody else tells it."""
+        """While nobody is known to lead, ask others whether this node is a member still: nobody else tells it."""
         pause_s = 2 * self._options.election_s_max
-        while self._standing.removed is None:
+        for turn in itertools.count():
             await asyncio.sleep(pause_s)
+            if self._standing.removed is not None:
+                return
             if self._standing.role.leader is not None:
                 continue
-            for node in sorted(self._standing.members.keys() - {self._around.node_id}):
+            for node in whom_to_ask(self._standing.members, self._around.node_id, turn):
                 try:
                     await self._around.wire.request(node, Belongs(), timeout_s=ASK_S)
                 except errors.Removed as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final
 
 from srengine import errors
@@ -259,6 +259,16 @@ class Bell:
         """Return as soon as ``condition()`` holds, which is looked at after every ring."""
         while not condition():
             await self.wait()
+
+
+def whom_to_ask(members: Mapping[NodeId, m.Member], own: NodeId, turn: int) -> list[NodeId]:
+    """Return whom a node asks that hears no leader: all voters, and one of the others in turn.
+
+    Not all of them each time: without a leader everybody asks, and dozens of observers would connect each to each.
+    """
+    voters = sorted(node for node, member in members.items() if member.votes and node != own)
+    others = sorted(members.keys() - {own, *voters})
+    return voters + ([others[turn % len(others)]] if others else [])
 
 
 class _Watcher:

@@ -316,7 +316,8 @@ def test_every_node_is_restarted_under_load(on):
 
         writing = asyncio.ensure_future(write())
         for name in ["n0", "n1", "n2"]:
-            await until(lambda: len(written) % 10 == 5)
+            enough = len(written) + 5
+            await until(lambda enough=enough: len(written) >= enough)
             leader = await cluster.leader()
             if leader.name == name:
                 await leader.protocol.transfer_leader()
