@@ -121,6 +121,8 @@ def _configure_when_committed(machine: Any) -> None:
 
 
 def _forget_promise(machine: Any) -> None:
+    # Its first campaign waits for the promise, too.
+    machine.state.campaign_at -= machine.promise_until - machine.now
     machine.promise_until = machine.now
 
 
@@ -148,8 +150,7 @@ def _busy(regime: Regime, *faults: str, **changed: Any) -> Regime:
     )
 
 
-def _by_lease(regime: Regime, *faults: str, **changed: Any) -> Regime:
-    timing = Timing(lease_reads=True)
+def _by_lease(regime: Regime, *faults: str, timing: Timing = Timing(lease_reads=True), **changed: Any) -> Regime:
     return _busy(regime, *faults, timing=timing, clock_drift=timing.drift, **changed)
 
 
@@ -158,8 +159,11 @@ def _of_cuts(regime: Regime) -> Regime:
 
 
 def _of_leases(regime: Regime) -> Regime:
-    # Writes at a leader tell it quickly that it leads no longer: mostly reads.
-    return _by_lease(regime, "bridge", "bridge", "one way", fault_lasts_s=0.8, mix=(30, 2, 1))
+    # Between two heartbeats a leader hears nothing unless it writes, and whoever missed a write is not elected: few of
+    # both.
+    timing = Timing(heartbeat_s=0.25, lease_s=0.3, election_s_min=0.4, election_s_max=0.9, lease_reads=True)
+    calm = {"fault_every_s": 1.0, "fault_lasts_s": 0.8, "patience_s": 0.1, "roams": 0.3, "mix": (40, 1, 0)}
+    return _by_lease(regime, "camps", timing=timing, **calm)
 
 
 def _of_late_answers(regime: Regime) -> Regime:
@@ -168,7 +172,17 @@ def _of_late_answers(regime: Regime) -> Regime:
 
 
 def _of_starts(regime: Regime) -> Regime:
-    return _by_lease(regime, "crash others", mix=(30, 2, 1))
+    timing = Timing(lease_s=1.0, election_s_min=1.0, election_s_max=2.0, lease_reads=True)
+    return _by_lease(
+        regime,
+        "crash others",
+        timing=timing,
+        fault_every_s=1.0,
+        fault_lasts_s=1.0,
+        patience_s=0.1,
+        roams=0.3,
+        mix=(6, 2, 1),
+    )
 
 
 def _of_young_leaders(regime: Regime) -> Regime:
@@ -189,6 +203,22 @@ def _of_changes(regime: Regime) -> Regime:
     return _busy(regime, "member", "member", "split", "isolate", hosts=5, voters=4)
 
 
+def _of_leaps(regime: Regime) -> Regime:
+    return _busy(regime, "leap", hosts=5, voters=3, fault_every_s=1.0)
+
+
+def _of_amnesia(regime: Regime) -> Regime:
+    # What a leader holds long after its lease: the time in which another one may lead, too.
+    timing = Timing(lease_s=0.2, election_s_min=1.0, election_s_max=2.0)
+    return _busy(regime, "amnesia", timing=timing, fault_every_s=1.5, fault_lasts_s=1.0, patience_s=0.1)
+
+
+def _of_old_answers(regime: Regime) -> Regime:
+    timing = Timing(lease_s=0.2, election_s_min=1.0, election_s_max=2.0)
+    few = {"clients": 2, "think_s": 0.05, "patience_s": 0.1, "roams": 0.3, "fault_every_s": 2.0, "fault_lasts_s": 0.8}
+    return _busy(regime, "swing", timing=timing, mix=(6, 2, 1), **few)
+
+
 def _of_harm(regime: Regime) -> Regime:
     return _busy(regime, "damage", "restore", "young leader", "isolate", torn=0.2, weather=Weather(delay_s_max=0.02))
 
@@ -203,7 +233,9 @@ ALL: dict[str, Breakage] = {
     breakage.name: breakage
     for breakage in (
         Breakage("vote twice", "a voter gives its vote of a term again", _vote_twice),
-        Breakage("skip term checks", "answers of terms that are over count in this one", _skip_term_checks, _of_storms),
+        Breakage(
+            "skip term checks", "answers of terms that are over count in this one", _skip_term_checks, _of_old_answers
+        ),
         Breakage(
             "commit by count",
             "what a majority holds is committed, of any term",
@@ -234,7 +266,7 @@ ALL: dict[str, Breakage] = {
         ),
         Breakage("read before own entry", "a new leader reads at once", _always("_term_settled", True)),
         Breakage(
-            "several voters at once", "a change of membership has any size", _always("_why_no_step", None), _of_changes
+            "several voters at once", "a change of membership has any size", _always("_why_no_step", None), _of_leaps
         ),
         Breakage(
             "configure when committed",
@@ -247,7 +279,7 @@ ALL: dict[str, Breakage] = {
         Breakage("commit alone", "a leader calls committed what only it holds", _commit_alone),
         Breakage("apply what came", "a follower applies what it has, committed or not", _apply_what_came),
         Breakage("count learners", "learners count for commitment", _count_learners, _of_changes),
-        Breakage("count untrusted", "answers of nodes that may not vote count", _count_untrusted, _of_harm),
+        Breakage("count untrusted", "answers of nodes that may not vote count", _count_untrusted, _of_amnesia),
         Breakage(
             "trust restored",
             "a directory that was put back or damaged votes",
