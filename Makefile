@@ -74,7 +74,7 @@ demo: $(VENV)/.run
 	$(BIN)/srengine demo $(ARGS)
 
 test: $(VENV)/.kernels
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(SUITE) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --max-worker-restart 0 $(SUITE) $(ARGS)
 
 check: lint types layers docs
 

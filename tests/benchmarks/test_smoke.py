@@ -111,6 +111,6 @@ def run(tmp_path: Path, pattern: str, targeted: Sequence[str]) -> dict[str, Any]
 
 
 def _environment(tmp_path: Path, **more: str) -> dict[str, str]:
-    """Return the environment of small benchmarks. In a worker of pytest-xdist pytest-benchmark would measure nothing."""
+    """Return what small benchmarks see: not the worker of pytest-xdist, in which pytest-benchmark measures nothing."""
     usual = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return {**usual, "SRENGINE_BENCH_SIZE": "tiny", "SRENGINE_BENCH_DIRECTORY": str(tmp_path), **more}

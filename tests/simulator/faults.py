@@ -110,10 +110,14 @@ class Faults:
             self.world.schedule.after(0.01 + 0.05 * self.source.random(), host.start)
         return None
 
+    def _soon_s(self) -> float:
+        """Return after how long a leader has hardly begun."""
+        step_s = self.world.regime.weather.delay_s_max + self.world.regime.disk_s[1]
+        return step_s * self.source.choice((1, 3, 8)) * self.source.random()
+
     def _young_leader(self) -> None:
         """The next leader of any group ends, or is cut off, when it has hardly begun."""
-        soon_s = (self.world.regime.weather.delay_s_max + self.world.regime.disk_s[1]) * self.source.choice((1, 3, 8))
-        after_s = soon_s * self.source.random()
+        after_s = self._soon_s()
         crashes = self.source.random() < 0.6
 
         def strike(host: Host) -> None:
@@ -386,9 +390,7 @@ class Faults:
         return None
 
     def _amnesia(self) -> bool | None:
-        """F14: a leader is cut off. When there is another, one of its voters is put back to before, and hears the old
-        leader, not the new one.
-        """
+        """F14: a leader is cut off; soon after there is another, a voter is put back to before, and hears the old one."""
         old = self._leader()
         if old is None or len(self.world.hosts) < 3:
             return False
@@ -408,13 +410,15 @@ class Faults:
             host = self.source.choice(voters)
             if not self.world.may_harm(host):
                 return
+            self._note(f"amnesia of {host.id}")
             host.crash()
             host.restore()
             self.world.schedule.after(0.01, host.start)
             cut.difference_update(self._links([old.name], [host.name]))
             self._cut(self._around(new))
 
-        self.world.on_leader = strike
+        after_s = self._soon_s()
+        self.world.on_leader = lambda host: self.world.schedule.after(after_s, lambda: strike(host))
         return None
 
     def _wipe(self) -> bool | None:
