@@ -224,7 +224,7 @@ def _of_amnesia(regime: Regime) -> Regime:
 
 def _of_echoes(regime: Regime) -> Regime:
     # Few rounds of heartbeats in a term: those of an earlier one have the same numbers.
-    return _calm(regime, "swing", timing=LONG_IN_OFFICE)
+    return _calm(regime, "swing", timing=LONG_IN_OFFICE, fault_every_s=2.0)
 
 
 def _of_slow_disks(regime: Regime) -> Regime:

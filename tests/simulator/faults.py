@@ -390,7 +390,7 @@ class Faults:
         return None
 
     def _amnesia(self) -> bool | None:
-        """F14: a leader is cut off; soon after there is another, a voter is put back to before, and hears the old one."""
+        """F14: a leader is cut off; soon after there is another a voter is put back to before; it hears the old one."""
         old = self._leader()
         if old is None or len(self.world.hosts) < 3:
             return False
