@@ -6,6 +6,7 @@
 #   PYTHON=python3.12 make test       another interpreter (make clean first)
 #   make test SUITE=tests/storage     a part of the suite
 #   make test ARGS="-k crash -x"      anything that pytest takes
+#   make test WORKERS=0               one test after the other (a debugger needs it)
 #   make sim SEED=229 SEEDS=1         play one seed of the simulator again (ARGS=--trace shows all of it)
 #   make demo ARGS="--records 5000"   anything that `srengine demo` takes
 
@@ -13,6 +14,8 @@ PYTHON ?= python3
 VENV ?= .venv
 SUITE ?= tests
 ARGS ?=
+# Of `make test`: most tests wait for nodes more than they work. 0 is one after the other, in the process itself.
+WORKERS ?= 2
 SEED ?= 0
 SEEDS ?= 10000
 BIN := $(VENV)/bin
@@ -71,7 +74,7 @@ demo: $(VENV)/.run
 	$(BIN)/srengine demo $(ARGS)
 
 test: $(VENV)/.kernels
-	$(BIN)/python -m pytest $(SUITE) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --max-worker-restart 0 $(SUITE) $(ARGS)
 
 check: lint types layers docs
 

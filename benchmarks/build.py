@@ -6,6 +6,7 @@ xxHash that srengine compiles in (tools/vendor.py) and the same compiler flags. 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,14 @@ C_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-pthread", "-UNDEBUG", "
 
 
 def build(*, force: bool = False) -> None:
-    """Compile what is out of date; nothing when all is there."""
+    """Compile what is out of date; nothing when all is there. One process at a time, the next one finds it done."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "benchmarks.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build(force=force)
+
+
+def _build(*, force: bool) -> None:
     sys.path.insert(0, str(ROOT))
     from Cython.Build import cythonize
     from setuptools import Distribution, Extension

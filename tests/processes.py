@@ -39,11 +39,13 @@ _handed_out: set[int] = set()
 def free_ports(count: int = 3) -> int:
     """Return P such that P, P+1, ... P+count-1 are free on loopback now (a node uses three: client, peer, bulk).
 
-    They lie below the kernel's ephemeral range, so that no outgoing connection takes them in between.
+    They lie below the kernel's ephemeral range, so that no outgoing connection takes them in between, and in the share
+    of this worker of pytest-xdist: another one must not take them while the node they are meant for does not run.
     """
     chooser = random.SystemRandom()
+    ports = _share(range(10_000, 32_000))
     while True:
-        first = chooser.randrange(10_000, 32_000 - count)
+        first = chooser.randrange(ports.start, ports.stop - count)
         wanted = range(first, first + count)
         if _handed_out.intersection(wanted):
             continue
@@ -56,6 +58,14 @@ def free_ports(count: int = 3) -> int:
                 continue
         _handed_out.update(wanted)
         return first
+
+
+def _share(ports: range) -> range:
+    """Return the part of the ports that is this worker's."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    # One that takes the place of another has a number beyond.
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % workers
+    return ports[len(ports) * worker // workers : len(ports) * (worker + 1) // workers]
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:

@@ -74,8 +74,7 @@ def test_the_journal_is_compared_with_etcd(tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_without_etcd_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
     """Without an etcd on the machine the rows of coordination are skipped with a notice; the run succeeds."""
-    environment = {**os.environ, "SRENGINE_BENCH_SIZE": "tiny", "SRENGINE_BENCH_DIRECTORY": str(tmp_path)}
-    environment["PATH"] = str(tmp_path)
+    environment = _environment(tmp_path, PATH=str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-c", "benchmarks/pytest.ini", "-rs", "benchmarks/bench_coordination.py"],
         cwd=ROOT,
@@ -92,12 +91,7 @@ def test_without_etcd_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
 def run(tmp_path: Path, pattern: str, targeted: Sequence[str]) -> dict[str, Any]:
     """Run the benchmarks that match; return the rows, each proved to say something."""
     result = tmp_path / "table.json"
-    environment = {
-        **os.environ,
-        "SRENGINE_BENCH_SIZE": "tiny",
-        "SRENGINE_BENCH_DIRECTORY": str(tmp_path),
-        "SRENGINE_BENCH_JSON": str(result),
-    }
+    environment = _environment(tmp_path, SRENGINE_BENCH_JSON=str(result))
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "-k", pattern],
         cwd=ROOT,
@@ -116,3 +110,9 @@ def run(tmp_path: Path, pattern: str, targeted: Sequence[str]) -> dict[str, Any]
         assert row["ratio"] is not None and row["ratio"] > 0, (name, row)
         assert row["ours"] and row["reference"], (name, row)
     return rows
+
+
+def _environment(tmp_path: Path, **more: str) -> dict[str, str]:
+    """Return what small benchmarks see: not the worker of pytest-xdist, in which pytest-benchmark measures nothing."""
+    usual = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return {**usual, "SRENGINE_BENCH_SIZE": "tiny", "SRENGINE_BENCH_DIRECTORY": str(tmp_path), **more}

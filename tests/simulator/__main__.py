@@ -1,7 +1,8 @@
 """Run many seeds: ``python -m tests.simulator --seed 0 --seeds 10000``, or ``make sim SEED=0 SEEDS=10000``.
 
 Each failure is printed with its seed, the commit and the command that plays it again; with one seed alone, ``--trace``
-shows everything that happens. ``--breakage NAME`` breaks the machine on purpose (``--breakages`` lists how).
+shows everything that happens. ``--breakage NAME`` breaks the machine on purpose (``--breakages`` lists how);
+``--regime NAME`` leaves it whole and plays in the regime in which that breakage is looked for.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import time
 from pathlib import Path
 
 from tests.simulator.breakages import ALL, NONE
-from tests.simulator.story import Failure, run
-from tests.simulator.workers import results
+from tests.simulator.story import Failure
+from tests.simulator.workers import one, results
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,9 +40,12 @@ def revision() -> str:
     return commit + ("+changes" if changed else "")
 
 
-def told(failure: Failure, breakage: str) -> str:
+def told(failure: Failure, parsed: argparse.Namespace) -> str:
     """Return what a failure prints."""
-    broken = f""" ARGS='--breakage "{breakage}"'""" if breakage != NONE.name else ""
+    options = [
+        f'--{option} "{name}"' for option in ("breakage", "regime") if (name := getattr(parsed, option)) != NONE.name
+    ]
+    broken = f" ARGS='{' '.join(options)}'" if options else ""
     last = "\n    ".join(failure.last)
     return (
         f"seed {failure.seed} at commit {revision()} failed\n  {failure}\n  the last of its trace:\n    {last}\n"
@@ -55,6 +59,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=100, help="how many")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
     parser.add_argument("--breakage", default=NONE.name, choices=[NONE.name, *ALL], metavar="NAME")
+    parser.add_argument("--regime", default=NONE.name, choices=[NONE.name, *ALL], metavar="NAME")
     parser.add_argument("--breakages", action="store_true", help="list the breakages and end")
     parser.add_argument("--hunt", action="store_true", help="for each breakage, find the first seed that finds it")
     parser.add_argument("--trace", action="store_true", help="print everything that happens (one seed)")
@@ -67,18 +72,17 @@ def main() -> int:
     if parsed.hunt:
         return hunt(parsed)
     if parsed.trace:
-        return traced(parsed.seed, parsed.breakage)
+        return traced(parsed)
     return many(parsed)
 
 
-def traced(seed: int, breakage: str) -> int:
+def traced(parsed: argparse.Namespace) -> int:
     """Run one seed and show all of it."""
-    try:
-        report = run(seed, breakage=ALL.get(breakage, NONE), show=lambda line: sys.stdout.write(line + "\n"))
-    except Failure as failure:
-        sys.stdout.write(told(failure, breakage) + "\n")
+    result = one((parsed.seed, parsed.breakage, parsed.regime), show=lambda line: sys.stdout.write(line + "\n"))
+    if isinstance(result, Failure):
+        sys.stdout.write(told(result, parsed) + "\n")
         return 1
-    sys.stdout.write(f"{report}\n")
+    sys.stdout.write(f"{result}\n")
     return 0
 
 
@@ -89,11 +93,10 @@ def hunt(parsed: argparse.Namespace) -> int:
     for name in names:
         began = time.process_time()
         for seed in range(parsed.seed, parsed.seed + parsed.seeds):
-            try:
-                run(seed, breakage=ALL[name])
-            except Failure as failure:
-                text = str(failure).splitlines()[0][:110]
-                sys.stdout.write(f"{name}: seed {seed}, {time.process_time() - began:.0f} s: {failure.rule}: {text}\n")
+            result = one((seed, name, NONE.name))
+            if isinstance(result, Failure):
+                text = str(result).splitlines()[0][:110]
+                sys.stdout.write(f"{name}: seed {seed}, {time.process_time() - began:.0f} s: {result.rule}: {text}\n")
                 break
         else:
             missed += 1
@@ -105,7 +108,7 @@ def hunt(parsed: argparse.Namespace) -> int:
 def many(parsed: argparse.Namespace) -> int:
     """Run seeds, in several processes if there is more than one seed."""
     began = time.monotonic()
-    tasks = ((seed, parsed.breakage) for seed in range(parsed.seed, parsed.seed + parsed.seeds))
+    tasks = ((seed, parsed.breakage, parsed.regime) for seed in range(parsed.seed, parsed.seed + parsed.seeds))
     totals: collections.Counter[str] = collections.Counter()
     faults: collections.Counter[str] = collections.Counter()
     healed = [0.0]
@@ -114,7 +117,7 @@ def many(parsed: argparse.Namespace) -> int:
     for result in results(tasks, parsed.seeds, jobs):
         if isinstance(result, Failure):
             failed.append(result.seed)
-            sys.stdout.write(told(result, parsed.breakage) + "\n")
+            sys.stdout.write(told(result, parsed) + "\n")
             sys.stdout.flush()
             if not parsed.keep_going:
                 break

@@ -94,7 +94,7 @@ class Client:
         call.attempt += 1
         attempt = call.attempt
         host = self.leaders.get(call.group)
-        if host is None or self._source.random() < 0.1:
+        if host is None or self._source.random() < world.regime.roams:
             host = self._source.choice(list(world.hosts))
         settled = False
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING
 
 from srengine.consensus.effects import Hint, StepDown
+from srengine.consensus.entries import Configuration
 from tests.simulator.disk import Health
 from tests.simulator.host import Host
 from tests.simulator.membership import propose_change
@@ -100,18 +102,22 @@ class Faults:
         if leader is None:
             return False
         self._note(f"crash all but {leader.id}")
+        others = [host for host in self.world.hosts.values() if host is not leader]
         if self.source.random() < 0.5:
-            self._cut_off(leader)
-        for host in self.world.hosts.values():
-            if host is not leader:
-                host.crash()
-                self.world.schedule.after(0.01 + 0.05 * self.source.random(), host.start)
+            self._cut([*self._around(leader), *self._sides([leader], others)])
+        for host in others:
+            host.crash()
+            self.world.schedule.after(0.01 + 0.05 * self.source.random(), host.start)
         return None
+
+    def _soon_s(self) -> float:
+        """Return after how long a leader has hardly begun."""
+        step_s = self.world.regime.weather.delay_s_max + self.world.regime.disk_s[1]
+        return step_s * self.source.choice((1, 3, 8)) * self.source.random()
 
     def _young_leader(self) -> None:
         """The next leader of any group ends, or is cut off, when it has hardly begun."""
-        soon_s = (self.world.regime.weather.delay_s_max + self.world.regime.disk_s[1]) * self.source.choice((1, 3, 8))
-        after_s = soon_s * self.source.random()
+        after_s = self._soon_s()
         crashes = self.source.random() < 0.6
 
         def strike(host: Host) -> None:
@@ -188,8 +194,34 @@ class Faults:
 
     def _cut_off(self, host: Host) -> None:
         """Other nodes do not hear it, nor it them; clients do."""
-        others = [name for name in self.world.hosts if name != host.name]
-        self._cut([pair for other in others for pair in ((host.name, other), (other, host.name))])
+        self._cut(self._around(host))
+
+    def _around(self, host: Host) -> list[tuple[str, str]]:
+        """Return every link between this host and another."""
+        return self._links([host.name], [name for name in self.world.hosts if name != host.name])
+
+    def _links(self, ones: list[str], others: list[str]) -> list[tuple[str, str]]:
+        """Return the links between the two, both ways."""
+        return [pair for one in ones for other in others for pair in ((one, other), (other, one))]
+
+    def _sides(self, ones: list[Host], others: list[Host]) -> list[tuple[str, str]]:
+        """Let each client take sides: it does not reach the other one. Return the links that it loses."""
+        lost: list[tuple[str, str]] = []
+        for number in range(self.world.regime.clients):
+            far = self.source.choice((ones, others))
+            lost += self._links([f"c{number}"], [host.name for host in far])
+        return lost
+
+    def _camps(self) -> bool | None:
+        """F24: a leader and a rival do not hear each other, everybody else hears both; each client has its camp."""
+        leader = self._leader()
+        rivals = [host for host in self.world.hosts.values() if host.running and host is not leader]
+        if leader is None or not rivals:
+            return False
+        rival = self.source.choice(rivals)
+        self._note(f"camps of {leader.id} and {rival.id}")
+        self._cut([*self._links([leader.name], [rival.name]), *self._sides([leader], [rival])])
+        return None
 
     def _split(self) -> None:
         """Two sides; clients are on either."""
@@ -281,6 +313,30 @@ class Faults:
             deliver(target, frame)
         self._note("replay")
 
+    def _swing(self) -> bool | None:
+        """F27: a leader hands over and gets it back; then it is cut off, and hears again what it was told before."""
+        leader = self._leader()
+        if leader is None or leader.process is None or len(self.world.hosts) < 2:
+            return False
+        group = next(run.group for run in leader.process.runs.values() if run.leading_term)
+        self._note(f"swing {leader.id} {group}")
+        echo = [one for (_, target), said in self.world.network.said.items() if target == leader.name for one in said]
+
+        def back(other: Host) -> None:
+            if not self._over and other.process is not None:
+                other.process.transfer(group, leader.id)
+                self.world.on_leader = lambda _host: self._later(alone)
+
+        def alone() -> None:
+            self._cut_off(leader)
+            for frame, deliver in echo:
+                after_s = 4 * self.world.regime.timing.lease_s * self.source.random()
+                self.world.schedule.after(after_s, partial(deliver, leader.name, frame))
+
+        self.world.on_leader = back
+        leader.process.transfer(group, None)
+        return None
+
     # --- disks -------------------------------------------------------------------------------------------------------
 
     def _ail(self, health: Health) -> bool | None:
@@ -333,6 +389,38 @@ class Faults:
         self._later(host.start)
         return None
 
+    def _amnesia(self) -> bool | None:
+        """F14: a leader is cut off; soon after there is another a voter is put back to before; it hears the old one."""
+        old = self._leader()
+        if old is None or len(self.world.hosts) < 3:
+            return False
+        for host in self.world.hosts.values():
+            host.keep_backup()
+        cut = self.world.network.cut
+        around = self._around(old)
+        cut.update(around)
+        self._close(around)
+        self._later(lambda: cut.difference_update(around))
+        self._note(f"amnesia: {old.id} is cut off")
+
+        def strike(new: Host) -> None:
+            voters = [host for host in self.world.hosts.values() if host not in {old, new} and host.backup is not None]
+            if self._over or new is old or not voters:
+                return
+            host = self.source.choice(voters)
+            if not self.world.may_harm(host):
+                return
+            self._note(f"amnesia of {host.id}")
+            host.crash()
+            host.restore()
+            self.world.schedule.after(0.01, host.start)
+            cut.difference_update(self._links([old.name], [host.name]))
+            self._cut(self._around(new))
+
+        after_s = self._soon_s()
+        self.world.on_leader = lambda host: self.world.schedule.after(after_s, lambda: strike(host))
+        return None
+
     def _wipe(self) -> bool | None:
         """The disk is lost; the machine comes back as another node."""
         host = self._any(running=False)
@@ -370,6 +458,31 @@ class Faults:
 
     def _member(self) -> bool:
         return propose_change(self.world, self.source)
+
+    def _leap(self) -> bool | None:
+        """Two voters are replaced at once, which must be refused, and cut off from those who would replace them."""
+        group = self.source.choice(self.world.groups)
+        leader = next((host for host in self.world.hosts.values() if host.epoch(group)), None)
+        if leader is None or leader.process is None:
+            return False
+        now = leader.newest_configuration(group)
+        name = f"leap.{self.world.schedule.moment()}".encode()
+        if len(now.learners) < 2:
+            strangers = [host.id for host in self.world.hosts.values() if host.id not in now.nodes]
+            changed = Configuration(now.voters, tuple(sorted({*now.learners, *strangers})))
+            if not strangers or not self.world.may_become(group, changed):
+                return False
+            leader.process.change(group, changed, name)
+            return None
+        changed = Configuration(tuple(sorted({leader.id, *now.learners[:2]})), now.learners[2:])
+        if not self.world.may_become(group, changed):
+            return False
+        self._note(f"{leader.id} {group} leaps to {changed.voters}")
+        leader.process.change(group, changed, name)
+        before = [host.name for host in self.world.hosts.values() if host.id in set(now.voters) - {leader.id}]
+        after = [host.name for host in self.world.hosts.values() if host.id in changed.voters]
+        self._cut(self._links(before, after))
+        return None
 
     def _transfer(self) -> bool | None:
         host = self._any()

@@ -58,6 +58,10 @@ class Host:
         """Whether there is a process that is not stopped."""
         return self.process is not None and not self.process.paused
 
+    def epoch(self, group: str) -> int:
+        """Return the epoch that the process here acts for; 0 when it owns none, or does not run."""
+        return self.process.runs[group].epoch if self.process is not None else 0
+
     def newest_configuration(self, group: str) -> Configuration:
         log = self.log(group)
         return log.configuration_at(log.last_index)

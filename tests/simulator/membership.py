@@ -37,7 +37,7 @@ def propose_change(world: World, source: random.Random) -> bool:
 
 def _somebody(world: World, source: random.Random, group: str) -> Host | None:
     hosts = [host for host in world.hosts.values() if host.running and host.process is not None]
-    leading = [host for host in hosts if host.process is not None and host.process.runs[group].epoch]
+    leading = [host for host in hosts if host.epoch(group)]
     if leading:
         return source.choice(leading)
     return source.choice(hosts) if hosts and source.random() < 0.2 else None

@@ -7,11 +7,14 @@ incarnation's frames reach the next one, as from a queue that outlived a connect
 from __future__ import annotations
 
 import random
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.simulator.schedule import Schedule
+
+SAID_MAX = 512
 
 
 @dataclass(slots=True)
@@ -40,6 +43,10 @@ class Network:
     kept: list[tuple[str, Any, Callable[[str, Any], None]]] = field(default_factory=list)
     """Some frames of the past, for replay."""
     kept_max: int = 32
+    said: dict[tuple[str, str], deque[tuple[Any, Callable[[str, Any], None]]]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=SAID_MAX))
+    )
+    """The last frames of each pair of nodes, for an echo."""
     _newest: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def send(self, source: str, target: str, frame: Any, deliver: Callable[[str, Any], None]) -> None:
@@ -65,6 +72,7 @@ class Network:
             self.schedule.at(arrives_s, lambda: self._arrive(source, target, frame, deliver))
         if type(frame) is not tuple:
             return  # only what nodes say to each other is kept
+        self.said[source, target].append((frame, deliver))
         if len(self.kept) < self.kept_max:
             self.kept.append((target, frame, deliver))
         else:

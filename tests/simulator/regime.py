@@ -42,6 +42,10 @@ FAULTS = (
     "member",
     "transfer",
     "step down",
+    "camps",
+    "swing",
+    "leap",
+    "amnesia",
 )
 
 
@@ -79,6 +83,8 @@ class Regime:
     weights: tuple[tuple[str, float], ...]
     mix: tuple[int, int, int] = (4, 3, 2)
     """How many reads, writes, compare-and-sets clients do relative to each other."""
+    roams: float = 0.1
+    """That a client asks any host instead of the leader that it knows."""
 
 
 @contextmanager

@@ -155,10 +155,7 @@ class Story:
             del self._probes[group]  # its client's patience is over
 
     def _leader(self, group: str) -> Host | None:
-        for host in self.world.hosts.values():
-            if host.process is not None and host.process.runs[group].epoch:
-                return host
-        return None
+        return next((host for host in self.world.hosts.values() if host.epoch(group)), None)
 
     def _members(self, group: str, leader: Host) -> list[Host]:
         configuration: Configuration = leader.state(group).configuration

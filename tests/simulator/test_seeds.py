@@ -29,18 +29,18 @@ def test_seeds_keep_every_promise(first: int) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_alone_is_survived(fault: str) -> None:
-    """Nothing else goes wrong, and this happens: the group of three with a spare keeps its promises."""
+    """Nothing else goes wrong, and this happens: the group of three with two spares keeps its promises."""
     regime = draw(random.Random(f"{fault} alone"))
     regime = replace(
         regime,
-        hosts=4,
+        hosts=5,
         voters=3,
         groups=1,
-        clients=3,
-        length_s=12.0,
+        clients=2,
+        length_s=8.0,
         fault_every_s=0.5,
         fault_lasts_s=0.3,
-        think_s=0.02,
+        think_s=0.05,
         patience_s=0.5,
         disk_s=(0.001, 0.01),
         weather=Weather(),

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from tests.simulator.breakages import ALL, NONE
+from tests.simulator.regime import regime_of
 from tests.simulator.story import Failure, Report, run
 
+Task = tuple[int, str, str]
+"""Seed, breakage, and the breakage in whose regime it runs; a name that is none stands for the usual."""
 
-def one(task: tuple[int, str]) -> Report | Failure:
-    """Run one seed in a worker."""
-    seed, breakage = task
+
+def one(task: Task, show: Callable[[str], object] | None = None) -> Report | Failure:
+    """Run one seed and return what came of it."""
+    seed, breakage, narrowed = task
+    regime = ALL.get(narrowed, NONE).narrowed(regime_of(seed))
     try:
-        return run(seed, breakage=ALL.get(breakage, NONE))
+        return run(seed, breakage=ALL.get(breakage, NONE), regime=regime, show=show)
     except Failure as failure:
         return failure
 
 
-def results(tasks: Iterable[tuple[int, str]], count: int, jobs: int) -> Iterator[Report | Failure]:
+def results(tasks: Iterable[Task], count: int, jobs: int) -> Iterator[Report | Failure]:
     """Yield what came of each task, in order."""
     if jobs == 1:
         yield from map(one, tasks)

@@ -168,7 +168,7 @@ class TabletMachine(RuleBasedStateMachine):
 
 
 TestTabletModel = TabletMachine.TestCase
-TestTabletModel.settings = settings(max_examples=100, stateful_step_count=100, deadline=None)
+TestTabletModel.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
 
 
 def test_grouping_does_not_matter(tmp_path):
