@@ -12,6 +12,7 @@ by how much its memory, mapped pages aside, grew meanwhile, and the seconds of p
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import zmq
 from benchmarks.shipping import STREAM_S_MAX, Made, Prepared, Use, secure
 from srengine.snapshot import InPlace, SnapshotSink
 from srengine.storage import Store
+from srengine.sync.hops import use_all
 from srengine.transport import Endpoint, Identity, new_key_pair
 
 
@@ -48,10 +50,13 @@ class Receiver:
 
     async def read(self, message: msgspec.Struct, take: Callable[[memoryview], object] | None) -> None:
         """Read a whole stream; ``take`` each item in another thread, in order."""
-        loop = asyncio.get_running_loop()
-        async for item in self.channel.stream(message, timeout_s=STREAM_S_MAX, proved=True):
-            if take is not None:
-                await loop.run_in_executor(None, take, item)
+        items = self.channel.stream(message, timeout_s=STREAM_S_MAX, proved=True)
+        if take is None:
+            async for _ in items:
+                pass
+        else:
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                await use_all(items, take, thread)
 
     def raw(self, count: int) -> None:
         """Read ``count`` bare frames."""

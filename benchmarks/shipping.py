@@ -21,11 +21,12 @@ from zmq.utils import z85
 
 from benchmarks import machine
 from srengine.codec import registry
+from srengine.sync.hops import made_ahead
 from srengine.transport import Endpoint, Identity, Peer, new_key_pair
 
 CHILD_S_MAX = 600.0
 STREAM_S_MAX = 60.0
-SAMPLE_S = 0.005
+SAMPLE_S = 0.01
 
 T = TypeVar("T")
 
@@ -49,20 +50,23 @@ class Memory:
 
     def __init__(self) -> None:
         """Begin."""
-        self._before = machine.anonymous_bytes()
+        self._anonymous = machine.AnonymousMemory()
+        self._before = self._anonymous.bytes()
         self._highest = self._before
-        self._stop = threading.Event()
+        self._stopped = False
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
     def _sample(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
-            self._highest = max(self._highest, machine.anonymous_bytes())
+        while not self._stopped:
+            time.sleep(SAMPLE_S)
+            self._highest = max(self._highest, self._anonymous.bytes())
 
     def stop(self) -> int:
         """End sampling and return the growth in bytes."""
-        self._stop.set()
+        self._stopped = True
         self._thread.join()
+        self._anonymous.close()
         return self._highest - self._before
 
 
@@ -123,10 +127,8 @@ class Server:
         for item in self.prepared[: message.count]:
             yield item
 
-    async def _made(self, peer: Peer, message: Made) -> AsyncIterator[bytes]:
-        items = self.make()
-        while (item := await self.loop.run_in_executor(None, next, items, None)) is not None:
-            yield item
+    def _made(self, peer: Peer, message: Made) -> AsyncIterator[bytes]:
+        return made_ahead(self.make)
 
     def _serve_raw(self) -> None:
         while (asked := self.socket.recv()) != b"stop":

@@ -339,34 +339,48 @@ cdef void number_entries(Environment env, Submission *job) noexcept nogil:
         entry.last_sequence = sequence
 
 
+cdef void wake(Submission *job, bint promoted) noexcept nogil:
+    """Let a waiting caller go on; its submission is gone as soon as it does."""
+    pthread_mutex_lock(&job.lock)
+    job.promoted = promoted
+    job.done = not promoted
+    pthread_cond_signal(&job.woken)
+    pthread_mutex_unlock(&job.lock)
+
+
 cdef void submit(Environment env, Submission *job) noexcept nogil:
     """Hand work to the writer and return when it is durable, or failed."""
     cdef Submission *first
     cdef Submission *last
     cdef Submission *following
     cdef size_t jobs, operations, size
-    pthread_cond_init(&job.wake, NULL)
     job.done = False
     job.promoted = False
     job.next = NULL
     pthread_mutex_lock(&env.queue_lock)
     if env.is_closed:
         pthread_mutex_unlock(&env.queue_lock)
-        pthread_cond_destroy(&job.wake)
         fail(&job.failure, CODE_CLOSED, b"closed", NULL, 0)
         return
+    pthread_mutex_init(&job.lock, NULL)
+    pthread_cond_init(&job.woken, NULL)
     if env.queue_tail is NULL:
         env.queue_head = job
     else:
         env.queue_tail.next = job
     env.queue_tail = job
     if env.writer_active:
+        # Not on the lock that all share: whoever is woken would wait for it until the last of them is.
+        pthread_mutex_unlock(&env.queue_lock)
+        pthread_mutex_lock(&job.lock)
         while not job.done and not job.promoted:
-            pthread_cond_wait(&job.wake, &env.queue_lock)
+            pthread_cond_wait(&job.woken, &job.lock)
+        pthread_mutex_unlock(&job.lock)
         if job.done:
-            pthread_mutex_unlock(&env.queue_lock)
-            pthread_cond_destroy(&job.wake)
+            pthread_cond_destroy(&job.woken)
+            pthread_mutex_destroy(&job.lock)
             return
+        pthread_mutex_lock(&env.queue_lock)
     env.writer_active = True
     # Take what has queued up: a run of entries shares a transaction, anything else goes alone.
     first = env.queue_head
@@ -392,17 +406,17 @@ cdef void submit(Environment env, Submission *job) noexcept nogil:
     else:
         run_group(env, first, jobs)
     pthread_mutex_lock(&env.queue_lock)
+    following = env.queue_head
+    env.writer_active = following is not NULL
+    pthread_mutex_unlock(&env.queue_lock)
+    # NB: the next writer before all others: the disk is idle until it runs.
+    if following is not NULL:
+        wake(following, True)
     while jobs:
         following = first.next
         jobs -= 1
         if first is not job:
-            first.done = True
-            pthread_cond_signal(&first.wake)
+            wake(first, False)
         first = following
-    if env.queue_head is not NULL:
-        env.queue_head.promoted = True
-        pthread_cond_signal(&env.queue_head.wake)
-    else:
-        env.writer_active = False
-    pthread_mutex_unlock(&env.queue_lock)
-    pthread_cond_destroy(&job.wake)
+    pthread_cond_destroy(&job.woken)
+    pthread_mutex_destroy(&job.lock)

@@ -106,9 +106,10 @@ cdef struct Submission:          # one caller's work for the writer
     State base
     State target
     Failure failure
-    bint done
-    bint promoted
-    pthread_cond_t wake
+    bint done                    # guarded by `lock`, as is `promoted`
+    bint promoted                # it is its caller's turn to write
+    pthread_mutex_t lock
+    pthread_cond_t woken
     Submission *next
 
 cdef struct ReaderLink:          # a pinned reader in its environment's list; guarded by queue_lock

@@ -208,7 +208,7 @@ class SnapshotSink:
         self._batch_rows = 0
         self._batch_order: tuple[bool, int] | None = None
         """(by key, view) of the gathered rows: a batch never holds a key twice, so it never mixes these."""
-        self._batch_mark = b""
+        self._batch_mark: Mark | None = None
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
         self._filling: concurrent.futures.Future[None] | None = None
         self._position: Position | None = None
@@ -318,14 +318,14 @@ class SnapshotSink:
     def _gather(self, head: Head, rows: memoryview, mark: Mark) -> None:
         self._make_room(head)
         self._batch_order = _order_of(head)
-        self._batch_mark = words.encode_mark(mark)
+        self._batch_mark = mark
         if len(rows) > FILL_BYTES // 2:
             # Alone and uncopied, with nothing else in the making: it may be of the largest size.
             if self._used:
                 self._flush()
             self._wait()
             assert self._tablet is not None, "rows come after the manifest"
-            self._fill(self._tablet, rows, self._batch_mark)
+            self._fill(self._tablet, rows, mark)
             return
         if rows.obj is not self._buffers[0]:  # else it was decompressed where it belongs
             self._batch[self._used : self._used + len(rows)] = rows
@@ -335,6 +335,7 @@ class SnapshotSink:
     def _flush(self) -> None:
         self._wait()
         assert self._tablet is not None, "rows come after the manifest"
+        assert self._batch_mark is not None, "rows come with a mark"
         batch = self._batch[: self._used]
         self._buffers.reverse()
         self._batch, self._used, self._batch_rows = memoryview(self._buffers[0]), 0, 0
@@ -344,9 +345,9 @@ class SnapshotSink:
         self._filling = self._thread.submit(self._fill, self._tablet, batch, self._batch_mark)
 
     @staticmethod
-    def _fill(tablet: Tablet, rows: memoryview, mark: bytes) -> None:
+    def _fill(tablet: Tablet, rows: memoryview, mark: Mark) -> None:
         failpoints.hit("snapshot.fill.before")
-        tablet.fill(rows, mark)
+        tablet.fill(rows, words.encode_mark(mark))
         failpoints.hit("snapshot.fill.after")
 
     def _wait(self) -> None:

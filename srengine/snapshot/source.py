@@ -1,9 +1,8 @@
 """Read a tablet into the items of a snapshot: the sender's driver.
 
 The machine (transfer_machine.SendMachine) says what to read next; here views are opened, rows read, compressed and
-sealed, scan, compression and the reader of the items each in a thread of its own. A view serves a few chunks and is
-given back, so neither a slow receiver nor a large tablet pins one; one that expired is replaced by the next, which
-loses nothing.
+sealed, the scan and, for a file, compression in threads of their own. A view serves a few chunks and is given back, so
+neither a slow receiver nor a large tablet pins one; one that expired is replaced by the next, which loses nothing.
 """
 
 from __future__ import annotations
@@ -130,14 +129,15 @@ class SnapshotSource:
     def sealed(self, *, ahead: bool = False) -> Generator[Sealed, None, None]:
         """Yield the items with head and stored bytes apart, for a file; each is good until the next is asked for.
 
-        What is compressed is made ahead, in threads of its own, while the caller uses an item. What is not compressed
-        costs less to make than to hand on between threads, so it is made in turn, unless ``ahead`` is asked for by a
-        caller who waits for something himself.
+        What is to be compressed is read ahead in a thread of its own. What is not costs less to make than to hand on
+        between threads, so it is made in turn. ``ahead``: the caller waits for something himself; everything is made in
+        threads of their own meanwhile.
         """
         yield self._first
         compressed = self.manifest.compression != "none"
         if compressed or ahead:
-            stages = overlapped(self._read(), self._seal, bytes_of=lambda read: len(read.rows), worker=compressed)
+            worker = compressed and ahead
+            stages = overlapped(self._read(), self._seal, bytes_of=lambda read: len(read.rows), worker=worker)
         else:
             stages = self._in_turn()
         try:

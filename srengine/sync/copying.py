@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from contextlib import aclosing
 from typing import Final, NamedTuple
 
@@ -22,6 +22,7 @@ from srengine.snapshot import SnapshotSink, SnapshotSource, Staged
 from srengine.snapshot.compression import Compressor, Decompressor
 from srengine.snapshot.format import Encoding, Manifest
 from srengine.storage import Delta, Tablet
+from srengine.sync.hops import made_ahead, use_all
 from srengine.sync.messages import Copy
 from srengine.sync.slots import Slot
 from srengine.types import Position
@@ -82,31 +83,9 @@ def rows_after(tablet: Tablet, position: Position, process: ProcessId, *, commit
     return Rows(reply, (delta.rows, bytes(meta), delta.state))
 
 
-async def stream_copy(tablet: Tablet, request: Copy) -> AsyncGenerator[bytes, None]:
-    """Yield the items of the snapshot that ``request`` asks for.
-
-    Reading and compressing happen in one thread that lives as long as the stream, because a view belongs to its thread.
-    """
-    done = object()
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="srengine-copy") as thread:
-        loop = asyncio.get_running_loop()
-
-        def begin() -> tuple[SnapshotSource, Iterator[object]]:
-            source = SnapshotSource(tablet, since=request.since, resume=request.resume)
-            return source, iter(source)
-
-        _, iterator = await loop.run_in_executor(thread, begin)
-        try:
-            while True:
-                item = await loop.run_in_executor(thread, lambda: next(iterator, done))
-                if item is done:
-                    return
-                assert isinstance(item, bytes)
-                yield item
-        finally:
-            close = getattr(iterator, "close", None)
-            if close is not None:
-                await loop.run_in_executor(thread, close)
+def stream_copy(tablet: Tablet, request: Copy) -> AsyncGenerator[bytes, None]:
+    """Return the items of the snapshot that ``request`` asks for; they are read and compressed in threads."""
+    return made_ahead(lambda: iter(SnapshotSource(tablet, since=request.since, resume=request.resume)))
 
 
 # --- the receiver ----------------------------------------------------------------------------------------------------
@@ -174,15 +153,18 @@ class Copier:
                     since = slot.position if to_build_on else None
                     request = Copy(slot.spec.tablet_id, self._replica, since=since, resume=sink.mark)
                     async with aclosing(channel.stream(request, timeout_s=COPY_PROGRESS_S, proved=True)) as items:
-                        async for item in items:
-                            self.bytes_received += len(item)
-                            await loop.run_in_executor(thread, sink.accept, item)
+                        await use_all(self._counted(items), sink.accept, thread)
                     await loop.run_in_executor(thread, sink.finish)
                 finally:
                     await loop.run_in_executor(thread, sink.close)
                     # A switch closed the old tablet, also when what came after it failed.
                     await loop.run_in_executor(thread, self._reopen)
         return slot.position
+
+    async def _counted(self, items: AsyncIterable[memoryview]) -> AsyncGenerator[memoryview, None]:
+        async for item in items:
+            self.bytes_received += len(item)
+            yield item
 
     def _reopen(self) -> None:
         slot = self._slot
