@@ -125,10 +125,18 @@ class Tree:
 class Records:
     """Id and value of every record in key order. Raises `QuotaExceeded` for more than ``records_max``.
 
-    With another reader of the same transaction in two threads; of another transaction it is left aside.
+    With another reader of the same transaction in two threads; of another transaction it is left aside. ``table``, over
+    records, gets each of them on the way.
     """
 
-    def __new__(cls, tree: Tree, reader: Reader, records_max: int, other: Reader | None = None) -> Self: ...
+    def __new__(
+        cls,
+        tree: Tree,
+        reader: Reader,
+        records_max: int,
+        other: Reader | None = None,
+        table: Sketch | None = None,
+    ) -> Self: ...
     count: int
     def find(self, ids: list[int]) -> list[int]:
         """Return the positions of records with these ids, rising."""

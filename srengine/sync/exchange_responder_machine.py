@@ -1,4 +1,4 @@
-"""The authority's half of an exchange: one answer for each request, nothing kept in between."""
+"""The authority's half of an exchange: one answer for each request, and nothing kept that an answer depends on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from srengine.sync.exchange_messages import (
     ExchangeEqual,
     ExchangeFetch,
     ExchangeFull,
+    ExchangePrepare,
+    ExchangePrepared,
     ExchangeSketch,
     ExchangeTables,
     Reason,
@@ -20,6 +22,7 @@ from srengine.sync.exchange_messages import (
     Request,
     Tables,
     decode_fetch,
+    decode_prepare,
     decode_sketch,
     encode_close,
     encode_tables,
@@ -34,7 +37,11 @@ DUMP_LEAVES_MIN: Final = 1024
 
 
 class Responder:
-    """The authority's side: one answer for each request, nothing kept in between."""
+    """The authority's side: one answer for each request.
+
+    What it keeps in between is a cache beside the leaves, for as long as the tablet stands still: ids and values of all
+    records, and one table that was announced.
+    """
 
     def __init__(self, side: Side) -> None:
         self._side = side
@@ -45,6 +52,8 @@ class Responder:
             match request:
                 case ExchangeCompare():
                     return self._compare(request.body), ()
+                case ExchangePrepare():
+                    return self._prepare(request.body), ()
                 case ExchangeSketch():
                     return self._sketch(request.body)
                 case ExchangeFetch():
@@ -64,6 +73,13 @@ class Responder:
         with self._side.moment() as moment:
             head = moment.sequence.to_bytes(8, "little")
             return ExchangeDiffers(head + prefix_of(moment, body[:16]).encode() + moment.estimator)
+
+    def _prepare(self, body: bytes) -> Reply:
+        """Make the table that the initiator is making, too. NB: no more work than a sketch asks for; one is kept."""
+        shape = decode_prepare(body)
+        with self._side.moment() as moment:
+            moment.prepare(ways=shape.ways, width=shape.width, seed=shape.seed)
+            return ExchangePrepared(moment.sequence.to_bytes(8, "little"))
 
     def _sketch(self, body: bytes) -> tuple[Reply, tuple[bytes, ...]]:
         shape, digest, cells = decode_sketch(body)
