@@ -173,6 +173,10 @@ class Cursor:
 
     def count(self) -> int:
         """Return a number as `encode_number` made it, at most 28 bits."""
+        if self._at < len(self._body) and self._body[self._at] < 0x80:
+            # Nearly all of them have one byte.
+            self._at += 1
+            return self._body[self._at - 1]
         result = 0
         for shift in range(0, 28, 7):
             byte = self.number(1)
