@@ -101,8 +101,8 @@ class Comparing:
 class Sketching:
     """Waits for `SharedCells` over ``tablets``.
 
-    ``prefix``: the difference of the six cells, which still holds while ``own`` and ``theirs``, the sequences at which it
-    was taken, are those of the table.
+    ``prefix``: the difference of the six cells, which still holds while ``own`` and ``theirs``, the sequences at which
+    it was taken, are those of the table.
     """
 
     tablets: tuple[str, ...]
@@ -189,7 +189,8 @@ class SharedInitiator:
             self.figures.reasons.append("too much differs for one table over leaves")
             self._end(self._from_start(tablets))
             return
-        shape = shape_for(leaves_with(upper(records), leaf_count) + SPARE_ITEMS, self._rng.getrandbits(64), by_leaf=True)
+        items_max = leaves_with(upper(records), leaf_count) + SPARE_ITEMS
+        shape = shape_for(items_max, self._rng.getrandbits(64), by_leaf=True)
         self._state = Sketching(tablets, shape, prefix, own, theirs)
         self._send(SharedSketch(tablets, encode_shape(shape)))
 
