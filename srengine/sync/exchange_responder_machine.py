@@ -34,6 +34,8 @@ from srengine.types import Located
 DUMP_LEAVES_SHARE: Final = 4
 DUMP_LEAVES_MIN: Final = 1024
 """A dump of more leaves than so many times our own is not looked at: it would hold several times what we hold."""
+PREPARED_CELLS_MIN: Final = 1024
+"""An announced table of so many cells is made in any case, a larger one if we have as many records."""
 
 
 class Responder:
@@ -75,10 +77,14 @@ class Responder:
             return ExchangeDiffers(head + prefix_of(moment, body[:16]).encode() + moment.estimator)
 
     def _prepare(self, body: bytes) -> Reply:
-        """Make the table that the initiator is making, too. NB: no more work than a sketch asks for; one is kept."""
+        """Make the table that the initiator is making, too: the work of a sketch, one is kept.
+
+        NB: a sketch brings as many bytes as it asks for; this does not, so the own size is the bound.
+        """
         shape = decode_prepare(body)
         with self._side.moment() as moment:
-            moment.prepare(ways=shape.ways, width=shape.width, seed=shape.seed)
+            if shape.cells <= max(moment.count, PREPARED_CELLS_MIN):
+                moment.prepare(ways=shape.ways, width=shape.width, seed=shape.seed)
             return ExchangePrepared(moment.sequence.to_bytes(8, "little"))
 
     def _sketch(self, body: bytes) -> tuple[Reply, tuple[bytes, ...]]:

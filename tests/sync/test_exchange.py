@@ -10,15 +10,16 @@ import struct
 import pytest
 
 from srengine import errors, limits
+from srengine._native import merkle as merkle_kernel
 from srengine.storage import Batch, encode_operations
 from srengine.storage import merkle as storage_merkle
 from srengine.storage.merkle import Leaves
 from srengine.storage.tablet import Tablet
-from srengine.sync import exchange_messages, exchange_sizes
+from srengine.sync import exchange_machine, exchange_messages, exchange_sizes
 from srengine.sync.exchange_machine import Initiator, Responder
-from srengine.sync.exchange_messages import Reason
+from srengine.sync.exchange_messages import ExchangePrepare, Reason
 from srengine.types import Located
-from tests.exchanges import TabletSide, exchange
+from tests.exchanges import TabletSide, drive, exchange
 
 TABLET = "00" * 16
 
@@ -212,6 +213,79 @@ def test_writes_at_the_authority_between_requests(make):
         outcome = exchange(one, other, between=write)
         assert outcome.full_copy is None
         assert same(one, other)
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """How often all records of a tablet were walked for a table, in a list that grows."""
+    done = []
+
+    class Counted(merkle_kernel.Records):
+        def __new__(cls, tree, *arguments):
+            done.append(tree.environment)
+            return super().__new__(cls, tree, *arguments)
+
+    monkeypatch.setattr(merkle_kernel, "Records", Counted)
+    monkeypatch.setattr(exchange_machine, "ANNOUNCED_RECORDS_MIN", 0)
+    return done
+
+
+def announced(make, seed=1):
+    """Two tablets that differ in twenty records, the exchange up to its announcement, and that."""
+    one, other = make([(b"%05d" % number, b"") for number in range(3000)])
+    other.put_many([(b"%05d" % (71 * number), b"there") for number in range(20)])
+    initiator = Initiator("t", TabletSide(one), random.Random(seed), prefer_records=True)
+    initiator.start()
+    initiator.step(*Responder(TabletSide(other)).step(initiator.drain().send.message))
+    effects = initiator.drain()
+    assert effects.send is None
+    return one, other, initiator, effects.announce.message
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_announced_is_made_before_it_is_asked_for(make, walks, late):
+    """K11: by records, the initiator says which table it is about to make: the responder has made its own by the time
+    the cells arrive, by one walk of its records, and makes another only when it has changed since.
+    """
+    one, other, initiator, message = announced(make)
+    responder = Responder(TabletSide(other))
+    responder.step(message)
+    assert walks == [other._environment]
+    initiator.announced()
+    assert walks[1:] == [one._environment]
+    if late:
+        other.put(b"00007", b"meanwhile")
+    reply, attachments = responder.step(initiator.drain().send.message)
+    assert walks[2:] == [other._environment] * late
+    assert other.leaves.prepared is None
+    initiator.step(reply, attachments)
+    assert drive(one, other, initiator=initiator).unproven == 0
+    assert same(one, other)
+
+
+@pytest.mark.parametrize("arrives", ["nothing", "another one", "it"])
+def test_an_announcement_that_gets_lost_changes_nothing(make, walks, arrives):
+    """K11: requests and result are the same whatever became of the announcement."""
+    one, other, initiator, message = announced(make)
+    if arrives == "another one":
+        message = ExchangePrepare("t", struct.pack("<BIQ", 3, 9, 0))
+    if arrives != "nothing":
+        Responder(TabletSide(other)).step(message)
+    initiator.announced()
+    outcome = drive(one, other, initiator=initiator)
+    assert same(one, other)
+    assert (outcome.figures.rounds, outcome.figures.sketches, len(outcome.report)) == (2, 1, 20)
+    assert len(walks) == 2
+
+
+def test_an_initiator_that_moves_before_it_makes_its_table_starts_again(make, walks):
+    """K11: a write here between the announcement and the own table begins the exchange anew."""
+    one, other, initiator, _ = announced(make)
+    one.put(b"00001", b"moved")
+    initiator.announced()
+    outcome = drive(one, other, initiator=initiator)
+    assert outcome.figures.reasons == ["the tablet moved on"]
+    assert same(one, other)
 
 
 def test_an_initiator_that_moves_starts_again(make):
