@@ -243,7 +243,7 @@ def announced(make, seed=1):
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_what_is_announced_is_made_before_it_is_asked_for(make, walks, late):
+def test_what_is_announced_is_made_before_it_is_asked_for(make, walks, monkeypatch, late):
     """K11: by records, the initiator says which table it is about to make: the responder has made its own by the time
     the cells arrive, by one walk of its records, and makes another only when it has changed since.
     """
@@ -251,6 +251,13 @@ def test_what_is_announced_is_made_before_it_is_asked_for(make, walks, late):
     responder = Responder(TabletSide(other))
     responder.step(message)
     assert walks == [other._environment]
+    kept, used, sketch = other.leaves.prepared[1], [], storage_merkle.Moment.sketch
+
+    def noted(self, **shape):
+        used.append(sketch(self, **shape))
+        return used[-1]
+
+    monkeypatch.setattr(storage_merkle.Moment, "sketch", noted)
     initiator.announced()
     assert walks[1:] == [one._environment]
     if late:
@@ -258,6 +265,7 @@ def test_what_is_announced_is_made_before_it_is_asked_for(make, walks, late):
     reply, attachments = responder.step(initiator.drain().send.message)
     assert walks[2:] == [other._environment] * late
     assert other.leaves.prepared is None
+    assert [table is kept for table in used] == [False, not late]
     initiator.step(reply, attachments)
     assert drive(one, other, initiator=initiator).unproven == 0
     assert same(one, other)
