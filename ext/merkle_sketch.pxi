@@ -204,15 +204,6 @@ cdef class Sketch:
                     sr_add(self.cells, self.width, self.ways, self.seed, leaf.id, leaf.value_sum, leaf.weighted.low,
                            leaf.weighted.high)
 
-    def add_records(self, Records records not None):
-        """Add every record of a scan."""
-        cdef size_t i
-        if self.by_leaf:
-            raise errors.InvalidValue("a sketch over leaves takes leaves")
-        with nogil:
-            for i in range(records.count):
-                sr_add_record(self.cells, self.width, self.ways, self.seed, records.ids[i], records.values[i])
-
     def encode(self):
         """Return the cells as they travel."""
         cdef size_t i

@@ -101,11 +101,10 @@ cdef inline size_t header_write(uint8_t *out, const uint8_t *key, size_t key_byt
     return size + 4
 
 
-cdef inline bint header_read(const uint8_t *key, size_t key_bytes, const uint8_t *data, size_t size,
-                             Header *out) noexcept nogil:
-    """Decode and check a header; False when it is damaged. The value is not looked at."""
+cdef inline bint header_parse(const uint8_t *key, size_t key_bytes, const uint8_t *data, size_t size,
+                              Header *out) noexcept nogil:
+    """Decode a header; False when it cannot be one. Neither its check nor the value is looked at."""
     cdef uint16_t count
-    cdef uint32_t check
     cdef size_t fixed
     if size < HEADER_MIN or data[0] != RECORD_FORMAT or key_bytes > KEY_MAX:
         return False
@@ -114,9 +113,6 @@ cdef inline bint header_read(const uint8_t *key, size_t key_bytes, const uint8_t
         return False
     fixed = HEADER_FIXED + 16 * <size_t>count
     if size < fixed + 4:
-        return False
-    memcpy(&check, data + fixed, 4)
-    if check != header_check(key, key_bytes, data, fixed):
         return False
     out.flags = data[1]
     out.version_count = count
@@ -127,6 +123,16 @@ cdef inline bint header_read(const uint8_t *key, size_t key_bytes, const uint8_t
     out.value = data + fixed + 4
     out.value_bytes = size - fixed - 4
     return True
+
+
+cdef inline bint header_read(const uint8_t *key, size_t key_bytes, const uint8_t *data, size_t size,
+                             Header *out) noexcept nogil:
+    """Decode and check a header; False when it is damaged. The value is not looked at."""
+    cdef uint32_t check
+    if not header_parse(key, key_bytes, data, size, out):
+        return False
+    memcpy(&check, out.value - 4, 4)
+    return check == header_check(key, key_bytes, data, HEADER_FIXED + 16 * <size_t>out.version_count)
 
 
 cdef inline bint record_read(const uint8_t *key, size_t key_bytes, const uint8_t *data, size_t size,

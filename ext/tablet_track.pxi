@@ -210,11 +210,14 @@ cdef extern from * nogil:
     int sr_leaf_find(const uint8_t *page, size_t page_bytes, int count, const MDB_val *key)
 
 
-cdef inline int visit_one(Environment env, const MDB_val *key, const MDB_val *data, Visit visit,
-                          void *context) noexcept nogil:
+cdef inline int visit_one(Environment env, const MDB_val *key, const MDB_val *data, Visit visit, void *context,
+                          bint unchecked) noexcept nogil:
+    cdef const uint8_t *name = <const uint8_t *>key.mv_data
+    cdef const uint8_t *record = <const uint8_t *>data.mv_data
     cdef Header header
     cdef Sum digest
-    if header_read(<const uint8_t *>key.mv_data, key.mv_size, <const uint8_t *>data.mv_data, data.mv_size, &header):
+    if (header_parse(name, key.mv_size, record, data.mv_size, &header) if unchecked else
+            header_read(name, key.mv_size, record, data.mv_size, &header)):
         digest = digest_of(env, <const uint8_t *>key.mv_data, key.mv_size, &header)
         return visit(context, <const uint8_t *>key.mv_data, key.mv_size, &header, &digest)
     return visit(context, <const uint8_t *>key.mv_data, key.mv_size, NULL, NULL)
@@ -234,7 +237,8 @@ cdef int walk_records(Environment env, MDB_txn *txn, const Range *bounds, Visit 
                       Failure *failure) noexcept nogil:
     """Call ``visit`` for every record of a range, in key order or against it, header checked, digest computed.
 
-    A record whose header is damaged is visited with ``header`` NULL. ``visit`` ends the walk by a code other than 0.
+    A record whose header is damaged is visited with ``header`` NULL; with ``bounds.unchecked`` it counts for what it is,
+    unless it cannot be read at all. ``visit`` ends the walk by a code other than 0.
     With ``bounds.left`` two walks from both ends share the records: each takes a portion at a time until none is left.
 
     The cursor goes from leaf to leaf; the records of a leaf are read from its page, which costs a tenth of a cursor's
@@ -300,7 +304,7 @@ cdef int walk_records(Environment env, MDB_txn *txn, const Range *bounds, Visit 
             if asked:
                 asked -= 1
                 sr_prefetch_node(following, stat.ms_psize, asked)
-            rc = visit_one(env, &key, &data, visit, context)
+            rc = visit_one(env, &key, &data, visit, context, bounds.unchecked)
             if rc != 0:
                 fail(failure, rc, b"walk", NULL, 0)
                 break

@@ -61,7 +61,7 @@ class Leaves:
         self.builds = 0
         """How often all records were walked."""
         self.scan: tuple[int, merkle.Records] | None = None
-        """Ids and values of all records at a transaction, while an exchange compares record by record."""
+        """Where all records are at a transaction, while an exchange compares record by record."""
         self.prepared: tuple[int, merkle.Sketch] | None = None
         """A table over all records at a transaction, made before it was asked for."""
 
@@ -176,10 +176,7 @@ class Moment:
         ready, self._leaves.prepared = self._leaves.prepared, None
         if ready is not None and (ready[1].ways, ready[1].width, ready[1].seed) == (ways, width, seed):
             return ready[1]
-        if self._leaves.scan is None:
-            self._records(table)
-        else:
-            table.add_records(self._records())
+        self._walk(table)
         return table
 
     def prepare(self, *, ways: int, width: int, seed: int) -> None:
@@ -198,19 +195,22 @@ class Moment:
         """Read what differs from tables of differences; None: too small."""
         return merkle.peel(sketches, self._leaves.id_bits)
 
-    def _records(self, table: merkle.Sketch | None = None) -> merkle.Records:
-        """Walk all records, unless that was done; a walk fills ``table`` on the way."""
-        kept = self._leaves.scan
-        if kept is None:
-            other = self._environment.reader() if self._tree.count >= _THREADS_RECORDS_MIN else None
-            try:
-                records = merkle.Records(self._tree, self._reader, limits.EXCHANGE_RECORDS_MAX, other, table)
-            finally:
-                if other is not None:
-                    other.close()
-            kept = (self._tree.txn, records)
-            self._leaves.scan = kept
-        return kept[1]
+    def _records(self) -> merkle.Records:
+        """Return where all records are: by the walk that filled a table, or by one for this."""
+        if self._leaves.scan is None:
+            self._walk(None)
+        assert self._leaves.scan is not None
+        return self._leaves.scan[1]
+
+    def _walk(self, table: merkle.Sketch | None) -> None:
+        """Walk all records; fill ``table`` on the way."""
+        other = self._environment.reader() if self._tree.count >= _THREADS_RECORDS_MIN else None
+        try:
+            records = merkle.Records(self._tree, self._reader, limits.EXCHANGE_RECORDS_MAX, other, table)
+        finally:
+            if other is not None:
+                other.close()
+        self._leaves.scan = (self._tree.txn, records)
 
     # --- from sums to records ----------------------------------------------------------------------------------------
 

@@ -41,8 +41,8 @@ PREPARED_CELLS_MIN: Final = 1024
 class Responder:
     """The authority's side: one answer for each request.
 
-    What it keeps in between is a cache beside the leaves, for as long as the tablet stands still: ids and values of all
-    records, and one table that was announced.
+    What it keeps in between is a cache beside the leaves, for as long as the tablet stands still: where all records
+    are, and one table that was announced.
     """
 
     def __init__(self, side: Side) -> None:

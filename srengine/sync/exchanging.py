@@ -3,7 +3,7 @@
 ::
 
     follower, or a leader that is wrong                 whoever is right
-    Exchanges.become_equal --- requests, in order --->  Answering.answer (keeps nothing in between)
+    Exchanges.become_equal --- requests, in order --->  Answering.answer (depends on nothing kept)
       one transaction that must reach the root          leaves stay warm for a while
 
 What the machine announces is sent while the own side goes on working, so that both sides walk at the same time.

@@ -297,8 +297,8 @@ def test_a_greedy_request_costs_bounded_work(pair, name):
 
 
 def test_announcements_leave_one_table_and_none_that_is_larger_than_the_tablet(pair):
-    """F47: announcements cost what a sketch costs: one walk while the tablet stands still, one table is kept, and none
-    with more cells than there are records; what is announced instead of what comes helps nobody and harms nothing.
+    """F47: an announcement costs a walk, as a sketch does; one table is kept, and none with more cells than there are
+    records; what is announced instead of what comes helps nobody and harms nothing.
     """
     one, other = pair
     responder = Responder(TabletSide(other))

@@ -123,14 +123,14 @@ def test_both_sides_walk_their_records_at_the_same_time(bench: Bench, monkeypatc
     monkeypatch.setattr(exchange_machine, "LEAF_MODE_RECORDS_MAX", 0)
     both = threading.Barrier(2, timeout=30.0)
     walked = []
-    walk = Moment._records
+    walk = Moment._walk
 
-    def records(moment: Moment, table: merkle.Sketch | None = None) -> merkle.Records:
+    def meet(moment: Moment, table: merkle.Sketch | None) -> None:
         if table is not None:
             walked.append(both.wait())
-        return walk(moment, table)
+        walk(moment, table)
 
-    monkeypatch.setattr(Moment, "_records", records)
+    monkeypatch.setattr(Moment, "_walk", meet)
     differ(bench, 60, apart=31)
     result = asyncio.run(bench.run())
     assert same(bench)
