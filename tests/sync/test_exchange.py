@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -377,30 +378,56 @@ def test_recount_finds_what_the_carried_root_hides(make):
     assert not one.verify().damages
 
 
-def tamper(tablet):
-    """Remove one record, change one and add one in the file, checks and all, without the engine's knowledge."""
+@pytest.mark.parametrize("at", [4, 28])
+def test_a_damaged_header_is_found_record_by_record(make, walks, at):
+    """K11: a walk for a table over records takes headers as they are and tells that one is damaged by their number: it
+    walks once more, so that what lies behind the damaged one is looked for in the right place.
+    """
+    one, other = make([(b"%05d" % i, b"v%d" % i) for i in range(3000)])
+    with behind(one) as (txn, records, _):
+        stored = bytearray(txn.get(b"00500", db=records))
+        stored[at] ^= 0x10
+        txn.put(b"00500", bytes(stored), db=records)
+    changed = [b"%05d" % (97 * number) for number in range(1, 30)]
+    other.put_many([(key, b"there") for key in changed])
+    outcome = exchange(one, other, recount=True, prefer_records=True)
+    assert (outcome.full_copy, outcome.figures.mode, outcome.unproven) == (None, "record", 0)
+    assert outcome.report == sorted([*changed, b"00500"])
+    assert same(one, other)
+    assert not one.verify().damages
+    assert len(walks) == 2
+
+
+@contextlib.contextmanager
+def behind(tablet):
+    """Change a tablet's file without the engine's knowledge: (transaction, records, changes)."""
     import lmdb
 
-    from srengine._native import tablet as kernel
-
-    path = str(tablet.path)
-    seed = int.from_bytes(tablet.seed, "little")
     tablet._environment.close()
-    with lmdb.open(path, max_dbs=16, map_size=1 << 26) as env:
+    with lmdb.open(str(tablet.path), max_dbs=16, map_size=1 << 26) as env:
         records = env.open_db(b"records", create=False)
         changes = env.open_db(b"changes", create=False, integerkey=True)
         with env.begin(write=True) as txn:
-            stored = txn.get(b"00100", db=records)
-            sequence = struct.unpack_from("<Q", stored, 4)[0]
-            txn.delete(b"00100", db=records)
-            txn.delete(struct.pack("<Q", sequence), db=changes)
-            stored = txn.get(b"00200", db=records)
-            sequence, clock = struct.unpack_from("<QQ", stored, 4)
-            txn.put(b"00200", kernel.digest_vector(seed, b"00200", b"forged", 0, sequence, clock)[0], db=records)
-            txn.put(b"added", kernel.digest_vector(seed, b"added", b"", 0, 2, clock)[0], db=records)
+            yield txn, records, changes
     reopened = Tablet.open(tablet.path, TABLET, map_bytes=1 << 26)
     tablet._environment = reopened._environment
     tablet._leaves = None
+
+
+def tamper(tablet):
+    """Remove one record, change one and add one in the file, checks and all."""
+    from srengine._native import tablet as kernel
+
+    seed = int.from_bytes(tablet.seed, "little")
+    with behind(tablet) as (txn, records, changes):
+        stored = txn.get(b"00100", db=records)
+        sequence = struct.unpack_from("<Q", stored, 4)[0]
+        txn.delete(b"00100", db=records)
+        txn.delete(struct.pack("<Q", sequence), db=changes)
+        stored = txn.get(b"00200", db=records)
+        sequence, clock = struct.unpack_from("<QQ", stored, 4)
+        txn.put(b"00200", kernel.digest_vector(seed, b"00200", b"forged", 0, sequence, clock)[0], db=records)
+        txn.put(b"added", kernel.digest_vector(seed, b"added", b"", 0, 2, clock)[0], db=records)
 
 
 # --- a lying peer ----------------------------------------------------------------------------------------------------
