@@ -27,7 +27,7 @@ DEVIATIONS: Final = 1.75
 small."""
 CELLS_MORE: Final = 14
 CELLS_MIN: Final = 30
-CELLS_MIN_ITEMS: Final = 14.0
+CELLS_MIN_ITEMS: Final = 17.0
 """Cells beyond the factor, and how many up to so many items: small tables are peeled by luck, and small estimates are
 mostly too low."""
 EXTENSION_SHARE: Final = 0.8
