@@ -25,6 +25,9 @@ LANES_RECORDS_MAX: Final = 150_000.0
 DEVIATIONS: Final = 1.75
 """How far above the estimate a table is sized, in standard deviations. With the table's own slack one in fifty is too
 small."""
+MANY_RECORDS: Final = 5000.0
+MANY_DEVIATIONS: Final = 2.15
+"""The same above so many records: a second table is nearly twice the bytes once more, the deviation a tenth."""
 CELLS_MORE: Final = 14
 CELLS_MIN: Final = 30
 CELLS_MIN_ITEMS: Final = 17.0
@@ -82,7 +85,8 @@ def upper(records: float) -> float:
     records = max(records, 2.0)
     one, other = _lanes_variance(records), _sampled_variance(records)
     variance = other if records > LANES_RECORDS_MAX else one * other / (one + other)
-    return records * (1 + DEVIATIONS * math.sqrt(variance))
+    deviations = MANY_DEVIATIONS if records > MANY_RECORDS else DEVIATIONS
+    return records * (1 + deviations * math.sqrt(variance))
 
 
 def leaves_with(records: float, leaf_count: int) -> float:
