@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
@@ -9,6 +10,7 @@ import statistics
 import struct
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,9 +57,56 @@ def locate(here: Tablet, there: Tablet, seed: int, *, records: bool = False) -> 
     initiator.start()
     while True:
         effects = initiator.drain()
-        if effects.send is None:
+        if effects.announce is not None:
+            responder.step(effects.announce.message)
+            initiator.announced()
+        elif effects.send is None:
             return effects.apply or effects.outcome, initiator.figures
-        initiator.step(*responder.step(effects.send.message))
+        else:
+            initiator.step(*responder.step(effects.send.message))
+
+
+def locate_together(here: Tablet, there: Tablet, seed: int, *, records: bool) -> tuple[Any, Figures]:
+    """Do the same with each side in a thread of its own, as two nodes do."""
+    initiator = Initiator("t", Side(here), random.Random(seed), prefer_records=records)
+    responder = Responder(Side(there))
+    with ThreadPoolExecutor(1) as there_only:
+        initiator.start()
+        while True:
+            effects = initiator.drain()
+            if effects.announce is not None:
+                there_only.submit(responder.step, effects.announce.message)
+                initiator.announced()
+            elif effects.send is None:
+                return effects.apply or effects.outcome, initiator.figures
+            else:
+                initiator.step(*there_only.submit(responder.step, effects.send.message).result())
+
+
+def processor_of_sides(here: Tablet, there: Tablet, seed: int, *, records: bool) -> tuple[float, float, Any]:
+    """Do the same one step after the other; return the processor time of each side and the repair."""
+    sides = [Side(here), Side(there)]
+    initiator, responder = Initiator("t", sides[0], random.Random(seed), prefer_records=records), Responder(sides[1])
+    spent = [0.0, 0.0]
+
+    def measured(side: int, work: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        result = work()
+        spent[side] += time.process_time() - start
+        return result
+
+    measured(0, initiator.start)
+    while True:
+        effects = initiator.drain()
+        if effects.announce is not None:
+            message = effects.announce.message
+            measured(1, functools.partial(responder.step, message))
+            measured(0, initiator.announced)
+        elif effects.send is None:
+            return spent[0], spent[1], effects.apply or effects.outcome
+        else:
+            reply = measured(1, functools.partial(responder.step, effects.send.message))
+            measured(0, functools.partial(initiator.step, *reply))
 
 
 def repair(tablet: Tablet, work: Any) -> None:
@@ -215,51 +264,119 @@ def bench_adjust(benchmark: Any, report: Report, loaded: Loaded, data: Data, siz
     )
 
 
-@pytest.mark.parametrize(("name", "records", "target"), [("leaf", False, 0.15), ("record", True, 2.0)])
-def bench_diff(
-    benchmark: Any,
-    report: Report,
-    twins: tuple[Tablet, Tablet, list[bytes]],
-    loaded: Loaded,
-    sizes: Sizes,
-    name: str,
-    records: bool,
-    target: float,
-) -> None:
-    """Find 100 differences between warm tablets, against one C loop over all headers; the time of both sides together.
+def cold_records(*tablets: Tablet) -> None:
+    """Forget what an earlier comparison read of all records; the leaves stay warm."""
+    for tablet in tablets:
+        tablet.leaves.scan = tablet.leaves.prepared = None
 
-    By records each side walks all of its own; between two machines that is half for each, which is reported, too.
-    """
-    one, other, keys = twins
-    work: list[Any] = []
-    count = min(100, len(keys) // 20)
 
-    def prepare(number: int) -> None:
-        if work:
-            repair(one, work.pop())
-        differ(one, other, keys, count, number)
-        for tablet in (one, other):
+class Differing:
+    """Two warm tablets that differ by ``count`` records, other ones each round."""
+
+    def __init__(self, twins: tuple[Tablet, Tablet, list[bytes]]) -> None:
+        """Take two equal tablets."""
+        self.one, self.other, self._keys = twins
+        self.count = min(100, len(self._keys) // 20)
+        self.work: Any = None
+
+    def prepare(self, number: int) -> None:
+        """Make the tablets equal, then different again."""
+        self.finish()
+        differ(self.one, self.other, self._keys, self.count, number)
+        for tablet in (self.one, self.other):
             with tablet.leaves.moment():
                 pass
-            tablet.leaves.scan = None
+
+    def finish(self) -> None:
+        """Make the tablets equal."""
+        if self.work is not None:
+            repair(self.one, self.work)
+            self.work = None
+        assert self.one.root == self.other.root
+
+
+def bench_diff_by_leaf(
+    benchmark: Any, report: Report, twins: tuple[Tablet, Tablet, list[bytes]], loaded: Loaded, sizes: Sizes
+) -> None:
+    """Find 100 differences between warm tablets, one side after the other, against one C loop over all headers."""
+    pair = Differing(twins)
 
     def ours(number: int) -> None:
-        work.append(locate(one, other, number, records=records)[0])
+        pair.work = locate(pair.one, pair.other, number)[0]
 
-    times = race(
-        benchmark, ours, {"C loop": lambda _: loaded.reference.scan_headers()}, rounds=sizes.rounds, before=prepare
+    loop = {"C loop": lambda _: loaded.reference.scan_headers()}
+    times = race(benchmark, ours, loop, rounds=sizes.rounds, before=pair.prepare)
+    pair.finish()
+    report(
+        Row(
+            f"exchange: {pair.count} differences found, leaf mode, both sides / C cursor loop over headers",
+            at_most(0.15),
+            1 / times.ratio("C loop"),
+            f"{times.ours_s * 1e3:.1f} ms",
+            f"{times.reference_s('C loop') * 1e3:.1f} ms",
+        )
     )
-    repair(one, work.pop())
-    assert one.root == other.root
-    for sides in (1, 2) if records else (1,):
+
+
+def bench_diff_by_record(
+    benchmark: Any, report: Report, twins: tuple[Tablet, Tablet, list[bytes]], loaded: Loaded, sizes: Sizes
+) -> None:
+    """Find 100 differences record by record, the sides in a thread each as they are in a node each, against a C loop.
+
+    Reported beside it: the same one side after the other, and the processor time of each.
+    """
+    pair = Differing(twins)
+    sides: list[tuple[float, float, float]] = []
+
+    def processor(number: int) -> None:
+        cold_records(pair.one, pair.other)
+        here, there, _ = processor_of_sides(pair.one, pair.other, number, records=True)
+        sides.append((here, there, processor_s(loaded.reference.scan_headers)))
+
+    def in_turn(number: int) -> None:
+        cold_records(pair.one, pair.other)
+        locate(pair.one, pair.other, number, records=True)
+
+    def ours(number: int) -> None:
+        cold_records(pair.one, pair.other)
+        pair.work = locate_together(pair.one, pair.other, number, records=True)[0]
+
+    references = {
+        "processor": processor,
+        "in turn": in_turn,
+        "C loop": lambda _: loaded.reference.scan_headers(),
+    }
+    times = race(benchmark, ours, references, rounds=sizes.rounds, before=pair.prepare)
+    pair.finish()
+    turns, loops = times.references["in turn"], times.references["C loop"]
+    label = f"exchange: {pair.count} differences found, record mode"
+    loop_ms = f"{times.reference_s('C loop') * 1e3:.1f} ms"
+    report(
+        Row(
+            f"{label}, both sides at once / C cursor loop over headers",
+            at_most(2),
+            1 / times.ratio("C loop"),
+            f"{times.ours_s * 1e3:.1f} ms",
+            loop_ms,
+        )
+    )
+    report(
+        Row(
+            f"{label}, one side after the other / the loop",
+            None,
+            statistics.median(turn / loop for turn, loop in zip(turns, loops, strict=True)),
+            f"{times.reference_s('in turn') * 1e3:.1f} ms",
+            loop_ms,
+        )
+    )
+    for side, who in enumerate(("initiator", "responder")):
         report(
             Row(
-                f"exchange: {count} differences found, {name} mode, {'a side' if sides > 1 else 'both sides'} / "
-                "C cursor loop over headers",
-                at_most(target) if sides == 1 else None,
-                1 / times.ratio("C loop") / sides,
-                f"{times.ours_s / sides * 1e3:.1f} ms",
-                f"{times.reference_s('C loop') * 1e3:.1f} ms",
+                f"{label}, processor time of the {who} / of the loop",
+                None,
+                statistics.median(spent[side] / spent[2] for spent in sides),
+                f"{statistics.median(spent[side] for spent in sides) * 1e3:.1f} ms",
+                f"{statistics.median(spent[2] for spent in sides) * 1e3:.1f} ms",
             )
         )
 

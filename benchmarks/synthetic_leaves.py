@@ -129,6 +129,9 @@ class Moment:
                     table.add(difference.item, moved, weight)
         return table
 
+    def prepare(self, *, ways: int, width: int, seed: int) -> None:
+        """Nothing: what is not walked takes no time."""
+
     def fill(self, table: merkle.Sketch) -> None:
         """Not asked for: one tablet."""
         raise NotImplementedError
@@ -220,6 +223,10 @@ def locate(world: World, seed: int, *, records: bool = False) -> Figures:
     initiator.start()
     while True:
         effects = initiator.drain()
+        if effects.announce is not None:
+            responder.step(effects.announce.message)
+            initiator.announced()
+            continue
         if effects.send is None:
             assert effects.outcome is None, effects.outcome
             return initiator.figures

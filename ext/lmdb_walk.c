@@ -12,24 +12,34 @@
 /* A processor waits for some twenty lines at a time, so a leaf is asked for a few lines with each record of another. */
 #define STEP_BYTES (4 * LINE_BYTES)
 
-/* Note a leaf behind the one that the cursor stands on, unless another branch page holds it; nothing of it is read.
+/* Where a leaf lies that is so many behind the one that the cursor stands on (negative: before it), NULL when another
+ * branch page holds it; nothing of it is read.
  * NB: nothing of the branch page is believed either. LMDB checks it when the cursor gets there. */
-static void look_ahead(sr_walk_t *walk, unsigned leaves) {
-    const MDB_cursor *cursor = walk->cursor;
-    walk->ahead = walk->ahead_end = NULL;
-    if (!(cursor->mc_flags & C_INITIALIZED) || cursor->mc_snum < 2) return;
+const void *sr_walk_leaf(const MDB_cursor *cursor, int leaves) {
+    if (!(cursor->mc_flags & C_INITIALIZED) || cursor->mc_snum < 2) return NULL;
     const MDB_txn *txn = cursor->mc_txn;
     const size_t page_bytes = txn->mt_env->me_psize;
     MDB_page *branch = cursor->mc_pg[cursor->mc_top - 1];
-    const unsigned index = cursor->mc_ki[cursor->mc_top - 1] + leaves;
-    if (!IS_BRANCH(branch) || index >= NUMKEYS(branch) || PAGEHDRSZ + (index + 1) * sizeof(indx_t) > page_bytes) return;
+    const unsigned index = cursor->mc_ki[cursor->mc_top - 1] + (unsigned)leaves;
+    if (!IS_BRANCH(branch) || index >= NUMKEYS(branch) || PAGEHDRSZ + (index + 1) * sizeof(indx_t) > page_bytes)
+        return NULL;
     const size_t at = (size_t)MP_PTRS(branch)[index] + PAGEBASE;
-    if (at + NODESIZE > page_bytes) return;
+    if (at + NODESIZE > page_bytes) return NULL;
     const MDB_node *node = (const MDB_node *)((const char *)branch + at);
     const pgno_t number = NODEPGNO(node);
-    if (number >= txn->mt_next_pgno) return;
-    walk->ahead = txn->mt_env->me_map + page_bytes * number;
-    walk->ahead_end = walk->ahead + AHEAD_BYTES;
+    return number < txn->mt_next_pgno ? txn->mt_env->me_map + page_bytes * number : NULL;
+}
+
+int sr_walk_stand(MDB_cursor *cursor, const void *page, unsigned index) {
+    if (!(cursor->mc_flags & C_INITIALIZED) || cursor->mc_pg[cursor->mc_top] != page || index >= NUMKEYS((MDB_page *)page))
+        return 0;
+    cursor->mc_ki[cursor->mc_top] = index;
+    return 1;
+}
+
+static void look_ahead(sr_walk_t *walk, int leaves) {
+    walk->ahead = sr_walk_leaf(walk->cursor, leaves);
+    walk->ahead_end = walk->ahead ? walk->ahead + AHEAD_BYTES : NULL;
 }
 
 static inline void ask(sr_walk_t *walk, size_t bytes_max) {
@@ -41,7 +51,7 @@ static inline void ask(sr_walk_t *walk, size_t bytes_max) {
 
 void sr_walk_begin(sr_walk_t *walk, MDB_cursor *cursor) {
     walk->cursor = cursor;
-    for (unsigned leaves = 0; leaves < LEAVES_AHEAD; leaves++) {
+    for (int leaves = 0; leaves < LEAVES_AHEAD; leaves++) {
         look_ahead(walk, leaves);
         ask(walk, AHEAD_BYTES);
     }

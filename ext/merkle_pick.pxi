@@ -60,7 +60,8 @@ cdef uint64_t *wanted_table(list ids, uint64_t *mask) except NULL:
     cdef uint64_t room = 16
     cdef uint64_t at, id
     cdef uint64_t *table
-    while room < 2 * <uint64_t>len(ids):
+    # Sparse where it stays small: it is asked for every record there is, and a place that is taken costs a wrong guess.
+    while room < <uint64_t>len(ids) * (32 if len(ids) < SPARSE_MAX else 2):
         room *= 2
     table = <uint64_t *>calloc(room, sizeof(uint64_t))
     if table is NULL:

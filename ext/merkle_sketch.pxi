@@ -14,13 +14,13 @@
 
 cdef extern from *:
     """
-    static inline void sr_places(uint64_t id, uint64_t seed, uint64_t width, uint64_t *out) {
+    static inline void sr_places(uint64_t id, uint64_t seed, uint64_t width, int ways, uint64_t *out) {
         XXH128_hash_t h = XXH3_128bits_withSeed(&id, 8, seed);
         out[0] = ((h.low64 & 0xffffffffu) * width) >> 32;
         out[1] = width + (((h.low64 >> 32) * width) >> 32);
         out[2] = 2 * width + (((h.high64 & 0xffffffffu) * width) >> 32);
         out[3] = 3 * width + (((h.high64 >> 32) * width) >> 32);
-        out[4] = 4 * width + ((((h.low64 + h.high64 * 0x9E3779B97F4A7C15ull) >> 32) * width) >> 32);
+        if (ways > 4) out[4] = 4 * width + ((((h.low64 + h.high64 * 0x9E3779B97F4A7C15ull) >> 32) * width) >> 32);
     }
     static inline sr_u128 sr_wide(uint64_t low, uint64_t high) { return ((sr_u128)high << 64) | low; }
     static inline void sr_add(sr_cell *cells, uint64_t width, int ways, uint64_t seed, uint64_t id, uint64_t value,
@@ -29,12 +29,27 @@ cdef extern from *:
         /* The value is signed: its product must be taken modulo 2^128 of the signed number. */
         sr_u128 product = (sr_u128)((sr_i128)(int64_t)value * (sr_i128)id);
         sr_u128 weighted = sr_wide(weighted_low, weighted_high);
-        sr_places(id, seed, width, at);
+        sr_places(id, seed, width, ways, at);
         for (int i = 0; i < ways; i++) {
             cells[at[i]].value += value;
             cells[at[i]].product += product;
             cells[at[i]].weighted += weighted;
         }
+    }
+    /* The same for a record, whose value is not negative and which has no weighted sum. */
+    static inline void sr_add_record(sr_cell *cells, uint64_t width, int ways, uint64_t seed, uint64_t id, uint64_t value) {
+        uint64_t at[5];
+        sr_u128 product = (sr_u128)value * id;
+        sr_places(id, seed, width, ways, at);
+        for (int i = 0; i < ways; i++) {
+            cells[at[i]].value += value;
+            cells[at[i]].product += product;
+        }
+    }
+    static inline void sr_join(sr_cell *cell, const sr_cell *other) {
+        cell->value += other->value;
+        cell->product += other->product;
+        cell->weighted += other->weighted;
     }
     static inline int64_t sr_value(const sr_cell *cell) { return (int64_t)(cell->value << 16) >> 16; }
     static inline sr_i128 sr_narrow(sr_u128 sum, int bits) { return (sr_i128)(sum << (128 - bits)) >> (128 - bits); }
@@ -78,7 +93,7 @@ cdef extern from *:
             sr_table *table = &tables[entry >> 56];
             uint64_t i = entry & ((1ull << 56) - 1);
             if (!sr_pure(&table->cells[i], bits, id_limit, &id)) continue;
-            sr_places(id, table->seed, table->width, at);
+            sr_places(id, table->seed, table->width, table->ways, at);
             if (at[i / table->width] != i) continue;
             if (used == room) { free(queue); return -1; }
             int64_t value = sr_value(&table->cells[i]);
@@ -89,7 +104,7 @@ cdef extern from *:
             out[used].weighted_high = (int64_t)(weighted >> 64);
             used++;
             for (int t = 0; t < count; t++) {
-                sr_places(id, tables[t].seed, tables[t].width, at);
+                sr_places(id, tables[t].seed, tables[t].width, tables[t].ways, at);
                 sr_take(tables[t].cells, tables[t].ways, at, id, value, weighted);
                 for (int j = 0; j < tables[t].ways; j++) {
                     uint64_t other;
@@ -135,6 +150,8 @@ cdef extern from *:
         int ways
     void sr_add(Cell *cells, uint64_t width, int ways, uint64_t seed, uint64_t id, uint64_t value,
                 uint64_t weighted_low, uint64_t weighted_high) noexcept nogil
+    void sr_add_record(Cell *cells, uint64_t width, int ways, uint64_t seed, uint64_t id, uint64_t value) noexcept nogil
+    void sr_join(Cell *cell, const Cell *other) noexcept nogil
     long long sr_peel(Table *tables, int count, int bits, int by_leaf, uint64_t id_limit, Item *out,
                       uint64_t room) noexcept nogil
     void sr_pack(const Cell *cell, int by_leaf, uint8_t *out) noexcept nogil
@@ -186,15 +203,6 @@ cdef class Sketch:
                     leaf = &tree.blocks[i].leaves[k]
                     sr_add(self.cells, self.width, self.ways, self.seed, leaf.id, leaf.value_sum, leaf.weighted.low,
                            leaf.weighted.high)
-
-    def add_records(self, Records records not None):
-        """Add every record of a scan."""
-        cdef size_t i
-        if self.by_leaf:
-            raise errors.InvalidValue("a sketch over leaves takes leaves")
-        with nogil:
-            for i in range(records.count):
-                sr_add(self.cells, self.width, self.ways, self.seed, records.ids[i], records.values[i], 0, 0)
 
     def encode(self):
         """Return the cells as they travel."""

@@ -39,7 +39,14 @@ cdef extern from * nogil:
         const char *end = line + (size < 1024 ? size : 1024);
         for (; line < end; line += 64) __builtin_prefetch(line, 0, 3);
     }
+    /* Copy in words: what is hashed right after is read in words, and is still on its way to memory then. */
+    static inline void sr_copy_words(uint8_t *out, const uint8_t *in, size_t size) {
+        size_t at = 0;
+        for (; at + 8 <= size; at += 8) memcpy(out + at, in + at, 8);
+        for (; at < size; at++) out[at] = in[at];
+    }
     """
+    void sr_copy_words(uint8_t *out, const uint8_t *data, size_t size)
     void sr_prefetch_page(const void *inside)
     void sr_prefetch_record(const void *data, size_t size)
 
@@ -94,11 +101,10 @@ cdef inline size_t header_write(uint8_t *out, const uint8_t *key, size_t key_byt
     return size + 4
 
 
-cdef inline bint header_read(const uint8_t *key, size_t key_bytes, const uint8_t *data, size_t size,
-                             Header *out) noexcept nogil:
-    """Decode and check a header; False when it is damaged. The value is not looked at."""
+cdef inline bint header_parse(const uint8_t *key, size_t key_bytes, const uint8_t *data, size_t size,
+                              Header *out) noexcept nogil:
+    """Decode a header; False when it cannot be one. Neither its check nor the value is looked at."""
     cdef uint16_t count
-    cdef uint32_t check
     cdef size_t fixed
     if size < HEADER_MIN or data[0] != RECORD_FORMAT or key_bytes > KEY_MAX:
         return False
@@ -107,9 +113,6 @@ cdef inline bint header_read(const uint8_t *key, size_t key_bytes, const uint8_t
         return False
     fixed = HEADER_FIXED + 16 * <size_t>count
     if size < fixed + 4:
-        return False
-    memcpy(&check, data + fixed, 4)
-    if check != header_check(key, key_bytes, data, fixed):
         return False
     out.flags = data[1]
     out.version_count = count
@@ -120,6 +123,16 @@ cdef inline bint header_read(const uint8_t *key, size_t key_bytes, const uint8_t
     out.value = data + fixed + 4
     out.value_bytes = size - fixed - 4
     return True
+
+
+cdef inline bint header_read(const uint8_t *key, size_t key_bytes, const uint8_t *data, size_t size,
+                             Header *out) noexcept nogil:
+    """Decode and check a header; False when it is damaged. The value is not looked at."""
+    cdef uint32_t check
+    if not header_parse(key, key_bytes, data, size, out):
+        return False
+    memcpy(&check, out.value - 4, 4)
+    return check == header_check(key, key_bytes, data, HEADER_FIXED + 16 * <size_t>out.version_count)
 
 
 cdef inline bint record_read(const uint8_t *key, size_t key_bytes, const uint8_t *data, size_t size,
@@ -134,20 +147,15 @@ cdef inline Sum record_digest(uint64_t seed, const uint8_t *key, size_t key_byte
                               uint32_t version_count, const uint8_t *versions, uint64_t sequence,
                               uint64_t hybrid_clock, uint64_t checksum) noexcept nogil:
     cdef uint8_t layout[32 + KEY_MAX + 16 * VERSIONS_MAX]
-    cdef uint16_t key_size = <uint16_t>key_bytes
-    cdef uint16_t count = <uint16_t>version_count
+    cdef uint64_t head = (DOMAIN_RECORD | DIGEST_LAYOUT << 8 | <uint64_t>key_bytes << 16 | <uint64_t>version_count << 32
+                          | <uint64_t>flags << 48)
     cdef XXH128_hash_t hashed
     cdef Sum total
-    layout[0] = DOMAIN_RECORD
-    layout[1] = DIGEST_LAYOUT
-    memcpy(layout + 2, &key_size, 2)
-    memcpy(layout + 4, &count, 2)
-    layout[6] = flags
-    layout[7] = 0
+    memcpy(layout, &head, 8)
     memcpy(layout + 8, &sequence, 8)
     memcpy(layout + 16, &hybrid_clock, 8)
     memcpy(layout + 24, &checksum, 8)
-    memcpy(layout + 32, key, key_bytes)
+    sr_copy_words(layout + 32, key, key_bytes)
     if version_count:
         memcpy(layout + 32 + key_bytes, versions, 16 * version_count)
     hashed = XXH3_128bits_withSeed(layout, 32 + key_bytes + 16 * version_count, seed)

@@ -182,15 +182,16 @@ cdef extern from * nogil:
         data->mv_data = (void *)(page + offset + 8 + node[3]);
         return node[2] ? 2 : 1;
     }
-    /* Ask for the first two lines of every node: key and header of all but long keys. Values are not walked over. */
-    static inline void sr_prefetch_nodes(const uint8_t *page, size_t page_bytes) {
-        int count = sr_leaf_count(page, page_bytes);
-        for (int at = 0; at < count; at++) {
-            uint16_t offset;
-            memcpy(&offset, page + 16 + 2 * at, 2);
-            __builtin_prefetch(page + offset, 0, 3);
-            __builtin_prefetch(page + offset + 64, 0, 3);
-        }
+    /* Ask for the first two lines of a node: key and header of all but long keys. Values are not walked over. */
+    static inline void sr_prefetch_node(const uint8_t *page, size_t page_bytes, int at) {
+        uint16_t offset;
+        memcpy(&offset, page + 16 + 2 * at, 2);
+        __builtin_prefetch(page + offset, 0, 3);
+        __builtin_prefetch(page + offset + 64, 0, 3);
+    }
+    /* Its head and the offsets of up to 88 nodes. */
+    static inline void sr_prefetch_index(const uint8_t *page) {
+        for (int line = 0; line < 192; line += 64) __builtin_prefetch(page + line, 0, 3);
     }
     static inline int sr_leaf_find(const uint8_t *page, size_t page_bytes, int count, const MDB_val *key) {
         for (int at = 0; at < count; at++) {
@@ -204,55 +205,31 @@ cdef extern from * nogil:
     const uint8_t *sr_page_of(const void *inside, size_t page_bytes)
     int sr_leaf_count(const uint8_t *page, size_t page_bytes)
     int sr_leaf_node(const uint8_t *page, size_t page_bytes, int at, MDB_val *key, MDB_val *data)
-    void sr_prefetch_nodes(const uint8_t *page, size_t page_bytes)
+    void sr_prefetch_node(const uint8_t *page, size_t page_bytes, int at)
+    void sr_prefetch_index(const uint8_t *page)
     int sr_leaf_find(const uint8_t *page, size_t page_bytes, int count, const MDB_val *key)
 
 
-cdef MDB_cursor *scout_open(MDB_txn *txn, MDB_dbi database, const MDB_val *key) noexcept nogil:
-    """Return a second cursor for a walk that begins at ``key``, or NULL: see `scout_leaf`."""
-    cdef MDB_cursor *scout = NULL
-    cdef MDB_val name = key[0]
-    if mdb_cursor_open(txn, database, &scout) != 0:
-        return NULL
-    if mdb_cursor_get(scout, &name, NULL, MDB_SET_KEY) != 0:
-        mdb_cursor_close(scout)
-        return NULL
-    sr_prefetch_page(key.mv_data)
-    return scout
-
-
-cdef inline bint scout_leaf(MDB_cursor *scout, MDB_val *key, size_t page_bytes, bint backward) noexcept nogil:
-    """Move a second cursor from the leaf of ``key`` to the next one and ask for all of that leaf; False: the end.
-
-    Only a leaf's neighbour knows where the leaf is, so without a scout a walk stands still at each one until memory answers.
-    What goes wrong here goes wrong in the walk too, and is told there.
-    """
-    cdef MDB_val data
-    cdef const uint8_t *page = sr_page_of(key.mv_data, page_bytes)
-    cdef int count = sr_leaf_count(page, page_bytes)
-    if count == 0 or sr_leaf_node(page, page_bytes, 0 if backward else count - 1, key, &data) == 0:
-        return False
-    if mdb_cursor_get(scout, key, NULL, MDB_SET_KEY) != 0:
-        return False
-    if mdb_cursor_get(scout, key, NULL, MDB_PREV if backward else MDB_NEXT) != 0:
-        return False
-    sr_prefetch_page(key.mv_data)
-    return True
-
-
-cdef inline int visit_one(Environment env, const MDB_val *key, const MDB_val *data, Visit visit,
-                          void *context) noexcept nogil:
+cdef inline int visit_one(Environment env, const MDB_val *key, const MDB_val *data, Visit visit, void *context,
+                          bint unchecked) noexcept nogil:
+    cdef const uint8_t *name = <const uint8_t *>key.mv_data
+    cdef const uint8_t *record = <const uint8_t *>data.mv_data
     cdef Header header
     cdef Sum digest
-    if header_read(<const uint8_t *>key.mv_data, key.mv_size, <const uint8_t *>data.mv_data, data.mv_size, &header):
+    if (header_parse(name, key.mv_size, record, data.mv_size, &header) if unchecked else
+            header_read(name, key.mv_size, record, data.mv_size, &header)):
         digest = digest_of(env, <const uint8_t *>key.mv_data, key.mv_size, &header)
         return visit(context, <const uint8_t *>key.mv_data, key.mv_size, &header, &digest)
     return visit(context, <const uint8_t *>key.mv_data, key.mv_size, NULL, NULL)
 
 
-cdef inline int stand_at(MDB_cursor *cursor, MDB_val *key, MDB_val *data, Failure *failure) noexcept nogil:
+cdef inline int stand_at(MDB_cursor *cursor, const uint8_t *page, int at, MDB_val *key, MDB_val *data,
+                         Failure *failure) noexcept nogil:
     """Move a cursor to a key that its leaf holds. NB: not to find it is damage, never the end of a walk."""
-    cdef int rc = mdb_cursor_get(cursor, key, data, MDB_SET_KEY)
+    cdef int rc
+    if sr_walk_stand(cursor, page, <unsigned int>at):
+        return mdb_cursor_get(cursor, key, data, MDB_GET_CURRENT)
+    rc = mdb_cursor_get(cursor, key, data, MDB_SET_KEY)
     return fail(failure, CODE_CORRUPT, b"key order", NULL, 0) if rc == MDB_NOTFOUND else rc
 
 
@@ -260,17 +237,20 @@ cdef int walk_records(Environment env, MDB_txn *txn, const Range *bounds, Visit 
                       Failure *failure) noexcept nogil:
     """Call ``visit`` for every record of a range, in key order or against it, header checked, digest computed.
 
-    A record whose header is damaged is visited with ``header`` NULL. ``visit`` ends the walk by a code other than 0.
+    A record whose header is damaged is visited with ``header`` NULL; with ``bounds.unchecked`` it counts for what it is,
+    unless it cannot be read at all. ``visit`` ends the walk by a code other than 0.
     With ``bounds.left`` two walks from both ends share the records: each takes a portion at a time until none is left.
 
     The cursor goes from leaf to leaf; the records of a leaf are read from its page, which costs a tenth of a cursor's
     step. Nodes that this cannot make sense of are left to the cursor, whose errors are the ones that are told.
     """
     cdef MDB_cursor *cursor
-    cdef MDB_cursor *scout = NULL
-    cdef MDB_val key, data, ahead
+    cdef MDB_val key, data
     cdef MDB_stat stat
     cdef const uint8_t *page
+    cdef const uint8_t *following = NULL
+    cdef const uint8_t *far
+    cdef int asked = 0
     cdef const void *stands
     cdef int64_t portion = 0
     cdef int step = -1 if bounds.backward else 1
@@ -287,17 +267,22 @@ cdef int walk_records(Environment env, MDB_txn *txn, const Range *bounds, Visit 
         rc = mdb_cursor_get(cursor, &key, &data, MDB_SET_RANGE)
     else:
         rc = mdb_cursor_get(cursor, &key, &data, MDB_LAST if bounds.backward else MDB_FIRST)
-    if rc == 0 and not bounds.start_bytes and not bounds.has_stop:
-        # Worth its cost where many leaves are walked through, not for the few records between two boundaries.
-        scout = scout_open(txn, env.records, &key)
-        ahead = key
     while rc == 0 and not ended:
         page = sr_page_of(key.mv_data, stat.ms_psize)
-        if scout is NULL:
+        while asked and following == page:
+            asked -= 1
+            sr_prefetch_node(page, stat.ms_psize, asked)
+        if following != page:
             sr_prefetch_page(key.mv_data)
-        elif not scout_leaf(scout, &ahead, stat.ms_psize, bounds.backward):
-            mdb_cursor_close(scout)
-            scout = NULL
+        asked = 0
+        if not bounds.start_bytes and not bounds.has_stop:
+            # Worth its cost where many leaves are walked through, not for the few records between two boundaries.
+            following = <const uint8_t *>sr_walk_leaf(cursor, step)
+            far = <const uint8_t *>sr_walk_leaf(cursor, 2 * step)
+            if following is not NULL:
+                asked = sr_leaf_count(following, stat.ms_psize)
+            if far is not NULL:
+                sr_prefetch_index(far)
         stands = key.mv_data
         count = sr_leaf_count(page, stat.ms_psize)
         at = sr_leaf_find(page, stat.ms_psize, count, &key)
@@ -316,7 +301,10 @@ cdef int walk_records(Environment env, MDB_txn *txn, const Range *bounds, Visit 
                                                 bounds.stop_bytes) >= 0:
                 ended = True
                 break
-            rc = visit_one(env, &key, &data, visit, context)
+            if asked:
+                asked -= 1
+                sr_prefetch_node(following, stat.ms_psize, asked)
+            rc = visit_one(env, &key, &data, visit, context, bounds.unchecked)
             if rc != 0:
                 fail(failure, rc, b"walk", NULL, 0)
                 break
@@ -328,17 +316,15 @@ cdef int walk_records(Environment env, MDB_txn *txn, const Range *bounds, Visit 
             kind = sr_leaf_node(page, stat.ms_psize, at, &key, &data)
             if kind == 2:
                 stands = key.mv_data
-                rc = stand_at(cursor, &key, &data, failure)
+                rc = stand_at(cursor, page, at, &key, &data, failure)
             if kind == 0 or rc != 0:
                 break
         if rc == 0 and not ended:
             if key.mv_data != stands:
-                rc = stand_at(cursor, &key, &data, failure)
+                rc = stand_at(cursor, page, at - step, &key, &data, failure)
             if rc == 0:
                 rc = mdb_cursor_get(cursor, &key, &data, MDB_PREV if bounds.backward else MDB_NEXT)
     mdb_cursor_close(cursor)
-    if scout is not NULL:
-        mdb_cursor_close(scout)
     if rc == MDB_NOTFOUND:
         rc = 0
     if rc != 0 and failure.code == 0:

@@ -104,7 +104,7 @@ PULL_BYTES_MAX: Final = 4 * MIB
 """A delta that fits is sent in the answer and applied in one transaction; a larger one is shipped in bulk."""
 
 EXCHANGE_RECORDS_MAX: Final = 16_000_000
-"""Records whose ids and values are held in memory (16 bytes each) while an exchange compares record by record."""
+"""Records whose places are held in memory (4 bytes each) while an exchange compares record by record."""
 EXCHANGE_CELLS_MAX: Final = 1_500_000
 """Cells of a sketch: enough for a million differing records; a peer cannot make us fill a larger one."""
 EXCHANGE_BYTES_MAX: Final = 64 * MIB

@@ -48,7 +48,10 @@ def drive(here, there, *, initiator=None, between=None) -> Outcome:
         effects = initiator.drain()
         if effects.outcome is not None:
             return effects.outcome
-        if effects.send is not None:
+        if effects.announce is not None:
+            responder.step(effects.announce.message)
+            initiator.announced()
+        elif effects.send is not None:
             if between is not None:
                 between()
             initiator.step(*responder.step(effects.send.message))

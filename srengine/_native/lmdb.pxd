@@ -92,3 +92,5 @@ cdef extern from "lmdb_walk.h" nogil:
         pass
     void sr_walk_begin(sr_walk_t *walk, MDB_cursor *cursor)
     int sr_walk_next(sr_walk_t *walk, MDB_val *key, MDB_val *data)
+    const void *sr_walk_leaf(const MDB_cursor *cursor, int leaves)
+    int sr_walk_stand(MDB_cursor *cursor, const void *page, unsigned index)

@@ -54,15 +54,15 @@ cdef class Tree:
     cdef void clear(self) noexcept nogil
     cdef bint put_leaf(self, const Leaf *leaf) noexcept nogil
 
-cdef class Records:
-    cdef uint64_t *ids
-    cdef uint64_t *values
-    cdef readonly size_t count
-    cdef size_t room
-
 cdef class Sketch:
     cdef Cell *cells
     cdef readonly size_t width             # cells of each subtable
     cdef readonly int ways                 # subtables: 3 to 5
     cdef readonly uint64_t seed
     cdef readonly bint by_leaf
+
+cdef class Records:
+    cdef uint32_t *marks         # the lower half of each id
+    cdef readonly size_t count
+    cdef size_t room
+    cdef int walk(self, Tree tree, Reader reader, Reader other, Sketch table, bint unchecked) except -1

@@ -30,9 +30,6 @@ class Sketch:
     def add_leaves(self, tree: Tree) -> None:
         """Add every leaf of a tree that is up to date, else `NotReady`. Several trees may share a sketch."""
 
-    def add_records(self, records: Records) -> None:
-        """Add every record of a scan."""
-
     def encode(self) -> bytes:
         """Return the cells as they travel."""
 
@@ -123,15 +120,23 @@ class Tree:
         """Return the root without its records: requests, sessions, purge mark."""
 
 class Records:
-    """Id and value of every record in key order. Raises `QuotaExceeded` for more than ``records_max``.
+    """Where every record is in key order. Raises `QuotaExceeded` for more than ``records_max``.
 
-    With another reader of the same transaction in two threads; of another transaction it is left aside.
+    With another reader of the same transaction in two threads; of another transaction it is left aside. ``table``, over
+    records and empty, gets each of them on the way.
     """
 
-    def __new__(cls, tree: Tree, reader: Reader, records_max: int, other: Reader | None = None) -> Self: ...
+    def __new__(
+        cls,
+        tree: Tree,
+        reader: Reader,
+        records_max: int,
+        other: Reader | None = None,
+        table: Sketch | None = None,
+    ) -> Self: ...
     count: int
     def find(self, ids: list[int]) -> list[int]:
-        """Return the positions of records with these ids, rising."""
+        """Return the positions of the records that may have these ids, rising: those that share half of one."""
 
 def differing_ranges(here: Tree, there: Tree) -> list[tuple[bytes, bytes | None]]:
     """Return the key ranges between boundaries common to both trees whose sums differ; both stand at their readers."""

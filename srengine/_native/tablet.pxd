@@ -135,6 +135,7 @@ cdef struct Range:               # which records a walk visits
     int64_t *left                # shared by two walks from both ends: records that neither has taken
     bint has_stop
     bint backward
+    bint unchecked               # headers are taken as they are: their digests tell, too
 
 ctypedef int (*Visit)(void *context, const uint8_t *key, size_t key_bytes, const Header *header,
                       const Sum *digest) noexcept nogil

@@ -61,7 +61,9 @@ class Leaves:
         self.builds = 0
         """How often all records were walked."""
         self.scan: tuple[int, merkle.Records] | None = None
-        """Ids and values of all records at a transaction, while an exchange compares record by record."""
+        """Where all records are at a transaction, while an exchange compares record by record."""
+        self.prepared: tuple[int, merkle.Sketch] | None = None
+        """A table over all records at a transaction, made before it was asked for."""
 
     @contextmanager
     def moment(self, *, recount: bool = False, threads: int = 1) -> Iterator[Moment]:
@@ -74,6 +76,8 @@ class Leaves:
             reader = self._align(recount=recount, threads=threads)
             if self.scan is not None and self.scan[0] != self.tree.txn:
                 self.scan = None
+            if self.prepared is not None and self.prepared[0] != self.tree.txn:
+                self.prepared = None
             try:
                 yield Moment(self, reader, self._environment)
             finally:
@@ -82,7 +86,7 @@ class Leaves:
     def drop(self) -> None:
         """Forget the leaves; the next moment builds them again."""
         with self._lock:
-            self.scan = None
+            self.scan = self.prepared = None
             self.tree.drop()
 
     def _align(self, *, recount: bool, threads: int) -> kernel.Reader:
@@ -168,9 +172,16 @@ class Moment:
         table = merkle.Sketch(width, seed, by_leaf=by_leaf, ways=ways)
         if by_leaf:
             table.add_leaves(self._tree)
-        else:
-            table.add_records(self._records())
+            return table
+        ready, self._leaves.prepared = self._leaves.prepared, None
+        if ready is not None and (ready[1].ways, ready[1].width, ready[1].seed) == (ways, width, seed):
+            return ready[1]
+        self._walk(table)
         return table
+
+    def prepare(self, *, ways: int, width: int, seed: int) -> None:
+        """Make a table over records before it is asked for. One is kept, for as long as the tablet stands still."""
+        self._leaves.prepared = (self._tree.txn, self.sketch(by_leaf=False, ways=ways, width=width, seed=seed))
 
     def fill(self, table: merkle.Sketch) -> None:
         """Add all leaves to a table that other tablets' leaves stand in, too."""
@@ -185,17 +196,21 @@ class Moment:
         return merkle.peel(sketches, self._leaves.id_bits)
 
     def _records(self) -> merkle.Records:
-        kept = self._leaves.scan
-        if kept is None or kept[0] != self._tree.txn:
-            other = self._environment.reader() if self._tree.count >= _THREADS_RECORDS_MIN else None
-            try:
-                records = merkle.Records(self._tree, self._reader, limits.EXCHANGE_RECORDS_MAX, other)
-            finally:
-                if other is not None:
-                    other.close()
-            kept = (self._tree.txn, records)
-            self._leaves.scan = kept
-        return kept[1]
+        """Return where all records are: by the walk that filled a table, or by one for this."""
+        if self._leaves.scan is None:
+            self._walk(None)
+        assert self._leaves.scan is not None
+        return self._leaves.scan[1]
+
+    def _walk(self, table: merkle.Sketch | None) -> None:
+        """Walk all records; fill ``table`` on the way."""
+        other = self._environment.reader() if self._tree.count >= _THREADS_RECORDS_MIN else None
+        try:
+            records = merkle.Records(self._tree, self._reader, limits.EXCHANGE_RECORDS_MAX, other, table)
+        finally:
+            if other is not None:
+                other.close()
+        self._leaves.scan = (self._tree.txn, records)
 
     # --- from sums to records ----------------------------------------------------------------------------------------
 

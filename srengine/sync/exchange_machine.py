@@ -6,15 +6,16 @@
     one or two records differ: the cells tell which
       Fetch: those                          ───>
     else a table of the size that the estimate asks for
+      (over records, Prepare: its shape     ───>      makes its own meanwhile, and nobody waits for the answer)
       Sketch: its cells                     ───>      subtracts its own, peels, finds the records
                                             <───      Close: rows, what it does not have, its state
     repair: one transaction that must reach the responder's root and count, or nothing
 
 The cells are sums over leaves; over records when more than a sixteenth of the leaves or some thousand records differ,
-or when the caller has a slow link (one walk of all records a side, a third of the bytes). A table that was too small
-after all is answered by `Tables`: the responder's own cells of it and of a second one, which are peeled together at
-the initiator. That costs no round for locating, but the records come one round later; it happens in a few runs of a
-hundred.
+or when the caller has a slow link: one walk of all records a side, a third of the bytes. The two sides walk at the same
+time, because the initiator says which table it is about to make. A table that was too small after all is answered by
+`Tables`: the responder's own cells of it and of a second one, which are peeled together at the initiator. That costs no
+round for locating, but the records come one round later; it happens in a few runs of a hundred.
 
 Escalation, each step for a stated reason: sketch → sketch over records, other seed, half as large again → dump of leaf
 digests → full copy. A full copy at once when more than a quarter differs.
@@ -24,8 +25,8 @@ Invariants:
 * The initiator changes nothing but by `Apply`, which is proved by the root that the responder showed for its own state.
 * Whatever the peer says, work and memory are bounded by `limits.EXCHANGE_*`, and after EXCHANGE_ROUNDS_MAX requests it
   ends as UNDECIDED.
-* The responder keeps nothing between requests. What it changed between two of them comes with the answer (`Fetch` names
-  the sequence at which it was told what differs), so writes there do not disturb the exchange.
+* No answer depends on what the responder keeps between requests. What it changed between two of them comes with the
+  answer (`Fetch` names the sequence at which it was told what differs), so writes there do not disturb the exchange.
 * The initiator's tablet stands still: if it moved, the exchange starts again.
 """
 
@@ -37,6 +38,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from srengine import errors, limits
 from srengine.sync.exchange_messages import (
+    PREPARED_BYTES,
     Differs,
     ExchangeClose,
     ExchangeCompare,
@@ -45,6 +47,7 @@ from srengine.sync.exchange_messages import (
     ExchangeEqual,
     ExchangeFetch,
     ExchangeFull,
+    ExchangePrepare,
     ExchangeSketch,
     ExchangeTables,
     Reason,
@@ -58,6 +61,7 @@ from srengine.sync.exchange_messages import (
     decode_tables,
     encode_compare,
     encode_fetch,
+    encode_prepare,
     encode_sketch,
 )
 from srengine.sync.exchange_responder_machine import Responder
@@ -86,6 +90,8 @@ LEAF_MODE_SHARE: Final = 1 / 16
 """Above this share of differing leaves too many hold several differences, and records are cheaper."""
 LEAF_MODE_RECORDS_MAX: Final = 3000
 """Above so many differing records a walk of all is worth the two thirds of the bytes that it saves."""
+ANNOUNCED_RECORDS_MIN: Final = 10_000
+"""A walk of fewer records takes less than the message that announces it."""
 FULL_COPY_SHARE: Final = 1 / 4
 FULL_COPY_RECORDS_MIN: Final = 256
 """A tablet of which fewer records differ is never worth a full copy."""
@@ -142,8 +148,12 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What the driver does, in this order."""
+    """What the driver does, in this order.
 
+    ``announce``: send this and call `Initiator.announced` at once; the answer says nothing and may not come.
+    """
+
+    announce: Send | None = None
     send: Send | None = None
     apply: Apply | None = None
     outcome: Outcome | None = None
@@ -157,6 +167,13 @@ class Comparing:
     """Waits for `Equal` or `Differs`."""
 
     root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Announcing:
+    """The responder is told which table comes; the own one is made next."""
+
+    shape: Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +211,7 @@ class Ended:
     """There is an outcome; nothing is taken any more."""
 
 
-State = Comparing | Sketching | Fetching | Dumping | Applying | Ended
+State = Comparing | Announcing | Sketching | Fetching | Dumping | Applying | Ended
 
 
 class Initiator:
@@ -284,6 +301,14 @@ class Initiator:
             self._state = Ended()
             raise
 
+    def announced(self) -> None:
+        """Make the table that was announced and send it; the responder makes its own at the same time."""
+        state = self._state
+        assert isinstance(state, Announcing), state
+        with self._side.moment() as moment:
+            if not self._moved(moment):
+                self._send_sketch(moment, state.shape)
+
     def applied(self, *, proved: bool) -> None:
         """Take what came of an `Apply`: whether the transaction reached the root."""
         state = self._state
@@ -300,7 +325,7 @@ class Initiator:
 
     def tick(self, now: float) -> None:
         """Take the time, seconds on any clock that rises. Raises `TimedOut` when an answer is overdue."""
-        if isinstance(self._state, Ended | Applying):
+        if isinstance(self._state, Ended | Applying | Announcing):
             return
         if self._sent_at is None:
             self._sent_at = now
@@ -348,9 +373,18 @@ class Initiator:
             by_leaf = True
             self.figures.reasons.append("too many records to hold their ids")
         shape = shape_for(leaves if by_leaf else wanted, self._rng.getrandbits(64), by_leaf=by_leaf)
-        cells = table_of(moment, shape).encode()
         self.figures.sketches += 1
         self.figures.mode = "leaf" if by_leaf else "record"
+        if by_leaf or moment.count < ANNOUNCED_RECORDS_MIN:
+            self._send_sketch(moment, shape)
+            return
+        message = ExchangePrepare(self._tablet, encode_prepare(shape))
+        self.figures.locating_bytes += len(message.body) + PREPARED_BYTES
+        self._state = Announcing(shape)
+        self._effects = Effects(announce=Send(message))
+
+    def _send_sketch(self, moment: Moment, shape: Shape) -> None:
+        cells = table_of(moment, shape).encode()
         self._state = Sketching(shape)
         self._send(ExchangeSketch(self._tablet, encode_sketch(shape, moment.rows_digest[:8], cells)))
 

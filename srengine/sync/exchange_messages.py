@@ -4,7 +4,9 @@
     Compare (32)            ->
                             <-   Equal (8)              or  Differs: prefix and estimator
     Fetch                   ->                              the prefix told: what differs is named
-    Sketch                  ->                              else
+    Prepare                 ->                              else, of records: make your table while I make mine
+                            <-   Prepared                   nobody waits for it
+    Sketch                  ->                              the table
                             <-   Close: the records         or  Tables: the sketch was too small; peel on
     Dump                    ->                              after the last attempt
                             <-   Close                      or  Full: copy everything
@@ -37,6 +39,7 @@ PREFIX_BYTES: Final = LEAF_CELL * PREFIX_WIDTH * PREFIX_WAYS
 TO_THE_END: Final = 0xFFFF
 _SKETCH = struct.Struct("<BBIQ8s")
 _TABLE = struct.Struct("<BIQ")
+PREPARED_BYTES: Final = 8
 
 
 class Reason(enum.IntEnum):
@@ -74,6 +77,19 @@ class ExchangeSketch(msgspec.Struct, frozen=True):
     body: bytes
 
 
+class ExchangePrepare(msgspec.Struct, frozen=True):
+    """A table over records that the next sketch will have: ways 1, width 4, seed 8."""
+
+    tablet: str
+    body: bytes
+
+
+class ExchangePrepared(msgspec.Struct, frozen=True):
+    """It was made: sequence 8."""
+
+    body: bytes
+
+
 class ExchangeFetch(msgspec.Struct, frozen=True):
     """What the initiator found to differ: sequence at which the responder said so 8, digest of its rows 8, located."""
 
@@ -106,8 +122,8 @@ class ExchangeFull(msgspec.Struct, frozen=True):
     body: bytes
 
 
-Request = ExchangeCompare | ExchangeSketch | ExchangeFetch | ExchangeDump
-Reply = ExchangeEqual | ExchangeDiffers | ExchangeClose | ExchangeTables | ExchangeFull
+Request = ExchangeCompare | ExchangePrepare | ExchangeSketch | ExchangeFetch | ExchangeDump
+Reply = ExchangeEqual | ExchangeDiffers | ExchangePrepared | ExchangeClose | ExchangeTables | ExchangeFull
 
 
 class Shape(NamedTuple):
@@ -157,6 +173,10 @@ class Cursor:
 
     def count(self) -> int:
         """Return a number as `encode_number` made it, at most 28 bits."""
+        if self._at < len(self._body) and self._body[self._at] < 0x80:
+            # Nearly all of them have one byte.
+            self._at += 1
+            return self._body[self._at - 1]
         result = 0
         for shift in range(0, 28, 7):
             byte = self.number(1)
@@ -289,6 +309,19 @@ def decode_differs(body: bytes) -> Differs:
     return result
 
 
+def encode_prepare(shape: Shape) -> bytes:
+    """Return the body that announces a table over records."""
+    return _TABLE.pack(shape.ways, shape.width, shape.seed)
+
+
+def decode_prepare(body: bytes) -> Shape:
+    """Decode; raises `FrameError`."""
+    cursor = Cursor(body)
+    ways, width, seed = _TABLE.unpack(cursor.take(_TABLE.size))
+    cursor.end()
+    return Shape(False, ways, width, seed).check()
+
+
 def encode_sketch(shape: Shape, rows_digest: bytes, cells: bytes) -> bytes:
     """Return the body of a sketch."""
     return _SKETCH.pack(shape.by_leaf, shape.ways, shape.width, shape.seed, rows_digest) + cells
@@ -366,6 +399,8 @@ for _name, _type in (
     ("compare", ExchangeCompare),
     ("equal", ExchangeEqual),
     ("differs", ExchangeDiffers),
+    ("prepare", ExchangePrepare),
+    ("prepared", ExchangePrepared),
     ("sketch", ExchangeSketch),
     ("fetch", ExchangeFetch),
     ("dump", ExchangeDump),

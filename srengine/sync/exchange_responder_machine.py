@@ -1,4 +1,4 @@
-"""The authority's half of an exchange: one answer for each request, nothing kept in between."""
+"""The authority's half of an exchange: one answer for each request, and nothing kept that an answer depends on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from srengine.sync.exchange_messages import (
     ExchangeEqual,
     ExchangeFetch,
     ExchangeFull,
+    ExchangePrepare,
+    ExchangePrepared,
     ExchangeSketch,
     ExchangeTables,
     Reason,
@@ -20,6 +22,7 @@ from srengine.sync.exchange_messages import (
     Request,
     Tables,
     decode_fetch,
+    decode_prepare,
     decode_sketch,
     encode_close,
     encode_tables,
@@ -31,10 +34,16 @@ from srengine.types import Located
 DUMP_LEAVES_SHARE: Final = 4
 DUMP_LEAVES_MIN: Final = 1024
 """A dump of more leaves than so many times our own is not looked at: it would hold several times what we hold."""
+PREPARED_CELLS_MIN: Final = 1024
+"""An announced table of so many cells is made in any case, a larger one if we have as many records."""
 
 
 class Responder:
-    """The authority's side: one answer for each request, nothing kept in between."""
+    """The authority's side: one answer for each request.
+
+    What it keeps in between is a cache beside the leaves, for as long as the tablet stands still: where all records
+    are, and one table that was announced.
+    """
 
     def __init__(self, side: Side) -> None:
         self._side = side
@@ -45,6 +54,8 @@ class Responder:
             match request:
                 case ExchangeCompare():
                     return self._compare(request.body), ()
+                case ExchangePrepare():
+                    return self._prepare(request.body), ()
                 case ExchangeSketch():
                     return self._sketch(request.body)
                 case ExchangeFetch():
@@ -64,6 +75,17 @@ class Responder:
         with self._side.moment() as moment:
             head = moment.sequence.to_bytes(8, "little")
             return ExchangeDiffers(head + prefix_of(moment, body[:16]).encode() + moment.estimator)
+
+    def _prepare(self, body: bytes) -> Reply:
+        """Make the table that the initiator is making, too: the work of a sketch, one is kept.
+
+        NB: a sketch brings as many bytes as it asks for; this does not, so the own size is the bound.
+        """
+        shape = decode_prepare(body)
+        with self._side.moment() as moment:
+            if shape.cells <= max(moment.count, PREPARED_CELLS_MIN):
+                moment.prepare(ways=shape.ways, width=shape.width, seed=shape.seed)
+            return ExchangePrepared(moment.sequence.to_bytes(8, "little"))
 
     def _sketch(self, body: bytes) -> tuple[Reply, tuple[bytes, ...]]:
         shape, digest, cells = decode_sketch(body)

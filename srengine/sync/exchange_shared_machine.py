@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn, assert_never
+from typing import TYPE_CHECKING, Final, NoReturn, assert_never
 
 from srengine import errors, limits
 from srengine._native import merkle
@@ -55,6 +55,9 @@ from srengine.types import Item
 
 if TYPE_CHECKING:
     import random
+
+SPARE_ITEMS: Final = 4
+"""A table that cannot be read sends every tablet its own long way, so it is larger than one tablet's by so many."""
 
 
 @dataclass(slots=True)
@@ -96,10 +99,17 @@ class Comparing:
 
 @dataclass(frozen=True, slots=True)
 class Sketching:
-    """Waits for `SharedCells` over ``tablets``."""
+    """Waits for `SharedCells` over ``tablets``.
+
+    ``prefix``: the difference of the six cells, which still holds while ``own`` and ``theirs``, the sequences at which
+    it was taken, are those of the table.
+    """
 
     tablets: tuple[str, ...]
     shape: Shape
+    prefix: merkle.Sketch
+    own: list[int]
+    theirs: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +176,12 @@ class SharedInitiator:
             self._end({})
             return
         shown = state.places[differing.tablets[0][0]][0]
-        prefix, buckets, leaf_count, _ = _summed(self._sides, tablets, shown)
+        prefix, buckets, leaf_count, own = _summed(self._sides, tablets, shown)
         prefix.subtract(differing.prefix)
         items = merkle.peel([prefix])
+        theirs = [sequence for _, sequence in differing.tablets]
         if items is not None:
-            self._end(self._located(tablets, [sequence for _, sequence in differing.tablets], items))
+            self._end(self._located(tablets, theirs, items))
             return
         records = estimate(buckets, differing.estimator)
         self.figures.estimate = int(records)
@@ -178,14 +189,16 @@ class SharedInitiator:
             self.figures.reasons.append("too much differs for one table over leaves")
             self._end(self._from_start(tablets))
             return
-        shape = shape_for(leaves_with(upper(records), leaf_count), self._rng.getrandbits(64), by_leaf=True)
-        self._state = Sketching(tablets, shape)
+        items_max = leaves_with(upper(records), leaf_count) + SPARE_ITEMS
+        shape = shape_for(items_max, self._rng.getrandbits(64), by_leaf=True)
+        self._state = Sketching(tablets, shape, prefix, own, theirs)
         self._send(SharedSketch(tablets, encode_shape(shape)))
 
     def _peel(self, state: Sketching, sequences: list[int], cells: bytes) -> None:
-        table = _table_of(self._sides, state.tablets, state.shape)[0]
+        table, own = _table_of(self._sides, state.tablets, state.shape)
         table.subtract(cells)
-        items = merkle.peel([table])
+        still = (own, sequences) == (state.own, state.theirs)
+        items = merkle.peel([table, state.prefix] if still else [table])
         if items is None:
             self.figures.reasons.append("the sketch could not be read")
             self._end(self._from_start(state.tablets))

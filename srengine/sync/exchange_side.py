@@ -58,6 +58,10 @@ class Moment(Protocol):
         """Return a table of all leaves or records."""
         ...
 
+    def prepare(self, *, ways: int, width: int, seed: int) -> None:
+        """Make a table over records now; `sketch` returns it when it is asked for at this moment's transaction."""
+        ...
+
     def fill(self, table: merkle.Sketch) -> None:
         """Add all leaves to a table that other tablets' leaves stand in, too."""
         ...

@@ -25,9 +25,14 @@ LANES_RECORDS_MAX: Final = 150_000.0
 DEVIATIONS: Final = 1.75
 """How far above the estimate a table is sized, in standard deviations. With the table's own slack one in fifty is too
 small."""
-CELLS_MORE: Final = 10
+MANY_RECORDS: Final = 5000.0
+MANY_DEVIATIONS: Final = 2.15
+"""The same above so many records: a second table is nearly twice the bytes once more, the deviation a tenth."""
+CELLS_MORE: Final = 14
 CELLS_MIN: Final = 30
-"""Cells beyond the factor, and at least: small tables are peeled by luck, and small estimates are mostly too low."""
+CELLS_MIN_ITEMS: Final = 17.0
+"""Cells beyond the factor, and how many up to so many items: small tables are peeled by luck, and small estimates are
+mostly too low."""
 EXTENSION_SHARE: Final = 0.8
 EXTENSION_CELLS_MIN: Final = 40
 FIVE_WAYS_CELLS_MAX: Final = 55
@@ -45,6 +50,10 @@ _FACTORS: Final[tuple[tuple[float, float], ...]] = (
 """Cells for each item so that peeling ends in all but about 1 % of runs: measured, interpolated by the logarithm."""
 
 
+_STEP_SQUARES: Final = [min(step, 256 - step) ** 2 for step in range(256)]
+"""Of what two bytes differ by, modulo 256; a negative index counts from the end, which is the same."""
+
+
 def estimate(here: bytes, there: bytes) -> float:
     """Return how many records differ, to about a tenth: from squares of what the buckets of two sides differ by.
 
@@ -59,8 +68,7 @@ def estimate(here: bytes, there: bytes) -> float:
 
 
 def _squares(here: bytes, there: bytes) -> int:
-    steps = ((one - other) & 0xFF for one, other in zip(here, there, strict=True))
-    return sum((step if step < 128 else step - 256) ** 2 for step in steps)
+    return sum([_STEP_SQUARES[one - other] for one, other in zip(here, there, strict=True)])
 
 
 def _lanes_variance(records: float) -> float:
@@ -77,7 +85,8 @@ def upper(records: float) -> float:
     records = max(records, 2.0)
     one, other = _lanes_variance(records), _sampled_variance(records)
     variance = other if records > LANES_RECORDS_MAX else one * other / (one + other)
-    return records * (1 + DEVIATIONS * math.sqrt(variance))
+    deviations = MANY_DEVIATIONS if records > MANY_RECORDS else DEVIATIONS
+    return records * (1 + deviations * math.sqrt(variance))
 
 
 def leaves_with(records: float, leaf_count: int) -> float:
@@ -91,7 +100,8 @@ def cells_for(items: float) -> int:
         if items <= high:
             share = math.log(max(items, 1) / max(low, 1)) / math.log(high / max(low, 1))
             share = min(max(share, 0.0), 1.0)
-            return max(CELLS_MIN, CELLS_MORE + math.ceil(items * (factor + (following - factor) * share)))
+            cells = CELLS_MORE + math.ceil(items * (factor + (following - factor) * share))
+            return cells if items > CELLS_MIN_ITEMS else CELLS_MIN
     raise AssertionError(items)
 
 

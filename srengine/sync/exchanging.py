@@ -3,8 +3,10 @@
 ::
 
     follower, or a leader that is wrong                 whoever is right
-    Exchanges.become_equal --- requests, in order --->  Answering.answer (keeps nothing in between)
+    Exchanges.become_equal --- requests, in order --->  Answering.answer (depends on nothing kept)
       one transaction that must reach the root          leaves stay warm for a while
+
+What the machine announces is sent while the own side goes on working, so that both sides walk at the same time.
 
 The initiator holds its tablet's writing lock, so it stands still; the responder goes on with its writes. What blocks
 (walks, sketches, the transaction) runs in threads. Both sides are bounded: so many at a time, so long for an answer, so
@@ -14,6 +16,7 @@ many requests (the machine's rule). Cancelling leaves nothing behind: either the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import random
 from collections.abc import Callable, Sequence
@@ -40,6 +43,7 @@ from srengine.sync.exchange_messages import (
     ExchangeEqual,
     ExchangeFetch,
     ExchangeFull,
+    ExchangePrepare,
     ExchangeSketch,
     ExchangeTables,
     Reason,
@@ -51,7 +55,7 @@ from srengine.sync.slots import Slot
 from srengine.types import Position
 
 Buffer = bytes | bytearray | memoryview
-REQUESTS: Final = (ExchangeCompare, ExchangeSketch, ExchangeFetch, ExchangeDump)
+REQUESTS: Final = (ExchangeCompare, ExchangePrepare, ExchangeSketch, ExchangeFetch, ExchangeDump)
 _REPLIES: Final = (ExchangeEqual, ExchangeDiffers, ExchangeClose, ExchangeTables, ExchangeFull)
 
 
@@ -207,11 +211,29 @@ class Exchanges:
     async def _run(self, tablet: Tablet, tablet_id: str, channel: Channel, goal: Goal, *, recount: bool) -> Outcome:
         initiator = Initiator(tablet_id, TabletSide(tablet), self._rng, recount=recount)
         await asyncio.to_thread(initiator.start)
+        announced: list[asyncio.Task[None]] = []
+        try:
+            return await self._steps(initiator, tablet, channel, goal, announced)
+        finally:
+            for task in announced:
+                task.cancel()
+
+    async def _steps(
+        self,
+        initiator: Initiator,
+        tablet: Tablet,
+        channel: Channel,
+        goal: Goal,
+        announced: list[asyncio.Task[None]],
+    ) -> Outcome:
         while True:
             effects = initiator.drain()
             if effects.outcome is not None:
                 return effects.outcome
-            if effects.send is not None:
+            if effects.announce is not None:
+                announced.append(asyncio.create_task(_announce(channel, effects.announce.message)))
+                await asyncio.to_thread(initiator.announced)
+            elif effects.send is not None:
                 initiator.tick(self._now())
                 message, attachments = pack(effects.send.message)
                 try:
@@ -247,6 +269,12 @@ class Exchanges:
         add("srengine_exchange_records_total", len(outcome.report))
         for reason in figures.reasons:
             add("srengine_exchange_reasons_total", reason=reason)
+
+
+async def _announce(channel: Channel, message: Request) -> None:
+    """Send what the peer may use. That it could not be sent, or was refused, changes nothing."""
+    with contextlib.suppress(errors.Error):
+        await channel.request(message, timeout_s=REPLY_TIMEOUT_S)
 
 
 def _apply(tablet: Tablet, work: Apply) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -10,15 +11,16 @@ import struct
 import pytest
 
 from srengine import errors, limits
+from srengine._native import merkle as merkle_kernel
 from srengine.storage import Batch, encode_operations
 from srengine.storage import merkle as storage_merkle
 from srengine.storage.merkle import Leaves
 from srengine.storage.tablet import Tablet
-from srengine.sync import exchange_messages, exchange_sizes
+from srengine.sync import exchange_machine, exchange_messages, exchange_sizes
 from srengine.sync.exchange_machine import Initiator, Responder
-from srengine.sync.exchange_messages import Reason
+from srengine.sync.exchange_messages import ExchangePrepare, Reason
 from srengine.types import Located
-from tests.exchanges import TabletSide, exchange
+from tests.exchanges import TabletSide, drive, exchange
 
 TABLET = "00" * 16
 
@@ -214,6 +216,87 @@ def test_writes_at_the_authority_between_requests(make):
         assert same(one, other)
 
 
+@pytest.fixture
+def walks(monkeypatch):
+    """How often all records of a tablet were walked for a table, in a list that grows."""
+    done = []
+
+    class Counted(merkle_kernel.Records):
+        def __new__(cls, tree, *arguments):
+            done.append(tree.environment)
+            return super().__new__(cls, tree, *arguments)
+
+    monkeypatch.setattr(merkle_kernel, "Records", Counted)
+    monkeypatch.setattr(exchange_machine, "ANNOUNCED_RECORDS_MIN", 0)
+    return done
+
+
+def announced(make, seed=1):
+    """Two tablets that differ in twenty records, the exchange up to its announcement, and that."""
+    one, other = make([(b"%05d" % number, b"") for number in range(3000)])
+    other.put_many([(b"%05d" % (71 * number), b"there") for number in range(20)])
+    initiator = Initiator("t", TabletSide(one), random.Random(seed), prefer_records=True)
+    initiator.start()
+    initiator.step(*Responder(TabletSide(other)).step(initiator.drain().send.message))
+    effects = initiator.drain()
+    assert effects.send is None
+    return one, other, initiator, effects.announce.message
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_announced_is_made_before_it_is_asked_for(make, walks, monkeypatch, late):
+    """K11: by records, the initiator says which table it is about to make: the responder has made its own by the time
+    the cells arrive, by one walk of its records, and makes another only when it has changed since.
+    """
+    one, other, initiator, message = announced(make)
+    responder = Responder(TabletSide(other))
+    responder.step(message)
+    assert walks == [other._environment]
+    kept, used, sketch = other.leaves.prepared[1], [], storage_merkle.Moment.sketch
+
+    def noted(self, **shape):
+        used.append(sketch(self, **shape))
+        return used[-1]
+
+    monkeypatch.setattr(storage_merkle.Moment, "sketch", noted)
+    initiator.announced()
+    assert walks[1:] == [one._environment]
+    if late:
+        other.put(b"00007", b"meanwhile")
+    reply, attachments = responder.step(initiator.drain().send.message)
+    assert walks[2:] == [other._environment] * late
+    assert other.leaves.prepared is None
+    assert [table is kept for table in used] == [False, not late]
+    initiator.step(reply, attachments)
+    assert drive(one, other, initiator=initiator).unproven == 0
+    assert same(one, other)
+
+
+@pytest.mark.parametrize("arrives", ["nothing", "another one", "it"])
+def test_an_announcement_that_gets_lost_changes_nothing(make, walks, arrives):
+    """K11: requests and result are the same whatever became of the announcement; a wrong one costs a walk there."""
+    one, other, initiator, message = announced(make)
+    if arrives == "another one":
+        message = ExchangePrepare("t", struct.pack("<BIQ", 3, 9, 0))
+    if arrives != "nothing":
+        Responder(TabletSide(other)).step(message)
+    initiator.announced()
+    outcome = drive(one, other, initiator=initiator)
+    assert same(one, other)
+    assert (outcome.figures.rounds, outcome.figures.sketches, len(outcome.report)) == (2, 1, 20)
+    assert len(walks) == 2 + (arrives == "another one")
+
+
+def test_an_initiator_that_moves_before_it_makes_its_table_starts_again(make, walks):
+    """K11: a write here between the announcement and the own table begins the exchange anew."""
+    one, other, initiator, _ = announced(make)
+    one.put(b"00001", b"moved")
+    initiator.announced()
+    outcome = drive(one, other, initiator=initiator)
+    assert outcome.figures.reasons == ["the tablet moved on"]
+    assert same(one, other)
+
+
 def test_an_initiator_that_moves_starts_again(make):
     """K11: a write at the initiator in between repairs nothing wrongly: the exchange starts again, a bounded number of
     times.
@@ -295,30 +378,56 @@ def test_recount_finds_what_the_carried_root_hides(make):
     assert not one.verify().damages
 
 
-def tamper(tablet):
-    """Remove one record, change one and add one in the file, checks and all, without the engine's knowledge."""
+@pytest.mark.parametrize("at", [4, 28])
+def test_a_damaged_header_is_found_record_by_record(make, walks, at):
+    """K11: a walk for a table over records takes headers as they are and tells that one is damaged by their number: it
+    walks once more, so that what lies behind the damaged one is looked for in the right place.
+    """
+    one, other = make([(b"%05d" % i, b"v%d" % i) for i in range(3000)])
+    with behind(one) as (txn, records, _):
+        stored = bytearray(txn.get(b"00500", db=records))
+        stored[at] ^= 0x10
+        txn.put(b"00500", bytes(stored), db=records)
+    changed = [b"%05d" % (97 * number) for number in range(1, 30)]
+    other.put_many([(key, b"there") for key in changed])
+    outcome = exchange(one, other, recount=True, prefer_records=True)
+    assert (outcome.full_copy, outcome.figures.mode, outcome.unproven) == (None, "record", 0)
+    assert outcome.report == sorted([*changed, b"00500"])
+    assert same(one, other)
+    assert not one.verify().damages
+    assert len(walks) == 2
+
+
+@contextlib.contextmanager
+def behind(tablet):
+    """Change a tablet's file without the engine's knowledge: (transaction, records, changes)."""
     import lmdb
 
-    from srengine._native import tablet as kernel
-
-    path = str(tablet.path)
-    seed = int.from_bytes(tablet.seed, "little")
     tablet._environment.close()
-    with lmdb.open(path, max_dbs=16, map_size=1 << 26) as env:
+    with lmdb.open(str(tablet.path), max_dbs=16, map_size=1 << 26) as env:
         records = env.open_db(b"records", create=False)
         changes = env.open_db(b"changes", create=False, integerkey=True)
         with env.begin(write=True) as txn:
-            stored = txn.get(b"00100", db=records)
-            sequence = struct.unpack_from("<Q", stored, 4)[0]
-            txn.delete(b"00100", db=records)
-            txn.delete(struct.pack("<Q", sequence), db=changes)
-            stored = txn.get(b"00200", db=records)
-            sequence, clock = struct.unpack_from("<QQ", stored, 4)
-            txn.put(b"00200", kernel.digest_vector(seed, b"00200", b"forged", 0, sequence, clock)[0], db=records)
-            txn.put(b"added", kernel.digest_vector(seed, b"added", b"", 0, 2, clock)[0], db=records)
+            yield txn, records, changes
     reopened = Tablet.open(tablet.path, TABLET, map_bytes=1 << 26)
     tablet._environment = reopened._environment
     tablet._leaves = None
+
+
+def tamper(tablet):
+    """Remove one record, change one and add one in the file, checks and all."""
+    from srengine._native import tablet as kernel
+
+    seed = int.from_bytes(tablet.seed, "little")
+    with behind(tablet) as (txn, records, changes):
+        stored = txn.get(b"00100", db=records)
+        sequence = struct.unpack_from("<Q", stored, 4)[0]
+        txn.delete(b"00100", db=records)
+        txn.delete(struct.pack("<Q", sequence), db=changes)
+        stored = txn.get(b"00200", db=records)
+        sequence, clock = struct.unpack_from("<QQ", stored, 4)
+        txn.put(b"00200", kernel.digest_vector(seed, b"00200", b"forged", 0, sequence, clock)[0], db=records)
+        txn.put(b"added", kernel.digest_vector(seed, b"added", b"", 0, 2, clock)[0], db=records)
 
 
 # --- a lying peer ----------------------------------------------------------------------------------------------------

@@ -22,13 +22,15 @@ from srengine.sync.exchange_messages import (
     ExchangeEqual,
     ExchangeFetch,
     ExchangeFull,
+    ExchangePrepare,
+    ExchangePrepared,
     ExchangeSketch,
     ExchangeTables,
     Reason,
 )
 from srengine.sync.exchange_responder_machine import Responder
 from srengine.types import Listed, Located
-from tests.exchanges import TabletSide
+from tests.exchanges import TabletSide, exchange
 
 TABLET = "00" * 16
 RECORDS = 4000
@@ -76,6 +78,10 @@ def against(tablet, hostile, **options):
             effects = initiator.drain()
             if effects.outcome is not None:
                 return effects.outcome, repairs
+            if effects.announce is not None:
+                hostile.step(effects.announce.message)
+                initiator.announced()
+                continue
             if effects.send is not None:
                 initiator.step(*hostile.step(effects.send.message))
                 continue
@@ -229,6 +235,9 @@ REQUESTS = {
     "a sketch beyond bounds": ExchangeSketch("t", struct.pack("<BBIQ8s", 1, 3, 1 << 31, 1, b"\0" * 8) + NOISE),
     "a sketch of no subtable": ExchangeSketch("t", struct.pack("<BBIQ8s", 1, 0, 10, 1, b"\0" * 8)),
     "a sketch of neither kind": ExchangeSketch("t", struct.pack("<BBIQ8s", 7, 3, 1, 1, b"\0" * 8) + b"\0" * 90),
+    "an announcement beyond bounds": ExchangePrepare("t", struct.pack("<BIQ", 3, 1 << 31, 1)),
+    "an announcement of no subtable": ExchangePrepare("t", struct.pack("<BIQ", 2, 10, 1)),
+    "an announcement that goes on": ExchangePrepare("t", struct.pack("<BIQ", 3, 10, 1) + b"\0"),
     "a sketch without its cells": ExchangeSketch("t", struct.pack("<BBIQ8s", 0, 3, 400_000, 1, b"\0" * 8)),
     "everything, four thousand times": ExchangeFetch("t", b"\0" * 16 + ranges(*EVERYTHING * 4000)),
     "more ranges than bounds": ExchangeFetch("t", b"\0" * 16 + b"\0\0" + count(5000) + b"\0" * 30_000),
@@ -285,6 +294,27 @@ def test_a_greedy_request_costs_bounded_work(pair, name):
     assert sum(map(len, attachments)) <= (other.count + 1) * 100 + 2000
     assert len(reply.body) <= 2 * len(ANSWERED[name].body) + 200_000
     assert other.position == before
+
+
+def test_announcements_leave_one_table_and_none_that_is_larger_than_the_tablet(pair):
+    """F47: an announcement costs a walk, as a sketch does; one table is kept, and none with more cells than there are
+    records; what is announced instead of what comes helps nobody and harms nothing.
+    """
+    one, other = pair
+    responder = Responder(TabletSide(other))
+    for seed in range(20):
+        reply, attachments = responder.step(ExchangePrepare("t", struct.pack("<BIQ", 3, 300, seed)))
+        assert reply == ExchangePrepared(other.position.sequence.to_bytes(8, "little"))
+        assert attachments == ()
+    kept = other.leaves.prepared
+    assert kept is not None
+    assert (len(kept[1]), kept[1].seed) == (900, 19)
+    for ways, width in ((3, limits.EXCHANGE_CELLS_MAX // 3), (5, other.count // 5 + 1)):
+        responder.step(ExchangePrepare("t", struct.pack("<BIQ", ways, width, 1)))
+        assert other.leaves.prepared is kept
+    outcome = exchange(one, other, prefer_records=True)
+    assert (outcome.full_copy, outcome.unproven) == (None, 0)
+    assert one.root == other.root
 
 
 def test_what_is_more_than_a_message_holds_is_not_gathered(pair, monkeypatch):

@@ -105,7 +105,7 @@ def test_differences_spread_over_tablets_share_one_table(groups):
     and then the table does not decode (digests hold the clock, so no two runs are alike), and each goes on by itself.
     """
     shared = [spread_over_tablets(groups, run) for run in range(12)]
-    assert shared.count(True) >= 7, shared
+    assert shared.count(True) >= 10, shared
 
 
 def spread_over_tablets(groups, run):
@@ -137,7 +137,7 @@ def spread_over_tablets(groups, run):
     assert modes in ({"shared"}, {"leaf"}), modes
     assert sum(len(one.report) for one in found.values()) <= sum(map(len, truth.values())) + 1
     # One table for all: four comparisons by themselves take 1 300 bytes each.
-    assert outcome.figures.bytes < 3000
+    assert outcome.figures.bytes < 0.7 * 4 * 1300
     return modes == {"shared"}
 
 

@@ -145,13 +145,15 @@ def run_cases(place, monkeypatch, shape, cases):
         rng = random.Random(case)
         change(shape, rng, one, universe, boundaries)
         change(shape, rng, other, universe, boundaries)
-        before = [set(kernel.decode_rows(rows_of(tablet)[0])) for tablet in (one, other)]
+        authority = rows_of(other)
+        before = [set(kernel.decode_rows(rows)) for rows in (rows_of(one)[0], authority[0])]
         truth = {row[0] for row in before[0] ^ before[1]}
         outcome = exchange(*sides, case, prefer_records=rng.random() < shape.records)
         if outcome.full_copy is not None:
             copies += 1
             copy_whole(*sides)
-        assert rows_of(one) == rows_of(other), case
+        assert rows_of(one) == authority, case
+        assert tuple(other.position)[1:] == authority[1], case
         if outcome.full_copy is None:
             # What the authority purged goes with its purge mark, whether or not it was found.
             mark = other.purge_mark

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,20 @@ import msgspec
 import pytest
 
 from srengine import errors, limits
+from srengine._native import merkle
 from srengine.metrics import Metrics
 from srengine.storage import Batch, encode_operations
-from srengine.sync.exchange_messages import ExchangeClose, ExchangeCompare, ExchangeEqual, Reason
+from srengine.storage.merkle import Moment
+from srengine.sync import exchange_machine
+from srengine.sync.exchange_messages import (
+    ExchangeClose,
+    ExchangeCompare,
+    ExchangeEqual,
+    ExchangePrepare,
+    ExchangePrepared,
+    ExchangeSketch,
+    Reason,
+)
 from srengine.sync.exchanging import Answering, Exchanges, Goal, Unproven, WarmLeaves, pack, unpack
 from srengine.sync.quarantine import Quarantine
 from tests.sync.copies import LINEAGE, TABLET, Side
@@ -76,7 +88,7 @@ def same(bench: Bench) -> bool:
     return bench.here.slot.position == bench.there.slot.position
 
 
-def differ(bench: Bench, records: int) -> None:
+def differ(bench: Bench, records: int, *, apart: int = 1) -> None:
     """Let the copies tell two histories: the same sequences, other hybrid clocks in ``records`` of them."""
     puts = [(0, b"%08d" % number, b"base", 0, 0) for number in range(2000)]
     bench.there.tablet.apply([Batch(encode_operations(puts))])
@@ -85,7 +97,7 @@ def differ(bench: Bench, records: int) -> None:
     bench.here.tablet.apply_delta(delta)
     assert same(bench)
     for side, text in ((bench.here, b"one"), (bench.there, b"other")):
-        puts = [(0, b"%08d" % number, text, 0, 0) for number in range(records)]
+        puts = [(0, b"%08d" % (number * apart), text, 0, 0) for number in range(records)]
         side.tablet.apply([Batch(encode_operations(puts))])
 
 
@@ -103,6 +115,45 @@ def test_copies_become_equal(bench: Bench) -> None:
         + bench.metrics.value("srengine_exchange_runs_total", outcome="repaired", mode="record")
         >= 1
     )
+
+
+def test_both_sides_walk_their_records_at_the_same_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K11: by records, the peer makes its table while this node makes its own: each waits here for the other."""
+    monkeypatch.setattr(exchange_machine, "ANNOUNCED_RECORDS_MIN", 0)
+    monkeypatch.setattr(exchange_machine, "LEAF_MODE_RECORDS_MAX", 0)
+    both = threading.Barrier(2, timeout=30.0)
+    walked = []
+    walk = Moment._walk
+
+    def meet(moment: Moment, table: merkle.Sketch | None) -> None:
+        if table is not None:
+            walked.append(both.wait())
+        walk(moment, table)
+
+    monkeypatch.setattr(Moment, "_walk", meet)
+    differ(bench, 60, apart=31)
+    result = asyncio.run(bench.run())
+    assert same(bench)
+    assert sorted(walked) == [0, 1]
+    assert (result.records, result.rounds) == (60, 2)
+    assert [type(message) for message in bench.asked] == [ExchangeCompare, ExchangePrepare, ExchangeSketch]
+
+
+def test_a_refused_announcement_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K11: a peer that does not know announcements, or has no time for them, is asked for its records all the same."""
+    monkeypatch.setattr(exchange_machine, "ANNOUNCED_RECORDS_MIN", 0)
+    monkeypatch.setattr(exchange_machine, "LEAF_MODE_RECORDS_MAX", 0)
+
+    def lie(reply: Any, parts: tuple[bytes, ...]) -> tuple[Any, tuple[bytes, ...]]:
+        if isinstance(reply, ExchangePrepared):
+            raise errors.NotReady("too many exchanges at a time; come again")
+        return reply, parts
+
+    bench.lie = lie
+    differ(bench, 60, apart=31)
+    result = asyncio.run(bench.run())
+    assert same(bench)
+    assert (result.records, result.rounds) == (60, 2)
 
 
 def test_equal_copies_cost_one_message(bench: Bench) -> None:
