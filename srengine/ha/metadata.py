@@ -67,6 +67,8 @@ class MetadataMachine:
         self.store = RecentStore(store)
         """Where the state is read from."""
         self._lock = threading.RLock()
+        self.reads_whole = False
+        """Whether the whole state is read or replaced now: applying waits for its end."""
         self._appliers: dict[str, Applier] = {}
         tables = [OUTCOME_TABLE]
         for applier in appliers:
@@ -168,12 +170,12 @@ class MetadataMachine:
 
     def described(self) -> tuple[int, bytes]:
         """Return applied index and digest, which belong together."""
-        with self._lock:
+        with self._whole():
             return self.applied_index, self.digest()
 
     def digest(self) -> bytes:
         """Return 16 bytes over all rows of the appliers' tables and the index; equal states have equal digests."""
-        with self._lock:
+        with self._whole():
             digest = state.Digest(self.applied_index)
             for table, key, value in self._rows():
                 digest.add(table, key, value)
@@ -181,7 +183,7 @@ class MetadataMachine:
 
     def export(self, path: Path) -> state.Described:
         """Write the state to a new file; nothing is applied meanwhile."""
-        with self._lock:
+        with self._whole():
             index, term = self.applied
             count = size = 0
             for _, key, value in self._rows():
@@ -197,7 +199,7 @@ class MetadataMachine:
         ``index`` and ``term``: what the file must hold. Raises `SnapshotDamaged`, `UnsupportedFeature` (of another
         version), and `Conflict` for a state that is older than the own one.
         """
-        with self._lock, contextlib.closing(state.read_file(path)) as items:
+        with self._whole(), contextlib.closing(state.read_file(path)) as items:
             header = state.read_header(items, self._tables)
             if index is not None and header.index != index:
                 raise errors.SnapshotDamaged(f"the state is that of index {header.index}, not {index}")
@@ -219,6 +221,15 @@ class MetadataMachine:
 
             self.store.replace_tables(self._tables, rows, bytes_expected=header.row_bytes)
             return state.Described(header.index, header.term, digest.value(), header.rows)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        with self._lock:
+            before, self.reads_whole = self.reads_whole, True
+            try:
+                yield
+            finally:
+                self.reads_whole = before
 
     def _rows(self) -> Iterator[Row]:
         for table in self._tables:

@@ -12,7 +12,8 @@ class Node:
     def __init__(self) -> None:
         self.now = 100.0
         self.committed = self.applied = 7
-        self.currency = Currency(lambda: self.committed, lambda: self.applied, self)
+        self.reads_whole = False
+        self.currency = Currency(lambda: self.committed, lambda: self.applied, lambda: self.reads_whole, self)
 
     def boottime_s(self) -> float:
         return self.now
@@ -81,3 +82,16 @@ def test_a_node_that_applies_nothing_stands_still():
     node.applied += 1
     node.currency.look()
     assert not node.currency.still
+
+
+def test_a_node_that_reads_its_whole_state_does_not_stand_still():
+    """H17, H27: a digest of a large state makes applying wait: the node is not current, but no leader gives up."""
+    node = Node()
+    node.committed += 1
+    node.reads_whole = True
+    node.passes(60)
+    assert not node.current
+    assert not node.currency.still
+    node.reads_whole = False
+    node.passes(60)
+    assert node.currency.still

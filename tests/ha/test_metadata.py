@@ -341,3 +341,20 @@ def test_a_crash_while_installing_leaves_the_old_state(node, tmp_path):
     node.store.close()
     with MetadataStore(node.store.path) as again:
         assert MetadataMachine(again, [Setting()]).applied_index == node.setting.seen[-1][0]
+
+
+def test_it_says_when_the_whole_state_is_read(node, monkeypatch):
+    """H17, H27: while a digest is made or a copy written, and only then, the machine says that applying waits."""
+    node.must(bootstrap())
+    seen = []
+    scan = node.machine.store.scan
+
+    def watched(*arguments):
+        seen.append(node.machine.reads_whole)
+        return scan(*arguments)
+
+    monkeypatch.setattr(node.machine.store, "scan", watched)
+    node.machine.described()
+    assert seen
+    assert all(seen)
+    assert not node.machine.reads_whole

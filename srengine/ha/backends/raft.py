@@ -172,7 +172,12 @@ class RaftBackend:
         self.leading = Leading(
             around, self._options, self._standing, self._journal, self.driver, self.machine, self._spawn
         )
-        self.currency = Currency(lambda: self.machine.commit_index, lambda: self._journal.visible_index, around.clock)
+        self.currency = Currency(
+            lambda: self.machine.commit_index,
+            lambda: self._journal.visible_index,
+            lambda: around.machine.reads_whole,
+            around.clock,
+        )
         copies = StateCopies(around.data_dir / COPIES_NAME, self._journal, around.wire)
         self.reconciling = Reconciling(around, self._standing, self._journal, copies, self._options.reconcile_s)
         wire = around.wire

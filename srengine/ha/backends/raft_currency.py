@@ -23,11 +23,16 @@ _LOOKS: Final = int(limits.STALENESS_S_MAX / LOOK_S) + 1
 
 
 class Currency:
-    """``committed()`` and ``applied()``: indexes of this node now."""
+    """``committed()`` and ``applied()``: indexes of this node now. ``excused()``: applying waits for something that
+    ends, such as a digest of all that there is.
+    """
 
-    def __init__(self, committed: Callable[[], int], applied: Callable[[], int], clock: Clock) -> None:
+    def __init__(
+        self, committed: Callable[[], int], applied: Callable[[], int], excused: Callable[[], bool], clock: Clock
+    ) -> None:
         self._committed = committed
         self._applied = applied
+        self._excused = excused
         self._clock = clock
         self._looks: deque[tuple[float, int]] = deque(maxlen=_LOOKS)
         """When, and what was committed then; none is older than matters."""
@@ -47,7 +52,8 @@ class Currency:
         """Take note of what is committed and applied now."""
         committed, applied = self._committed(), self._applied()
         self._looks.append((self._clock.boottime_s(), committed))
-        self._still = self._still + 1 if self._applied_last == applied < committed else 0
+        still = self._applied_last == applied < committed and not self._excused()
+        self._still = self._still + 1 if still else 0
         self._applied_last = applied
 
     @property
