@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.simulator.breakages import ALL, NONE
+from tests.simulator.breakages import BREAKAGES, NONE
 from tests.simulator.story import Failure
 from tests.simulator.workers import one, results
 
@@ -58,15 +58,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=100, help="how many")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
-    parser.add_argument("--breakage", default=NONE.name, choices=[NONE.name, *ALL], metavar="NAME")
-    parser.add_argument("--regime", default=NONE.name, choices=[NONE.name, *ALL], metavar="NAME")
+    parser.add_argument("--breakage", default=NONE.name, choices=[NONE.name, *BREAKAGES], metavar="NAME")
+    parser.add_argument("--regime", default=NONE.name, choices=[NONE.name, *BREAKAGES], metavar="NAME")
     parser.add_argument("--breakages", action="store_true", help="list the breakages and end")
     parser.add_argument("--hunt", action="store_true", help="for each breakage, find the first seed that finds it")
     parser.add_argument("--trace", action="store_true", help="print everything that happens (one seed)")
     parser.add_argument("--keep-going", action="store_true", help="run all seeds though one failed")
     parsed = parser.parse_args()
     if parsed.breakages:
-        for breakage in ALL.values():
+        for breakage in BREAKAGES.values():
             sys.stdout.write(f"{breakage.name}: {breakage.text}\n")
         return 0
     if parsed.hunt:
@@ -88,7 +88,7 @@ def traced(parsed: argparse.Namespace) -> int:
 
 def hunt(parsed: argparse.Namespace) -> int:
     """For one breakage or all of them, run seeds until one fails."""
-    names = [parsed.breakage] if parsed.breakage != NONE.name else list(ALL)
+    names = [parsed.breakage] if parsed.breakage != NONE.name else list(BREAKAGES)
     missed = 0
     for name in names:
         began = time.process_time()

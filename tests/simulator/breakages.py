@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from srengine.consensus import quorum
 from srengine.consensus.effects import Timing
 from tests.simulator.network import Weather
 from tests.simulator.regime import Regime
@@ -98,17 +97,6 @@ def _commit_alone(machine: Any) -> None:
     machine._held_by_majority = lambda _leader: machine.view.durable_index
 
 
-def _count_own_pending(machine: Any) -> None:
-    def held(leader: Any) -> int:
-        view, peers = machine.view, leader.peers
-        voters = machine.configuration.voters
-        return quorum.agreed(
-            voters, lambda voter: view.last_index if voter == machine.node_id else peers[voter].counted_index
-        )
-
-    machine._held_by_majority = held
-
-
 def _apply_what_came(machine: Any) -> None:
     def learn(_index: int) -> None:
         machine.commit_index = max(machine.commit_index, machine.view.last_index)
@@ -169,10 +157,6 @@ def _by_lease(regime: Regime, *faults: str, **changed: Any) -> Regime:
     return _busy(regime, *faults, timing=timing, clock_drift=timing.drift, **changed)
 
 
-def _of_cuts(regime: Regime) -> Regime:
-    return _busy(regime, "isolate", "split", "one way", "bridge", "freeze", "flap")
-
-
 def _calm(regime: Regime, *faults: str, **changed: Any) -> Regime:
     """One fault after the other, and clients that soon ask somebody else."""
     clients = {"clients": 2, "think_s": 0.05, "patience_s": 0.1, "roams": 0.3, "mix": (6, 2, 1)}
@@ -222,13 +206,13 @@ def _of_amnesia(regime: Regime) -> Regime:
     return _calm(regime, "amnesia", timing=LONG_IN_OFFICE, fault_every_s=1.5)
 
 
+def _of_two_leaders(regime: Regime) -> Regime:
+    return _calm(regime, "camps", "isolate", timing=LONG_IN_OFFICE)
+
+
 def _of_echoes(regime: Regime) -> Regime:
     # Few rounds of heartbeats in a term: those of an earlier one have the same numbers.
     return _calm(regime, "swing", timing=LONG_IN_OFFICE, fault_every_s=2.0)
-
-
-def _of_slow_disks(regime: Regime) -> Regime:
-    return _busy(regime, "slow disk", "slow disk", "crash", "young leader", "isolate", disk_s=(0.001, 0.05))
 
 
 def _of_harm(regime: Regime) -> Regime:
@@ -241,7 +225,7 @@ def _of_storms(regime: Regime) -> Regime:
     return _busy(regime, "young leader", "isolate", "crash", weather=weather, timing=timing)
 
 
-ALL: dict[str, Breakage] = {
+BREAKAGES: dict[str, Breakage] = {
     breakage.name: breakage
     for breakage in (
         Breakage("vote twice", "a voter gives its vote of a term again", _vote_twice),
@@ -273,7 +257,7 @@ ALL: dict[str, Breakage] = {
             "read unconfirmed",
             "a leader answers reads without asking whether it still leads",
             lambda machine: setattr(machine, "_confirmed_round", lambda leader: leader.round),
-            _of_cuts,
+            _of_two_leaders,
         ),
         Breakage("read before own entry", "a new leader reads at once", _always("_term_settled", True)),
         Breakage(
@@ -288,12 +272,6 @@ ALL: dict[str, Breakage] = {
         Breakage("cut on every append", "a late append cuts off what came after it", _cut_on_every_append, _of_storms),
         Breakage("skip previous term", "entries are put behind any entry", _skip_previous_term),
         Breakage("commit alone", "a leader calls committed what only it holds", _commit_alone),
-        Breakage(
-            "count own pending",
-            "a leader counts what its own disk does not hold yet",
-            _count_own_pending,
-            _of_slow_disks,
-        ),
         Breakage("apply what came", "a follower applies what it has, committed or not", _apply_what_came),
         Breakage("count learners", "learners count for commitment", _count_learners, _of_changes),
         Breakage("count untrusted", "answers of nodes that may not vote count", _count_untrusted, _of_amnesia),
@@ -311,9 +289,3 @@ ALL: dict[str, Breakage] = {
         Breakage("repeat requests", "a request that comes twice is applied twice", repeats_requests=True),
     )
 }
-
-ELUSIVE = frozenset({"count own pending"})
-"""No bug of this machine: a leader sends nothing that its own disk does not hold."""
-
-BREAKAGES = {name: breakage for name, breakage in ALL.items() if name not in ELUSIVE}
-"""Those that the simulator finds."""

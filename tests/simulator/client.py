@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Call:
-    """An operation that goes on. ``attempt`` grows with each asking: answers to older ones count as well."""
+    """An operation that goes on. ``attempt`` grows with each asking: answers to older ones count as well. Once it is
+    ``given_up`` none counts: its client is at the next one.
+    """
 
     group: str
     register: str
@@ -31,6 +33,7 @@ class Call:
     asked_s: float = 0.0
     attempt: int = 0
     index: int = 0
+    given_up: bool = False
 
     def operation(self, client: str) -> Operation:
         """Return it as the checker sees it."""
@@ -89,6 +92,7 @@ class Client:
             return
         world = self.world
         if world.schedule.now_s >= until_s:
+            call.given_up = True
             self._pause()
             return
         call.attempt += 1
@@ -113,7 +117,7 @@ class Client:
                 if attempt == call.attempt and call.returned is None:
                     self.leaders.pop(call.group, None)
                     again(0.02 + 0.1 * self._source.random())
-            elif call.returned is None:
+            elif call.returned is None and not call.given_up:
                 self.leaders[call.group] = host
                 self._return(call, outcome)
 

@@ -151,7 +151,7 @@ class Story:
             self.progress.reached(f"new write in {group}", now)
             if self._equal(group, leader, max(probe.index, self.world.judges.acknowledged.newest(group))):
                 self.progress.reached(f"equal state in {group}", now)
-        elif now > probe.asked_s + 3:
+        elif probe.given_up or now > probe.asked_s + 3:
             del self._probes[group]  # its client's patience is over
 
     def _leader(self, group: str) -> Host | None:

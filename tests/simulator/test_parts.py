@@ -12,7 +12,7 @@ from tests.simulator.checkers.matching import START, LogMatching
 from tests.simulator.checkers.violation import Violation
 from tests.simulator.clock import Clock
 from tests.simulator.disk import Disk, GroupLog, Health
-from tests.simulator.network import Network, Weather
+from tests.simulator.network import SAID_MAX, Network, Weather
 from tests.simulator.registers import Command, Registers, Result, Verb, encode
 from tests.simulator.schedule import Schedule
 
@@ -86,6 +86,16 @@ def test_cut_is_one_way() -> None:
     """F24: nothing goes through a cut pair, and its other direction is open."""
     assert sent(Weather(), cut=(("a", "b"),)) == []
     assert len(sent(Weather(), cut=(("b", "a"),))) == 400
+
+
+def test_network_remembers_what_was_said_last() -> None:
+    """F27: the last frames of a pair, lost ones apart, can be heard again; there is a bound to it."""
+    network = Network(Schedule(), random.Random(3), Weather(), {("b", "a")})
+    for number in range(SAID_MAX + 5):
+        network.send("a", "b", (number,), lambda _target, _frame: None)
+        network.send("b", "a", (number,), lambda _target, _frame: None)
+    assert [frame for frame, _ in network.said["a", "b"]] == [(number,) for number in range(5, SAID_MAX + 5)]
+    assert not network.said["b", "a"]
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.simulator.breakages import BREAKAGES, NONE
 from tests.simulator.network import Weather
 from tests.simulator.regime import FAULTS, draw
 from tests.simulator.story import Failure, run
+from tests.simulator.workers import one
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 10
@@ -51,6 +53,18 @@ def test_each_fault_alone_is_survived(fault: str) -> None:
     assert report.acknowledged >= 1
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["skip term checks", "no promise", "no promise after a start", "several voters at once", "count untrusted"],
+)
+def test_regime_of_a_breakage_is_survived_by_the_whole(name: str) -> None:
+    """F14, F24, F27: what is made to find a broken machine finds nothing where nothing is broken."""
+    for seed in range(3):
+        report = one((seed, NONE.name, name))
+        assert not isinstance(report, Failure), (seed, report)
+        assert report.acknowledged >= 1
+
+
 def test_groups_on_one_disk_keep_every_promise() -> None:
     """Three groups of a node share its disk, its transactions and its end."""
     acknowledged = 0
@@ -71,8 +85,6 @@ def test_failure_says_how_to_play_it_again() -> None:
     assert "epochs: group g" in ended.stdout
     assert f"""play it again: make sim SEED={seed} SEEDS=1 ARGS='--breakage "act unfenced"'""" in ended.stdout
     with pytest.raises(Failure, match="epochs"):
-        from tests.simulator.breakages import BREAKAGES
-
         run(seed, breakage=BREAKAGES["act unfenced"])
 
 

@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from tests.simulator.breakages import ALL, NONE
+from tests.simulator.breakages import BREAKAGES, NONE
 from tests.simulator.regime import regime_of
 from tests.simulator.story import Failure, Report, run
 
@@ -17,9 +17,9 @@ Task = tuple[int, str, str]
 def one(task: Task, show: Callable[[str], object] | None = None) -> Report | Failure:
     """Run one seed and return what came of it."""
     seed, breakage, narrowed = task
-    regime = ALL.get(narrowed, NONE).narrowed(regime_of(seed))
+    regime = BREAKAGES.get(narrowed, NONE).narrowed(regime_of(seed))
     try:
-        return run(seed, breakage=ALL.get(breakage, NONE), regime=regime, show=show)
+        return run(seed, breakage=BREAKAGES.get(breakage, NONE), regime=regime, show=show)
     except Failure as failure:
         return failure
 
