@@ -85,7 +85,8 @@ cdef class Environment:
     def __cinit__(self):
         pthread_mutex_init(&self.map_lock, NULL)
         pthread_mutex_init(&self.queue_lock, NULL)
-        pthread_cond_init(&self.unpinned, NULL)
+        sr_timed_condition(&self.unpinned)
+        sr_timed_condition(&self.gathered)
         self.generation = sr_generation
         self.is_closed = True
         self.ring_sequences = <uint64_t *>calloc(RING_ENTRIES, sizeof(uint64_t))
@@ -226,6 +227,7 @@ cdef class Environment:
         pthread_mutex_destroy(&self.map_lock)
         pthread_mutex_destroy(&self.queue_lock)
         pthread_cond_destroy(&self.unpinned)
+        pthread_cond_destroy(&self.gathered)
 
     cdef void shut(self) noexcept:
         cdef ReaderLink *link
@@ -237,7 +239,7 @@ cdef class Environment:
                 return
             self.is_closed = True
             while self.writer_active:
-                sr_wait_ms(&self.unpinned, &self.queue_lock, 1)
+                sr_wait_us(&self.unpinned, &self.queue_lock, 1000)
             link = self.readers
             while link is not NULL:
                 if link.busy:

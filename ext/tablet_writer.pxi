@@ -4,6 +4,10 @@
 # queued, commits it in one transaction and wakes the others; otherwise it sleeps until it is done, or until it is
 # promoted to write what has queued up meanwhile. All of it runs without the GIL.
 #
+# Callers who write again and again would fall into two halves that wait for each other's commit. So after a commit that
+# others waited for, the next writer waits, for a part of the time that it took, until as many are back as it let go. Who
+# is alone never waits, and after a wait for few there is none for a while.
+#
 #   queue_lock   guards the queue, the state that Python reads, and the list of readers
 #   map_lock     held by a short read, and while the map moves: growing under an open read is a crash
 #
@@ -14,6 +18,10 @@ cdef enum:
     GROUP_OPERATIONS_MAX = 200000
     GROUP_BYTES_LIMIT = 268435456
     RING_ENTRIES = 65536
+    GATHER_US_MIN = 100          # a commit shorter than this is not worth a wait
+    GATHER_US_MAX = 5000
+    GATHER_SHARE = 2             # a wait lasts at most one part of so many of the commit before
+    GATHER_PAUSE = 16            # commits without a wait, after one for few
 
 
 cdef extern from *:
@@ -83,13 +91,36 @@ cdef extern from *:
         return (unsigned long long)now.tv_sec * 1000 + now.tv_nsec / 1000000;
     }
 
-    static void sr_wait_ms(pthread_cond_t *condition, pthread_mutex_t *lock, unsigned long ms) {
-        struct timespec until;
-        clock_gettime(CLOCK_REALTIME, &until);
-        until.tv_nsec += (long)(ms % 1000) * 1000000;
-        until.tv_sec += ms / 1000 + until.tv_nsec / 1000000000;
+    static unsigned long long sr_now_us(void) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return (unsigned long long)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+    }
+
+    /* A condition to wait on with `sr_wait_us`, which no step of the wall clock prolongs. */
+    static void sr_timed_condition(pthread_cond_t *condition) {
+        pthread_condattr_t attributes;
+        pthread_condattr_init(&attributes);
+    #ifndef __APPLE__
+        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    #endif
+        pthread_cond_init(condition, &attributes);
+        pthread_condattr_destroy(&attributes);
+    }
+
+    static void sr_wait_us(pthread_cond_t *condition, pthread_mutex_t *lock, unsigned long us) {
+        struct timespec until = {0, 0};
+    #ifndef __APPLE__
+        clock_gettime(CLOCK_MONOTONIC, &until);
+    #endif
+        until.tv_nsec += (long)(us % 1000000) * 1000;
+        until.tv_sec += us / 1000000 + until.tv_nsec / 1000000000;
         until.tv_nsec %= 1000000000;
+    #ifdef __APPLE__
+        pthread_cond_timedwait_relative_np(condition, lock, &until);
+    #else
         pthread_cond_timedwait(condition, lock, &until);
+    #endif
     }
     """
     uint64_t sr_generation
@@ -99,7 +130,9 @@ cdef extern from *:
     bint sr_can_map(size_t size) noexcept nogil
     uint64_t sr_now_ms() noexcept nogil
     uint64_t sr_wall_ms() noexcept nogil
-    void sr_wait_ms(pthread_cond_t *condition, pthread_mutex_t *lock, unsigned long ms) noexcept nogil
+    uint64_t sr_now_us() noexcept nogil
+    void sr_timed_condition(pthread_cond_t *condition) noexcept nogil
+    void sr_wait_us(pthread_cond_t *condition, pthread_mutex_t *lock, unsigned long us) noexcept nogil
 
 
 cdef extern from "<pthread.h>" nogil:
@@ -176,7 +209,7 @@ cdef int grow(Environment env, bint wait) noexcept nogil:
         return 0
     env.growing = True
     while env.pinned:
-        sr_wait_ms(&env.unpinned, &env.queue_lock, 20)
+        sr_wait_us(&env.unpinned, &env.queue_lock, 20000)
         expire_readers(env)
     pthread_mutex_lock(&env.map_lock)
     rc = mdb_env_set_mapsize(env.env, wanted)
@@ -348,12 +381,26 @@ cdef void wake(Submission *job, bint promoted) noexcept nogil:
     pthread_mutex_unlock(&job.lock)
 
 
+cdef void gather(Environment env) noexcept nogil:
+    """Wait until those whom the last commit let go are back, or the time for it is over; the caller holds queue_lock."""
+    cdef uint64_t now
+    while env.expected:
+        now = sr_now_us()
+        if now >= env.gather_until_us:
+            if 4 * env.expected > env.let_go:
+                env.gather_pause = GATHER_PAUSE
+            env.expected = 0
+            break
+        sr_wait_us(&env.gathered, &env.queue_lock, env.gather_until_us - now)
+
+
 cdef void submit(Environment env, Submission *job) noexcept nogil:
     """Hand work to the writer and return when it is durable, or failed."""
     cdef Submission *first
     cdef Submission *last
     cdef Submission *following
     cdef size_t jobs, operations, size
+    cdef uint64_t spent_us
     job.done = False
     job.promoted = False
     job.next = NULL
@@ -369,6 +416,10 @@ cdef void submit(Environment env, Submission *job) noexcept nogil:
     else:
         env.queue_tail.next = job
     env.queue_tail = job
+    if env.expected:
+        env.expected -= 1
+        if not env.expected:
+            pthread_cond_signal(&env.gathered)
     if env.writer_active:
         # Not on the lock that all share: whoever is woken would wait for it until the last of them is.
         pthread_mutex_unlock(&env.queue_lock)
@@ -382,6 +433,8 @@ cdef void submit(Environment env, Submission *job) noexcept nogil:
             return
         pthread_mutex_lock(&env.queue_lock)
     env.writer_active = True
+    if job.mode == MODE_ENTRIES:
+        gather(env)
     # Take what has queued up: a run of entries shares a transaction, anything else goes alone.
     first = env.queue_head
     last = first
@@ -399,14 +452,24 @@ cdef void submit(Environment env, Submission *job) noexcept nogil:
     if env.queue_head is NULL:
         env.queue_tail = NULL
     pthread_mutex_unlock(&env.queue_lock)
+    spent_us = sr_now_us()
     if jobs == 1:
         if first.mode == MODE_ENTRIES:
             number_entries(env, first)
         run(env, first)
     else:
         run_group(env, first, jobs)
+    spent_us = sr_now_us() - spent_us
     pthread_mutex_lock(&env.queue_lock)
     following = env.queue_head
+    env.expected = 0
+    if job.mode == MODE_ENTRIES and spent_us >= GATHER_US_MIN and (jobs > 1 or following is not NULL):
+        if env.gather_pause:
+            env.gather_pause -= 1
+        else:
+            env.expected = env.let_go = jobs
+            spent_us = spent_us // GATHER_SHARE
+            env.gather_until_us = sr_now_us() + (spent_us if spent_us < GATHER_US_MAX else GATHER_US_MAX)
     env.writer_active = following is not NULL
     pthread_mutex_unlock(&env.queue_lock)
     # NB: the next writer before all others: the disk is idle until it runs.

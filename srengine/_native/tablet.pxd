@@ -150,6 +150,11 @@ cdef class Environment:
     cdef Submission *queue_head
     cdef Submission *queue_tail
     cdef bint writer_active
+    cdef pthread_cond_t gathered          # signalled when `expected` falls to 0
+    cdef size_t expected                  # of `let_go` by the last commit, so many are not back
+    cdef size_t let_go
+    cdef uint64_t gather_until_us         # how long it waits for them
+    cdef unsigned int gather_pause        # commits that wait for nobody
     cdef bint growing                     # a writer waits for the pinned readers to go: no new ones
     cdef int pinned                       # readers whose transaction is open
     cdef ReaderLink *readers              # pinned readers, newest first
