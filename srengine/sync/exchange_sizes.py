@@ -26,7 +26,7 @@ DEVIATIONS: Final = 1.75
 """How far above the estimate a table is sized, in standard deviations. With the table's own slack one in fifty is too
 small."""
 MANY_RECORDS: Final = 5000.0
-MANY_DEVIATIONS: Final = 2.15
+MANY_DEVIATIONS: Final = 2.0
 """The same above so many records: a second table is nearly twice the bytes once more, the deviation a tenth."""
 CELLS_MORE: Final = 14
 CELLS_MIN: Final = 30
