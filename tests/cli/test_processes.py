@@ -81,8 +81,9 @@ def test_demo_events_and_keep(tmp_path):
         command("demo", "--records", 500, "-o", "jsonl", "--keep"),
         capture_output=True, cwd=tmp_path, env=environment(tmp_path),
     )  # fmt: skip
-    assert done.returncode == 0, (done.stdout, done.stderr)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines[-1]["problems"] == [], lines[-1]["problems"]
+    assert done.returncode == 0, done.stderr
     events = [line["event"] for line in lines[:-1]]
     for earlier, later in zip(
         ["directory", "starting", "loading", "killed", "returning", "synced", "equal"],
