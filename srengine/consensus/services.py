@@ -55,8 +55,8 @@ class StateMachine(Protocol):
         ...
 
     def flush(self) -> None:
-        """Make durable what is visible: `applied` says so then. Called as `apply` is, and may fail in the same ways;
-        never while everything is durable.
+        """Make durable what is visible: `applied` says so then; as it was: not now, it is called again in a while.
+        Called as `apply` is, and may fail in the same ways; never while everything is durable.
         """
         ...
 

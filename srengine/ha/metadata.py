@@ -40,7 +40,7 @@ from srengine.ha.journal import Command
 from srengine.ha.members import BOOTSTRAP
 from srengine.ha.outcomes import OUTCOME_TABLE, Outcome, find_outcome, keep_outcome, refused
 from srengine.ha.recent import RecentStore
-from srengine.ha.tables import Applier, Overlay, ReplaceableStore, Row, Store, Tables
+from srengine.ha.tables import Applier, Overlay, Readable, ReplaceableStore, Row, Store, Tables
 
 __all__ = ["STATE_TABLE", "Applier", "Applying", "MetadataMachine", "Store", "Tables"]
 
@@ -67,8 +67,8 @@ class MetadataMachine:
         self.store = RecentStore(store)
         """Where the state is read from."""
         self._lock = threading.RLock()
-        self.reads_whole = False
-        """Whether the whole state is read or replaced now: applying waits for its end."""
+        self._whole: set[object] = set()
+        """One for each that reads or replaces the whole state now."""
         self._appliers: dict[str, Applier] = {}
         tables = [OUTCOME_TABLE]
         for applier in appliers:
@@ -84,6 +84,13 @@ class MetadataMachine:
     def tables(self) -> tuple[str, ...]:
         """Names of the tables that make the state, sorted."""
         return self._tables
+
+    @property
+    def occupied(self) -> bool:
+        """Whether the whole state is replaced now, for which applying waits, or read, for which it waits when more is
+        not flushed than may be.
+        """
+        return bool(self._whole)
 
     @property
     def applied_index(self) -> int:
@@ -109,9 +116,11 @@ class MetadataMachine:
         with self._lock:
             return self._apply_in(self.store.show(), entries)
 
-    def flush(self) -> None:
-        """Make everything that was applied durable. Not beside a call that changes something."""
-        self.store.flush()
+    def flush(self) -> bool:
+        """Make everything that was applied durable, unless somebody reads the whole state at this moment; return
+        whether it is. Not beside a call that changes something.
+        """
+        return self.store.flush(wait=False)
 
     def _apply_in(self, target: AbstractContextManager[Tables], entries: Sequence[Applying]) -> list[Outcome]:
         if not entries:
@@ -169,29 +178,29 @@ class MetadataMachine:
     # --- the whole state ---------------------------------------------------------------------------------------------
 
     def described(self) -> tuple[int, bytes]:
-        """Return applied index and digest, which belong together."""
-        with self._whole():
-            return self.applied_index, self.digest()
+        """Return applied index and digest, which belong together. Entries are applied meanwhile, and not flushed."""
+        with self._frozen() as rows:
+            index, _ = _applied(rows)
+            digest = state.Digest(index)
+            for table, key, value in self._rows(rows):
+                digest.add(table, key, value)
+            return index, digest.value()
 
     def digest(self) -> bytes:
         """Return 16 bytes over all rows of the appliers' tables and the index; equal states have equal digests."""
-        with self._whole():
-            digest = state.Digest(self.applied_index)
-            for table, key, value in self._rows():
-                digest.add(table, key, value)
-            return digest.value()
+        return self.described()[1]
 
     def export(self, path: Path) -> state.Described:
-        """Write the state to a new file; nothing is applied meanwhile."""
-        with self._whole():
-            index, term = self.applied
+        """Write the state to a new file. Entries are applied meanwhile, and not flushed."""
+        with self._frozen() as rows:
+            index, term = _applied(rows)
             count = size = 0
-            for _, key, value in self._rows():
+            for _, key, value in self._rows(rows):
                 count += 1
                 size += len(key) + len(value)
             header = state.Header(state.FORMAT, index, term, self._tables, count, size)
             with path.open("xb") as file:
-                return state.write_items(header, self._rows(), file)
+                return state.write_items(header, self._rows(rows), file)
 
     def install(self, path: Path, *, index: int | None = None, term: int | None = None) -> state.Described:
         """Replace the state by that of a file, durably, all or nothing.
@@ -199,7 +208,7 @@ class MetadataMachine:
         ``index`` and ``term``: what the file must hold. Raises `SnapshotDamaged`, `UnsupportedFeature` (of another
         version), and `Conflict` for a state that is older than the own one.
         """
-        with self._whole(), contextlib.closing(state.read_file(path)) as items:
+        with self._lock, self._occupied(), contextlib.closing(state.read_file(path)) as items:
             header = state.read_header(items, self._tables)
             if index is not None and header.index != index:
                 raise errors.SnapshotDamaged(f"the state is that of index {header.index}, not {index}")
@@ -223,21 +232,30 @@ class MetadataMachine:
             return state.Described(header.index, header.term, digest.value(), header.rows)
 
     @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
-        with self._lock:
-            before, self.reads_whole = self.reads_whole, True
-            try:
-                yield
-            finally:
-                self.reads_whole = before
+    def _occupied(self) -> Iterator[None]:
+        token = object()
+        self._whole.add(token)
+        try:
+            yield
+        finally:
+            self._whole.discard(token)
 
-    def _rows(self) -> Iterator[Row]:
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[Readable]:
+        """Yield the state of one index."""
+        with contextlib.ExitStack() as stack:
+            with self._lock:
+                stack.enter_context(self._occupied())
+                rows = stack.enter_context(self.store.frozen())
+            yield rows
+
+    def _rows(self, rows: Readable) -> Iterator[Row]:
         for table in self._tables:
-            for key, value in self.store.scan(table):
+            for key, value in rows.scan(table):
                 yield table, key, value
 
 
-def _applied(rows: Store | Tables) -> tuple[int, int]:
+def _applied(rows: Readable) -> tuple[int, int]:
     stored = rows.get(STATE_TABLE, _APPLIED)
     if stored is None:
         return 0, 0

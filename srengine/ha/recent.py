@@ -11,7 +11,8 @@ The journal's log is durable before an entry is applied, so nothing can be lost 
 the last flush are applied again. An acknowledged write waits for the log alone, and a hundred of them cost the
 state's file one transaction.
 
-A flush writes all of ``recent`` as of one index, or nothing, so the file always holds the state of some index.
+A flush writes all of ``recent`` as of one index, or nothing, so the file always holds the state of some index. Whoever
+reads the whole state (a digest, a copy) has it stand still by keeping flushes off; entries are applied meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from srengine.ha.tables import Overlay, ReplaceableStore, Row, Tables
+from srengine.ha.tables import Overlay, Readable, ReplaceableStore, Row, Tables
 
 ROWS_KEPT_MAX: Final = 4096
 """Rows kept for reading; beyond it all are forgotten."""
@@ -38,6 +39,8 @@ class RecentStore:
 
     def __init__(self, below: ReplaceableStore) -> None:
         self._below = below
+        self._file = threading.RLock()
+        """Held by whoever writes the store, or wants it to stand still."""
         self._lock = threading.Lock()
         """Held for moments: the layers change under it."""
         self._recent: _Rows = {}
@@ -83,19 +86,28 @@ class RecentStore:
         put = sorted((key, value) for key, value in changed.items() if value is not None)
         yield from heapq.merge(below, put)
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[Readable]:
+        """Yield everything as it is visible now. Changes go on meanwhile, but nothing of them is flushed."""
+        with self._file:
+            with self._lock:
+                recent = dict(self._recent)
+            yield Overlay(self._below, recent)
+
     # --- changing ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Tables]:
         """See `tables.Store.transaction`; what is recent becomes durable before."""
-        self.flush()
-        with self._below.transaction() as transaction:
-            changes = Overlay(transaction)
-            yield changes
-            changes.write(transaction)
-        with self._lock:
-            self._keep(changes.changes)
-            self._flushes += 1
+        with self._file:
+            self.flush()
+            with self._below.transaction() as transaction:
+                changes = Overlay(transaction)
+                yield changes
+                changes.write(transaction)
+            with self._lock:
+                self._keep(changes.changes)
+                self._flushes += 1
 
     @contextlib.contextmanager
     def show(self) -> Iterator[Tables]:
@@ -105,8 +117,19 @@ class RecentStore:
         with self._lock:
             self._recent.update(changes.changes)
 
-    def flush(self) -> None:
-        """Make everything that is visible durable. Raises as the store's transaction; then all of it stays recent."""
+    def flush(self, *, wait: bool = True) -> bool:
+        """Make everything that is visible durable; return whether it is. Without ``wait`` nothing happens while
+        somebody reads what is `frozen`. Raises as the store's transaction; then all of it stays recent.
+        """
+        if not self._file.acquire(blocking=wait):
+            return False
+        try:
+            self._flush()
+        finally:
+            self._file.release()
+        return True
+
+    def _flush(self) -> None:
         with self._lock:
             if not self._recent:
                 return
@@ -139,10 +162,11 @@ class RecentStore:
 
     def replace_tables(self, tables: Sequence[str], rows: Callable[[], Iterator[Row]], *, bytes_expected: int) -> None:
         """See `tables.ReplaceableStore`; what is recent becomes durable before."""
-        self.flush()
-        try:
-            self._below.replace_tables(tables, rows, bytes_expected=bytes_expected)
-        finally:
-            with self._lock:
-                self._kept = {}
-                self._flushes += 1
+        with self._file:
+            self.flush()
+            try:
+                self._below.replace_tables(tables, rows, bytes_expected=bytes_expected)
+            finally:
+                with self._lock:
+                    self._kept = {}
+                    self._flushes += 1

@@ -76,9 +76,9 @@ class Applier(Protocol):
 class Overlay:
     """Changes kept aside over rows: for an applier that may still refuse, and to see what a command would do."""
 
-    def __init__(self, below: Readable) -> None:
+    def __init__(self, below: Readable, changes: dict[tuple[str, bytes], bytes | None] | None = None) -> None:
         self._below = below
-        self.changes: dict[tuple[str, bytes], bytes | None] = {}
+        self.changes: dict[tuple[str, bytes], bytes | None] = {} if changes is None else changes
         """Values by table and key; None: deleted."""
 
     def get(self, table: str, key: bytes) -> bytes | None:

@@ -68,6 +68,8 @@ class LateState(State):
         self.visible = Floor()
         self.flushes = 0
         self.flush_fault = None
+        self.not_now = 0
+        """So many calls of `flush` find that it cannot be."""
 
     def apply(self, entries):
         durable, self.applied = self.applied, self.visible
@@ -80,6 +82,9 @@ class LateState(State):
         if self.flush_fault is not None:
             fault, self.flush_fault = self.flush_fault, None
             raise fault
+        if self.not_now:
+            self.not_now -= 1
+            return
         self.flushes += 1
         self.applied = self.visible
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -343,18 +344,33 @@ def test_a_crash_while_installing_leaves_the_old_state(node, tmp_path):
         assert MetadataMachine(again, [Setting()]).applied_index == node.setting.seen[-1][0]
 
 
-def test_it_says_when_the_whole_state_is_read(node, monkeypatch):
-    """H17, H27: while a digest is made or a copy written, and only then, the machine says that applying waits."""
+def test_entries_are_applied_while_the_whole_state_is_read(node, tmp_path):
+    """H13, H17, H27: a digest and a copy are of one index; entries go on beside them, and are flushed after them."""
     node.must(bootstrap())
-    seen = []
-    scan = node.machine.store.scan
+    index = node.machine.applied_index
+    before = node.machine.digest()
+    assert not node.machine.occupied
+    scan, seen = node.store.scan, []
 
-    def watched(*arguments):
-        seen.append(node.machine.reads_whole)
-        return scan(*arguments)
+    def go_on():
+        position = node.machine.applied_index + 1
+        node.machine.show_all([Applying(position, 1, Command("test.set", b"%d" % position))])
+        seen.append((node.machine.occupied, node.machine.flush()))
 
-    monkeypatch.setattr(node.machine.store, "scan", watched)
-    node.machine.described()
-    assert seen
-    assert all(seen)
-    assert not node.machine.reads_whole
+    with ThreadPoolExecutor(1) as thread:
+
+        def watched(*arguments):
+            thread.submit(go_on).result()
+            return scan(*arguments)
+
+        node.store.scan = watched
+        assert node.machine.described() == (index, before)
+        assert node.machine.applied_index > index + 5
+        shown = node.machine.applied_index
+        assert node.machine.export(tmp_path / "copy").index == shown
+    assert set(seen) == {(True, False)}
+    node.store.scan = scan
+    assert not node.machine.occupied
+    shown = node.machine.described()
+    assert node.machine.flush()
+    assert node.machine.described() == shown

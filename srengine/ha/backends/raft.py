@@ -175,7 +175,7 @@ class RaftBackend:
         self.currency = Currency(
             lambda: self.machine.commit_index,
             lambda: self._journal.visible_index,
-            lambda: around.machine.reads_whole,
+            lambda: around.machine.occupied,
             around.clock,
         )
         copies = StateCopies(around.data_dir / COPIES_NAME, self._journal, around.wire)

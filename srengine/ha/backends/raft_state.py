@@ -84,8 +84,8 @@ class JournalState:
     def flush(self) -> None:
         """See `consensus.services.StateMachine`."""
         with self._replacing:
-            self.machine.flush()
-            self._applied = self._visible
+            if self.machine.flush():
+                self._applied = self._visible
 
     def install(self, path: Path) -> Floor:
         """Put a copy in place; in the apply thread."""
