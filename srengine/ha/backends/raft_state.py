@@ -1,8 +1,8 @@
 """The journal's state machine as consensus sees it: committed entries in, copies of the whole state in and out.
 
 `JournalState` applies entries in the driver's apply thread; `StateCopies` serves and fetches copies. A copy is written
-to a file first on both sides: the sender must not stop applying while a slow receiver reads, and the receiver proves
-all of it before it touches what it has.
+to a file first on both sides: the sender must not hold flushes back while a slow receiver reads, and the receiver
+proves all of it before it touches what it has.
 """
 
 from __future__ import annotations
