@@ -73,6 +73,8 @@ $(VENV)/.bench: $(VENV)/.kernels
 demo: $(VENV)/.run
 	$(BIN)/srengine demo $(ARGS)
 
+# Tests start hundreds of nodes: none should compile the whole project again, whatever the environment says.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.kernels
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --max-worker-restart 0 $(SUITE) $(ARGS)
 
