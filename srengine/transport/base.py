@@ -158,7 +158,10 @@ class Channel:
             if pause_s > 0 and self._last_error is not None:
                 # A short wait, so that a caller that tries again at once does not spin.
                 await asyncio.sleep(min(pause_s, limits.RECONNECT_MS_MIN / 1000))
-                if self._not_before > loop.time() and not self._closed:
+                if self._closed:
+                    # NB: a socket made after the endpoint's end would keep its context from ending, for ever.
+                    raise errors.Closed("the channel was closed")
+                if self._not_before > loop.time():
                     raise _again(self._last_error)
                 if self.connected:
                     assert self._caller is not None
@@ -176,6 +179,7 @@ class Channel:
         return attempt.result()
 
     def _begin_attempt(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[Caller]:
+        assert not self._closed, self.address
         self._attempt = attempt = loop.create_task(self.endpoint.open_caller(self))
         attempt.add_done_callback(self._attempted)
         return attempt

@@ -255,6 +255,28 @@ def test_closing_ends_everything(kind):
     run(kind, scenario)
 
 
+def test_who_waits_out_a_back_off_connects_to_nothing_after_the_end(kind, monkeypatch):
+    """Somebody who pauses before the next attempt when the endpoint is closed is told so; no socket is made that
+    nobody closes, which would keep the process from ending.
+    """
+    monkeypatch.setattr(limits, "RECONNECT_MS_MIN", 200)
+
+    async def scenario(found):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        channel = found.caller.channel(f"tcp://127.0.0.1:{port}")
+        with pytest.raises(errors.Unreachable):
+            await channel.request(Echo(), timeout_s=60)
+        pausing = asyncio.create_task(channel.request(Echo(), timeout_s=60))
+        await asyncio.sleep(0)
+        await channel.close()
+        with pytest.raises(errors.Closed):
+            await pausing
+        await found.caller.close()
+
+    run(kind, scenario)
+
+
 def test_a_cancelled_caller_leaves_the_rest_alone(kind):
     """Cancelling one request neither ends the connection nor disturbs others; its large upload stops."""
 
