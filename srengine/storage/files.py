@@ -39,7 +39,9 @@ DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
 LOCK_NAME: Final = "LOCK"
 TEMPORARY_PREFIX: Final = ".new-"
-"""Files of an interrupted `write_durably`; whoever opens the directory for writing may remove them."""
+"""Files of an interrupted `write_durably`, and directories that were to be renamed; whoever opens the directory for
+writing may remove them.
+"""
 
 _LOOSE: Final = 0o077
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)

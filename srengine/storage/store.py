@@ -469,7 +469,7 @@ class Store:
         with files.Directory(self.path) as directory:
             for name in directory.names():
                 if name.startswith(files.TEMPORARY_PREFIX):
-                    directory.remove(name)
+                    directory.remove_tree(name)
         try:
             entries = dict(self._catalog())
         except errors.Error as error:

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+import srengine
 from srengine import errors, storage
 from tests.crash import children
 
@@ -193,3 +194,16 @@ def test_closing_while_others_use_it(path):
         thread.join()
     assert not unexpected
     check(path, 1)
+
+
+def test_what_was_being_made_beside_is_removed(tmp_path):
+    """F01: a process that was killed while it made a file or a directory under a temporary name opens again."""
+    tmp_path.chmod(0o700)
+    with srengine.open(tmp_path / "data"):
+        pass
+    (tmp_path / "data" / ".new-identity.json-1").write_bytes(b"half")
+    (tmp_path / "data" / ".new-meta-1" / "deeper").mkdir(parents=True)
+    (tmp_path / "data" / ".new-meta-1" / "data.mdb").write_bytes(b"half")
+    with srengine.open(tmp_path / "data") as store:
+        assert store.names() == []
+    assert not list((tmp_path / "data").glob(".new-*"))
