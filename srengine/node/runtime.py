@@ -188,9 +188,12 @@ class Runtime:
         self.endpoint.identity = self.ports.transport_identity(identity)
 
     def _admit(self, peer: Peer) -> None:
-        if peer.port != "client" and (not self.identity.cluster_id or peer.cluster_id != self.identity.cluster_id):
+        if peer.port != "client" and not self.identity.cluster_id:
+            # NB: not foreign: whoever lets this node in may call before it has heard the answer.
+            raise errors.NotReady(f"{self.name} belongs to no cluster yet, the peer to {peer.cluster_id}")
+        if peer.port != "client" and peer.cluster_id != self.identity.cluster_id:
             raise errors.ForeignData(
-                f"{self.name} belongs to {self.identity.cluster_id or 'no cluster'}, the peer to {peer.cluster_id}"
+                f"{self.name} belongs to {self.identity.cluster_id}, the peer to {peer.cluster_id}"
             )
         if peer.port != "client" and self.bootstrapped and peer.node_id:
             removed = find_removed(self.machine.store, peer.node_id)
