@@ -140,7 +140,8 @@ class Applying:
         if group.flush_timer is not None:
             group.flush_timer.cancel()
             group.flush_timer = None
-        if not self._host.stopped and group.failed is None:
+        behind = group.state.applied.index < group.visible
+        if behind and not self._host.stopped and group.failed is None:
             group.flushing = True
             group.unflushed_bytes = 0
             self.worker.submit(group.state.flush, lambda error: self._flushed(group, error))
@@ -161,16 +162,19 @@ class Applying:
             self._plan_flush(group)
 
     def _durable(self, group: Group) -> None:
-        """Tell the machine how far the state is durable, and let the log go that is not needed for it any more."""
-        self._host.step(group, Applied(group.state.applied.index))
+        """Tell the machine how far the state is durable, and let the log go that is not needed for it any more.
+
+        NB: a state that was put in place right after a flush may be there already; the machine hears of it later.
+        """
+        self._host.step(group, Applied(min(group.state.applied.index, group.visible)))
         self._maybe_trim(group)
 
     # --- trims and installs ------------------------------------------------------------------------------------------
 
-    def _maybe_trim(self, group: Group) -> bool:
+    def _maybe_trim(self, group: Group) -> None:
         """Trim the log behind what is applied durably, when more is kept than need be."""
         if group.trimming or group.installing or group.log.damage is not None:
-            return False
+            return
         log, bounds = group.log, self._bounds
         applied = min(group.state.applied.index, log.last_index)
         kept = applied - log.floor.index
@@ -179,7 +183,7 @@ class Applying:
             wanted = min(wanted, kept * bounds.bytes_kept // log.bytes)
         # In steps, so that a trim is not one entry each time.
         if kept <= wanted + max(1, min(wanted // 10, 1000)):
-            return False
+            return
         group.trimming = True
         floor = log.floor_at(applied - wanted)
 
@@ -189,7 +193,6 @@ class Applying:
                 group.inbox.appendleft(group.trimmed)
 
         self._host.write(group, lambda: self._log.trim(group.name, floor), trimmed)
-        return True
 
     def install(self, group: Group, install: InstallState) -> None:
         """Fetch a whole state, and put it in place after everything that was handed out before."""

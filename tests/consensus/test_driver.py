@@ -749,6 +749,31 @@ def test_a_flush_that_fails(tmp_path, monkeypatch):
     run(main())
 
 
+def test_the_end_of_a_flush_tells_no_more_than_was_handed_out(tmp_path, monkeypatch):
+    """A fetched state may be in place before the loop hears of the flush before it: the machine, which has not heard of
+    that state, must not be told its index.
+    """
+    monkeypatch.setattr("srengine.consensus.applying.FLUSH_S", 0.02)
+    flush = LateState.flush
+
+    def and_then_a_state(state):
+        flush(state)
+        state.applied = Floor(state.visible.index + 5, state.visible.term, state.visible.configuration)
+
+    async def main():
+        async with cluster(tmp_path, state_type=LateState) as c:
+            leader = await c.leader()
+            await c.settled()
+            monkeypatch.setattr(LateState, "flush", and_then_a_state)
+            await leader.propose(b"p0")
+            await until(lambda: leader.states[GROUP].applied.index > leader.states[GROUP].visible.index)
+            monkeypatch.setattr(LateState, "flush", flush)
+            await leader.propose(b"p1")
+            assert not leader.failed
+
+    run(main())
+
+
 # --- hostile and unlucky ---------------------------------------------------------------------------------------------
 
 
