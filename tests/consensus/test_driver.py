@@ -659,18 +659,21 @@ def test_logs_are_trimmed_by_bytes(tmp_path):
 
 def test_what_is_applied_is_flushed_together_and_trimmed_behind_that(tmp_path, monkeypatch):
     """Entries are answered before the state is durable, many share a flush, and no log is trimmed beyond it."""
-    monkeypatch.setattr("srengine.consensus.applying.FLUSH_S", 0.3)
+    monkeypatch.setattr("srengine.consensus.applying.FLUSH_S", 0.05)
 
     async def main():
-        async with cluster(tmp_path, state_type=LateState, bounds=Bounds(entries_kept=5)) as c:
+        async with cluster(tmp_path, state_type=LateState, bounds=Bounds(entries_kept=0)) as c:
             leader = await c.leader()
             for number in range(60):
+                if number % 20 == 10:
+                    for member in c.members:
+                        member.states[GROUP].not_now = 3
                 index, _ = await leader.propose(b"p%d" % number)
                 for member in c.members:
                     assert member.log.group(GROUP).floor.index <= member.states[GROUP].applied.index
             assert leader.states[GROUP].visible.index == index
             await until(lambda: all(member.states[GROUP].applied.index == index for member in c.members))
-            assert all(0 < member.states[GROUP].flushes <= 30 for member in c.members)
+            assert all(0 < member.states[GROUP].flushes < 60 for member in c.members)
             await until(lambda: all(member.log.group(GROUP).floor.index > 0 for member in c.members))
             assert leader.states[GROUP].threads == {"srengine-apply"}
             await c.settled()
