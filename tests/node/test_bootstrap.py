@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 
 import srengine
 from srengine import errors
+from srengine.ha.messages import Belongs, Introduce
 from srengine.node import NodeOptions, parse_initial
 from srengine.security import ensure_node_keys
+from srengine.transport import Endpoint, Identity
 from tests.node.cluster import Asker, numbered
 from tests.processes import ROOT, NodeProcess, Nodes, free_ports, wait_for
 
@@ -44,6 +47,29 @@ def test_another_cluster_name_is_refused(tmp_path: Path) -> None:
         assert all(node.wait() == 5 for node in stopped)
         assert "cluster" in stopped[0].log_tail()
         assert not any((node.data / "identity.json").exists() for node in nodes)
+
+
+def test_a_member_that_calls_before_there_is_a_cluster_is_put_off(tmp_path: Path) -> None:
+    """H29: a node that is just being let in may be called by a member before it has heard that it is one: it is not
+    ready, which is asked again, not foreign, which would be final.
+    """
+
+    async def call(address: str) -> None:
+        member = Endpoint(Identity(node_id="a" * 32, name="node-9", cluster_id="c" * 32))
+        try:
+            told = (await member.channel(address).request(Introduce("node-9"), timeout_s=20)).message
+            assert not told.cluster_id
+            peer = f"{address.rpartition(':')[0]}:{told.peer_address.rpartition(':')[2]}"
+            with pytest.raises(errors.NotReady):
+                await member.channel(peer, port="peer").request(Belongs(), timeout_s=20)
+        finally:
+            await member.close()
+
+    with Nodes(tmp_path, 3) as nodes:
+        node = nodes["node-2"].start()
+        wait_for(lambda: "waiting for" in node.log_tail(), "it waits for the others")
+        asyncio.run(call(node.address))
+        assert node.alive
 
 
 def test_the_founder_waits_for_everybody(tmp_path: Path) -> None:
