@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from typing import Final
 
 _NAME: Final = re.compile(r"^srengine_[a-z0-9]+(_[a-z0-9]+)+$")
@@ -30,6 +31,19 @@ class Metrics:
         with self._lock:
             series = self._series(name)
             series[key] = series.get(key, 0) + amount
+
+    def counter(self, name: str, **labels: str) -> Callable[[], None]:
+        """Return what adds 1 to this counter: `add` for a place that counts with every frame."""
+        key = tuple(sorted(labels.items()))
+        lock = self._lock
+        with lock:
+            series = self._series(name)
+
+        def add_one() -> None:
+            with lock:
+                series[key] = series.get(key, 0) + 1
+
+        return add_one
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""

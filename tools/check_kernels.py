@@ -24,6 +24,7 @@ KERNEL_USERS = {
     "chunk": {"snapshot"},
     "merkle": {"storage", "sync"},
     "scan": {"codec"},
+    "frame": {"codec"},
     "build_info": {"cli"},
 }
 """Kernel -> rooms that may import it."""

@@ -23,12 +23,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import xxhash
 
 from srengine import errors, limits
+from srengine._native import frame
 from srengine.codec import scanner
 from srengine.codec.envelopes import Answer, Ask, Data, Envelope, Post
 
@@ -39,9 +40,8 @@ PROTOCOL_VERSION_MIN: Final = 1
 FRAME_FORMAT: Final = 1
 MAGIC: Final = b"srEf"
 _HEADER: Final = struct.Struct("<4sHHIIQQ")
-_HEAD: Final = struct.Struct("<4sHHIIQ")
 HEADER_BYTES: Final = _HEADER.size
-_CHECKED_BYTES: Final = _HEAD.size
+_CHECKED_BYTES: Final = HEADER_BYTES - 8
 
 _ONE_DATA: Final = b"\x91\x96\x05"
 """How the envelopes of a bulk frame begin: one `Data` with exactly its own fields. Three numbers and two truth values:
@@ -57,18 +57,14 @@ Chunk = bytes | bytearray | memoryview
 def pack(envelopes: Sequence[Envelope], chunks: Sequence[Chunk] = ()) -> list[Chunk]:
     """Return the parts of a frame. ``chunks`` are the data of the envelopes in order; a single one is not copied."""
     body = _encoder.encode(envelopes)
-    if len(body) > 0xFFFFFFFF:  # pragma: no cover
-        raise errors.InvalidValue(f"{len(body)} bytes of envelopes in one frame")
     data: Chunk = chunks[0] if len(chunks) == 1 else b"".join(chunks)
     data_checksum = 0 if not len(data) or is_proved(envelopes) else xxhash.xxh3_64_intdigest(data)
-    head = _HEAD.pack(MAGIC, FRAME_FORMAT, 0, len(body), len(data), data_checksum)
-    checksum = xxhash.xxh3_64_intdigest(body, seed=xxhash.xxh3_64_intdigest(head))
-    first = head + checksum.to_bytes(8, "little") + body
+    first = frame.sealed(body, len(data), data_checksum)
     return [first, data] if len(data) else [first]
 
 
-def unpack(parts: Sequence[Chunk], *, data_bytes_max: int) -> tuple[list[Envelope], memoryview]:
-    """Return the envelopes and the data of a frame; nothing is copied out of the data.
+def unpack(parts: Sequence[Any], *, data_bytes_max: int) -> tuple[list[Envelope], memoryview]:
+    """Return the envelopes and the data of a frame; nothing is copied out of the data. ``parts``: buffers of any kind.
 
     ``data_bytes_max`` bounds part 1, as the receiving port does. Raises `FrameError`; `UnsupportedFeature` for another
     frame format, naming both.
@@ -77,20 +73,11 @@ def unpack(parts: Sequence[Chunk], *, data_bytes_max: int) -> tuple[list[Envelop
         raise errors.FrameError(f"a frame of {len(parts)} parts")
     first = bytes(parts[0])
     data = memoryview(parts[1]) if len(parts) == 2 else memoryview(b"")
-    if len(first) < HEADER_BYTES or first[:4] != MAGIC:
-        raise errors.FrameError(f"{len(first)} bytes that are no frame of ours")
-    _, form, zero, body_bytes, data_bytes, data_checksum, checksum = _HEADER.unpack_from(first)
-    if form != FRAME_FORMAT:
-        raise errors.UnsupportedFeature(
-            f"the peer sends frame format {form}, this version reads {FRAME_FORMAT}", theirs=form, ours=FRAME_FORMAT
-        )
+    data_bytes = data.nbytes
+    data_checksum = frame.proved(first, data_bytes)
+    if data_checksum < 0 or data_bytes > data_bytes_max:
+        raise _refusal(first, data_bytes)
     body = first[HEADER_BYTES:]
-    if zero or body_bytes != len(body) or data_bytes != data.nbytes or data_bytes > data_bytes_max:
-        raise errors.FrameError(
-            f"a frame declares {body_bytes} and {data_bytes} bytes, and has {len(body)} and {data.nbytes}"
-        )
-    if xxhash.xxh3_64_intdigest(body, seed=xxhash.xxh3_64_intdigest(first[:_CHECKED_BYTES])) != checksum:
-        raise errors.FrameError("the checksum of a frame's envelopes does not fit")
     if not (body.startswith(_ONE_DATA) and len(body) <= _ONE_DATA_BYTES_MAX):
         # The list and the envelope around a message are two levels more than the message has.
         scanner.check(body, depth_max=limits.MESSAGE_DEPTH_MAX + 2)
@@ -98,14 +85,32 @@ def unpack(parts: Sequence[Chunk], *, data_bytes_max: int) -> tuple[list[Envelop
         envelopes = _decoder.decode(body)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
         raise errors.FrameError(f"a frame's envelopes cannot be read: {error}") from error
-    covered = data_bytes and not is_proved(envelopes)
-    if (xxhash.xxh3_64_intdigest(data) if covered else 0) != data_checksum:
-        raise errors.FrameError("the checksum of a frame's data does not fit")
     if not 1 <= len(envelopes) <= limits.ENVELOPES_MAX:
         raise errors.FrameError(f"{len(envelopes)} envelopes in one frame")
-    if data_bytes != sum(inline_bytes(envelope) for envelope in envelopes):
+    if (xxhash.xxh3_64_intdigest(data) if data_bytes and not is_proved(envelopes) else 0) != data_checksum:
+        raise errors.FrameError("the checksum of a frame's data does not fit")
+    declared = inline_bytes(envelopes[0]) if len(envelopes) == 1 else sum(map(inline_bytes, envelopes))
+    if data_bytes != declared:
         raise errors.FrameError(f"a frame's {data_bytes} bytes of data are not what its envelopes declare")
     return envelopes, data
+
+
+def _refusal(first: bytes, data_bytes: int) -> errors.FrameError | errors.UnsupportedFeature:
+    """Return what is wrong with the head of a frame, or with its envelopes' checksum, or with the bytes of its data."""
+    if len(first) < HEADER_BYTES or first[:4] != MAGIC:
+        return errors.FrameError(f"{len(first)} bytes that are no frame of ours")
+    _, form, zero, body_bytes, declared, _, checksum = _HEADER.unpack_from(first)
+    if form != FRAME_FORMAT:
+        return errors.UnsupportedFeature(
+            f"the peer sends frame format {form}, this version reads {FRAME_FORMAT}", theirs=form, ours=FRAME_FORMAT
+        )
+    body = first[HEADER_BYTES:]
+    right = xxhash.xxh3_64_intdigest(body, seed=xxhash.xxh3_64_intdigest(first[:_CHECKED_BYTES])) == checksum
+    if not right and not zero and (body_bytes, declared) == (len(body), data_bytes):
+        return errors.FrameError("the checksum of a frame's envelopes does not fit")
+    return errors.FrameError(
+        f"a frame declares {body_bytes} and {declared} bytes, and has {len(body)} and {data_bytes}"
+    )
 
 
 def is_proved(envelopes: Sequence[Envelope]) -> bool:

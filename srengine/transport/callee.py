@@ -327,11 +327,13 @@ class Callee(Connection):
                         feed.waiter = self.loop.create_future()
                         await feed.waiter
                     feed.credit -= 1
-                    alone = piece.nbytes > limits.PART_BYTES_MAX
-                    self.post(Data(number, sent, piece.nbytes, last, feed.proved and alone), (piece,))
+                    size = piece.nbytes
+                    if size > limits.PART_BYTES_MAX:
+                        # Nothing can join it: the wire works while the next piece is made.
+                        self.send_now(Data(number, sent, size, last, feed.proved), piece)
+                    else:
+                        self.post(Data(number, sent, size, last), (piece,))
                     sent += 1
-                    if alone:
-                        self.flush()  # nothing can join it: the wire works while the next piece is made
         finally:
             # An async generator is closed here and now, not when somebody collects it: it may hold a view.
             close = getattr(items, "aclose", None)

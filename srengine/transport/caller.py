@@ -54,7 +54,9 @@ class _Incoming:
     come.
     """
 
-    __slots__ = ("ended", "items", "number", "parts", "proved", "since_grant", "waiter")
+    __slots__ = (
+        *("ended", "items", "moved_at", "number", "parts", "proved", "since_grant", "timer", "waiter", "waiting_since"),
+    )
 
     def __init__(self, *, proved: bool) -> None:
         self.proved = proved
@@ -67,6 +69,10 @@ class _Incoming:
         self.ended: errors.Error | bool = False
         """False: goes on; True: complete; an error: failed."""
         self.waiter: asyncio.Future[None] | None = None
+        self.waiting_since = 0.0
+        self.moved_at = 0.0
+        """When a piece last came, in the loop's time."""
+        self.timer: asyncio.TimerHandle | None = None
 
     def wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
@@ -200,22 +206,37 @@ class Caller(Connection):
                     raise incoming.ended
                 await self._wait_for_item(incoming, timeout_s)
         finally:
+            if incoming.timer is not None:
+                incoming.timer.cancel()
             if self._streams.pop(number, None) is not None and not incoming.ended:
                 self.post(Cancel(number))
 
     async def _wait_for_item(self, incoming: _Incoming, timeout_s: float) -> None:
         """Wait until an item or the end is there; a piece of an unfinished item counts as progress."""
-        while not incoming.items and not incoming.ended:
-            seen = incoming.number
-            incoming.waiter = self.loop.create_future()
-            timer = self.loop.call_later(timeout_s, incoming.wake)
-            try:
-                await incoming.waiter
-            finally:
-                timer.cancel()
-                incoming.waiter = None
-            if not incoming.items and not incoming.ended and incoming.number == seen:
-                raise errors.TimedOut(f"a stream brought nothing for {timeout_s:.3g} s")
+        incoming.waiting_since = self.loop.time()
+        if incoming.timer is None:
+            incoming.timer = self.loop.call_later(timeout_s, self._look_at, incoming, timeout_s)
+        incoming.waiter = self.loop.create_future()
+        try:
+            await incoming.waiter
+        finally:
+            incoming.waiter = None
+
+    def _look_at(self, incoming: _Incoming, timeout_s: float) -> None:
+        """End the wait for an item when nothing has come for too long.
+
+        One timer runs as long as the stream does: a new one for each item would cost more than the item.
+        """
+        incoming.timer = None
+        waiter = incoming.waiter
+        if waiter is None or waiter.done():
+            return
+        since = max(incoming.waiting_since, incoming.moved_at)
+        left = since + timeout_s - self.loop.time()
+        if left > 0:
+            incoming.timer = self.loop.call_later(left, self._look_at, incoming, timeout_s)
+        else:
+            waiter.set_exception(errors.TimedOut(f"a stream brought nothing for {timeout_s:.3g} s"))
 
     def _grant(self, number: int, incoming: _Incoming, pieces: int) -> None:
         incoming.since_grant += pieces
@@ -229,6 +250,7 @@ class Caller(Connection):
         if data.number != incoming.number:
             raise errors.FrameError(f"piece {data.number} of a stream where {incoming.number} belongs")
         incoming.number += 1
+        incoming.moved_at = self.progress_at
         if incoming.parts is None and data.last:
             incoming.items.append((piece, 1))
         else:
@@ -244,19 +266,20 @@ class Caller(Connection):
                 self._grant(number, incoming, 1)
         if len(incoming.items) > limits.CREDIT_FRAMES + GRANT_PIECES:
             raise errors.FrameError("a stream goes on beyond its credit")
-        incoming.wake()
+        if incoming.items:
+            incoming.wake()
 
     # --- arriving ----------------------------------------------------------------------------------------------------
 
     def handle(self, envelope: Envelope, data: memoryview) -> None:
         """Act on one envelope of the callee."""
         match envelope:
-            case Answer(request=number):
+            case Data():  # first, because bulk is nothing else
+                self._piece(envelope, data)
+            case Answer():
                 self._answered(envelope, data)
             case Failure(request=number):
                 self._failed(number, error_of(envelope))
-            case Data():
-                self._piece(envelope, data)
             case Credit(request=number, pieces=pieces):
                 self._credited(number, pieces)
             case Taken(total=total):

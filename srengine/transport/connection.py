@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -63,6 +63,7 @@ class Connection:
         self._held: Sequence[Buffer] | None = None
         """A packed frame that the wire had no room for."""
         self._flush_due = False
+        self._count_sent = metrics.counter("srengine_transport_frames_sent_total", port=port)
 
     # --- leaving -----------------------------------------------------------------------------------------------------
 
@@ -86,7 +87,21 @@ class Connection:
                 self.loop.call_later(_RETRY_S, self.flush)
                 return
             self._held = None
-            self.metrics.add("srengine_transport_frames_sent_total", port=self.port)
+            self._count_sent()
+
+    def send_now(self, envelope: Envelope, chunk: Buffer) -> None:
+        """Send an envelope with bytes that no other envelope can share a frame with, behind what is queued."""
+        if self._out or self._held is not None or self.closed is not None:
+            self.post(envelope, (chunk,))
+            self.flush()
+            return
+        parts = frames.pack((envelope,), (chunk,))
+        if self.wire.send(parts):
+            self._count_sent()
+            return
+        self._held = parts
+        self._flush_due = True
+        self.loop.call_later(_RETRY_S, self.flush)
 
     def _next_frame(self) -> Sequence[Buffer]:
         envelopes: list[Envelope] = []
@@ -109,12 +124,17 @@ class Connection:
 
     # --- arriving ----------------------------------------------------------------------------------------------------
 
-    def receive(self, parts: Sequence[Buffer]) -> None:
-        """Take one frame. Whatever is wrong with it ends the connection and has no other effect."""
+    def receive(self, parts: Sequence[Any]) -> None:
+        """Take one frame: bytes, or ZeroMQ's parts as they came. Whatever is wrong with it ends the connection and has
+        no other effect.
+        """
         if self.closed is not None:
             return
         try:
             envelopes, data = frames.unpack(parts, data_bytes_max=self.wire.part_bytes_max)
+            if len(envelopes) == 1:
+                self.handle(envelopes[0], data)
+                return
             offset = 0
             for envelope in envelopes:
                 size = frames.inline_bytes(envelope)

@@ -93,7 +93,7 @@ class _DealerWire:
 
     def _message(self, frames: list[sockets.Frame]) -> None:
         if self.caller is not None:
-            self.caller.receive([frame.buffer for frame in frames])
+            self.caller.receive(frames)
 
     def _event(self, event: int, _value: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -183,7 +183,7 @@ class _Listener:
         wire = callee.wire
         assert isinstance(wire, _RouterWire), wire
         wire.bytes_delivered += sum(map(len, frames))
-        callee.receive([frame.buffer for frame in frames[1:]])
+        callee.receive(frames[1:])
         if callee.peer is None and callee.closed is None:
             return
         # NB: looked up again: receiving may have ended it.

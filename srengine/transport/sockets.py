@@ -33,12 +33,26 @@ FRAME_BYTES_MAX: Final = {
     "peer": limits.PEER_FRAME_BYTES_MAX,
     "bulk": limits.BULK_FRAME_BYTES_MAX,
 }
+_COPY_BYTES_MAX: Final = 64 * limits.KIB
+"""Smaller parts are copied into the queue: cheaper than to keep them until they have left."""
+_PARTS_TAKEN: Final = limits.PARTS_MAX + 2
+"""A routing id, the allowed parts, and one that proves there are too many."""
 _TURN_FRAMES: Final = 64
 """Parts read in one turn of the loop before others have theirs."""
 _TCP_INFO: Final = 11
 _TCP_INFO_BYTES: Final = 136
 """struct tcp_info of Linux up to tcpi_bytes_received, its last 8 bytes."""
 _AFFINITY: Final = {"client": 1, "peer": 1, "bulk": 2}
+
+# Plain numbers, and the calls below pyzmq's own: its flags are enumerations, which compute in Python, and it builds an
+# exception to say that there is nothing to read. Both are paid with every frame.
+_NOBLOCK: Final = int(zmq.NOBLOCK)
+_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+_EVENTS: Final = int(zmq.EVENTS)
+_POLLIN: Final = int(zmq.POLLIN)
+_raw_send: Final[Any] = zmq.backend.Socket.send
+_raw_recv: Final[Any] = zmq.backend.Socket.recv
+_raw_get: Final[Any] = zmq.backend.Socket.get
 
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
@@ -166,36 +180,41 @@ class Pump:
 
     def send(self, parts: Sequence[Buffer]) -> bool:
         """Send a message; False when there is no room. Raises `zmq.ZMQError` (EHOSTUNREACH) when the peer is gone."""
+        socket = self.socket
+        left = len(parts)
         try:
-            if len(parts) == 1:
-                self.socket.send(parts[0], zmq.NOBLOCK)
-            else:
-                self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+            # NB: only the first part can meet a full queue or a lost peer; ZeroMQ takes the others with it.
+            for part in parts:
+                left -= 1
+                _raw_send(socket, part, _MORE if left else _NOBLOCK, len(part) < _COPY_BYTES_MAX)
         except zmq.Again:
             return False
         finally:
-            if int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if not self._due and _raw_get(socket, _EVENTS) & _POLLIN:
                 self._schedule()
         return True
 
     def drain(self) -> None:
         """Read what is there, at most a turn's worth."""
         self._due = False
+        socket = self.socket
+        more = bool(self._parts)
         for _ in range(_TURN_FRAMES):
-            if self.closed:
+            if self.closed or not (more or _raw_get(socket, _EVENTS) & _POLLIN):
                 return
             try:
-                frame = self.socket.recv(zmq.NOBLOCK, copy=False)
+                frame = _raw_recv(socket, _NOBLOCK, copy=False)
             except zmq.Again:
                 return
             more = frame.more
-            # A routing id, the allowed parts, and one that proves there are too many; the rest is read and dropped.
-            if len(self._parts) < limits.PARTS_MAX + 2:
-                self._parts.append(frame)
-            full = len(self._parts) == limits.PARTS_MAX + 2
+            parts = self._parts
+            full = len(parts) == _PARTS_TAKEN
+            if not full:  # the rest is read and dropped
+                parts.append(frame)
+                full = len(parts) == _PARTS_TAKEN
             if (not more or full) and not self._handed_on:
                 self._handed_on = True
-                self._on_message(self._parts)
+                self._on_message(parts)
             if not more:
                 self._parts = []
                 self._handed_on = False

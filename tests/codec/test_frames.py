@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 
 import msgspec
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from srengine import errors, limits
+from srengine._native import frame
 from srengine.codec import envelopes, frames
 
 BODY = msgspec.Raw(msgspec.msgpack.encode({"number": 1}))
@@ -86,13 +89,36 @@ def test_any_envelopes_under_a_right_checksum(body, data):
 
 
 def forge(body: bytes, data: bytes = b"") -> list[bytes]:
-    import xxhash
+    return [head_of(body, len(data), xxhash.xxh3_64_intdigest(data) if data else 0) + body, *([data] if data else [])]
 
-    head = frames._HEAD.pack(
-        frames.MAGIC, frames.FRAME_FORMAT, 0, len(body), len(data), xxhash.xxh3_64_intdigest(data) if data else 0
-    )
-    checksum = xxhash.xxh3_64_intdigest(body, seed=xxhash.xxh3_64_intdigest(head))
-    return [head + checksum.to_bytes(8, "little") + body, *([data] if data else [])]
+
+def head_of(body: bytes, data_bytes: int, data_checksum: int, magic: bytes = frames.MAGIC, form: int = 1) -> bytes:
+    """The head as the format's description has it, byte by byte: what the kernel is compared with."""
+    head = magic + struct.pack("<HHIIQ", form, 0, len(body), data_bytes, data_checksum)
+    return head + xxhash.xxh3_64_digest(body, seed=xxhash.xxh3_64_intdigest(head))[::-1]
+
+
+@given(st.binary(max_size=600), st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1))
+def test_the_kernel_seals_and_proves_as_described(body, data_bytes, checksum):
+    """The compiled head is the described one, and proves exactly what was sealed."""
+    first = frame.sealed(body, data_bytes, checksum)
+    assert first == head_of(body, data_bytes, checksum) + body
+    assert frame.proved(first, data_bytes) == checksum
+    assert frame.proved(first, data_bytes + 1) == -1
+
+
+@given(st.binary(max_size=60), st.data())
+def test_the_kernel_proves_nothing_else(body, data):
+    """Any flipped bit, any cut, anything appended, another magic or format: not proved."""
+    first = frame.sealed(body, 7, 99)
+    at = data.draw(st.integers(0, len(first) - 1))
+    flipped = bytearray(first)
+    flipped[at] ^= 1 << data.draw(st.integers(0, 7))
+    assert frame.proved(bytes(flipped), 7) == -1
+    assert frame.proved(first[:at], 7) == -1
+    assert frame.proved(first + b"x", 7) == -1
+    assert frame.proved(head_of(body, 7, 99, magic=b"srEg") + body, 7) == -1
+    assert frame.proved(head_of(body, 7, 99, form=2) + body, 7) == -1
 
 
 @pytest.mark.parametrize(
