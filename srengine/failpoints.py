@@ -55,6 +55,9 @@ class _Points:
         if count == number or (action == "hold" and count > number):
             _act(action, name)
 
+    def planned(self, name: str) -> bool:
+        return name in self.plan
+
 
 def _act(action: str, name: str) -> None:
     if action == "kill":
@@ -77,9 +80,8 @@ def _pass(_name: str) -> None:
     """Do nothing: no failpoint is armed."""
 
 
-_hit: Callable[[str], None] = (
-    _Points(os.environ["SRENGINE_FAILPOINTS"]).hit if "SRENGINE_FAILPOINTS" in os.environ else _pass
-)
+_points = _Points(os.environ["SRENGINE_FAILPOINTS"]) if "SRENGINE_FAILPOINTS" in os.environ else None
+_hit: Callable[[str], None] = _pass if _points is None else _points.hit
 
 
 def hit(name: str) -> None:
@@ -87,12 +89,19 @@ def hit(name: str) -> None:
     _hit(name)
 
 
+def planned(name: str) -> bool:
+    """Return whether a test armed the point ``name``."""
+    return _points is not None and _points.planned(name)
+
+
 @contextlib.contextmanager
 def armed(text: str) -> Iterator[None]:
     """Arm points for the with-block, in this process (a test's); the text is that of ``SRENGINE_FAILPOINTS``."""
-    global _hit  # noqa: PLW0603  (the one switch of the process)
-    before, _hit = _hit, _Points(text).hit
+    global _hit, _points  # noqa: PLW0603  (the one switch of the process)
+    before = _hit, _points
+    _points = _Points(text)
+    _hit = _points.hit
     try:
         yield
     finally:
-        _hit = before
+        _hit, _points = before

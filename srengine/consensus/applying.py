@@ -10,7 +10,9 @@
 
     InstallState --> StateSink.fetch --> put, when everything before is applied --> the log begins behind it
 
-Everything that touches a state machine runs in one thread, one after the other; everything else here on the loop.
+What may take a disk's time runs in one thread, one job after the other: applying what memory alone cannot answer, flushes,
+whole states. Everything else runs on the loop, few entries that need nothing but memory included: to hand them to a
+thread and back would cost more than they do.
 """
 
 from __future__ import annotations
@@ -97,7 +99,15 @@ class Applying:
             size += entry_bytes(entry)
         group.applying = True
         group.unflushed_bytes += size
-        self._submit_apply(group, entries)
+        try:
+            done = group.state.apply_now(entries)
+        except Exception as error:  # noqa: BLE001  (judged there, as what the thread raises)
+            self._applied(group, entries, error)
+            return
+        if done:
+            self._applied(group, entries, None)
+        else:
+            self._submit_apply(group, entries)
 
     def _submit_apply(self, group: Group, entries: list[Entry]) -> None:
         if not self._host.stopped:

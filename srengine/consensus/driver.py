@@ -328,6 +328,8 @@ class Driver:
                     self._pending[group.name] = effects
                     break
                 self._carry_out(group, effects)
+                if group.failed is not None:  # what was to be applied could not be
+                    return
         except errors.Error as error:
             self.fail_group(group, error)
             return

@@ -54,9 +54,16 @@ class StateMachine(Protocol):
         """
         ...
 
+    def apply_now(self, entries: Sequence[Entry]) -> bool:
+        """`apply` on the event loop, if that takes no more than moments: no disk, no waiting for anybody; return
+        whether it was done. Called while nothing else is applied; `apply` is called instead after False.
+        """
+        ...
+
     def flush(self) -> None:
         """Make durable what is visible: `applied` says so then; as it was: not now, it is called again in a while.
-        Called as `apply` is, and may fail in the same ways; never while everything is durable.
+        Called as `apply` is, in the same thread, and may fail in the same ways; never while everything is durable.
+        `apply_now` may be called meanwhile.
         """
         ...
 

@@ -39,8 +39,8 @@ from srengine.ha.epochs import FENCE, newest_epoch
 from srengine.ha.journal import Command
 from srengine.ha.members import BOOTSTRAP
 from srengine.ha.outcomes import OUTCOME_TABLE, Outcome, find_outcome, keep_outcome, refused
-from srengine.ha.recent import RecentStore
-from srengine.ha.tables import Applier, Overlay, Readable, ReplaceableStore, Row, Store, Tables
+from srengine.ha.recent import NotInMemoryError, RecentStore
+from srengine.ha.tables import Applier, Batch, Overlay, Readable, ReplaceableStore, Row, Store, Tables
 
 __all__ = ["STATE_TABLE", "Applier", "Applying", "MetadataMachine", "Store", "Tables"]
 
@@ -64,7 +64,7 @@ class MetadataMachine:
     """The appliers in their order, over one metadata store. Thread-safe: one call changes, others wait."""
 
     def __init__(self, store: ReplaceableStore, appliers: Sequence[Applier]) -> None:
-        self.store = RecentStore(store)
+        self.store = RecentStore(store, whole=[OUTCOME_TABLE])
         """Where the state is read from."""
         self._lock = threading.RLock()
         self._whole: set[object] = set()
@@ -116,13 +116,25 @@ class MetadataMachine:
         with self._lock:
             return self._apply_in(self.store.show(), entries)
 
+    def show_from_memory(self, entries: Sequence[Applying]) -> bool:
+        """`show_all` if that takes neither a look at the store nor a wait for another call; return whether it did."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self._apply_in(self.store.show(from_memory=True), entries)
+        except NotInMemoryError:
+            return False
+        finally:
+            self._lock.release()
+        return True
+
     def flush(self) -> bool:
-        """Make everything that was applied durable, unless somebody reads the whole state at this moment; return
-        whether it is. Not beside a call that changes something.
+        """Make everything durable that was applied before this call, unless somebody reads the whole state at this
+        moment; return whether it is.
         """
         return self.store.flush(wait=False)
 
-    def _apply_in(self, target: AbstractContextManager[Tables], entries: Sequence[Applying]) -> list[Outcome]:
+    def _apply_in(self, target: AbstractContextManager[Batch], entries: Sequence[Applying]) -> list[Outcome]:
         if not entries:
             return []
         with _faults_of_the_disk(), target as transaction:
@@ -134,7 +146,7 @@ class MetadataMachine:
             transaction.put(STATE_TABLE, _APPLIED, _encode_applied(entries[-1].index, entries[-1].term))
         return outcomes
 
-    def _apply(self, transaction: Tables, entry: Applying) -> Outcome:
+    def _apply(self, transaction: Batch, entry: Applying) -> Outcome:
         command = entry.command
         if command is None:
             return Outcome(entry.index)
@@ -158,7 +170,7 @@ class MetadataMachine:
             keep_outcome(transaction, command.request, outcome)
         return outcome
 
-    def _decide(self, transaction: Tables, index: int, command: Command) -> Outcome:
+    def _decide(self, transaction: Batch, index: int, command: Command) -> Outcome:
         aside = Overlay(_Guarded(transaction))
         try:
             # NB: a fault of this node's disk is no outcome: it leaves as `_LocalFaultError` and takes the whole

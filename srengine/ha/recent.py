@@ -4,7 +4,9 @@
 
     apply ──► recent      changes since the last flush            ┐
               flushing    what a flush is writing, if one runs    │ every read looks here first
-              kept        rows that were flushed or read lately   ┘
+              kept        rows that were flushed or read lately   │
+              whole       all rows of tables that are small and   ┘
+                          asked with every entry
     flush ──► store       one durable transaction for all of them
 
 The journal's log is durable before an entry is applied, so nothing can be lost here: after a crash the entries behind
@@ -23,21 +25,30 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from srengine.ha.tables import Overlay, Readable, ReplaceableStore, Row, Tables
+from srengine import errors
+from srengine.ha.tables import Batch, Overlay, Readable, ReplaceableStore, Row
 
 ROWS_KEPT_MAX: Final = 4096
 """Rows kept for reading; beyond it all are forgotten."""
 VALUE_BYTES_KEPT_MAX: Final = 1024
 """A longer value is read from the store again."""
 
+_LONG: Final = bytes(VALUE_BYTES_KEPT_MAX + 1)
+"""Stands for a value that is too long to be kept."""
+
 _Rows = dict[tuple[str, bytes], bytes | None]
 """Values by table and key; None: deleted."""
 
 
 class RecentStore:
-    """`tables.ReplaceableStore` over another one. Reads from any thread; one thread at a time changes or flushes."""
+    """`tables.ReplaceableStore` over another one. Reads from any thread; one thread at a time changes rows, and one
+    flushes, beside it or not.
+    """
 
-    def __init__(self, below: ReplaceableStore) -> None:
+    def __init__(self, below: ReplaceableStore, *, whole: Sequence[str] = ()) -> None:
+        """``whole``: tables that are held in memory as a whole, so that to find nothing there takes no look at the
+        store.
+        """
         self._below = below
         self._file = threading.RLock()
         """Held by whoever writes the store, or wants it to stand still."""
@@ -46,6 +57,8 @@ class RecentStore:
         self._recent: _Rows = {}
         self._flushing: _Rows = {}
         self._kept: _Rows = {}
+        self._whole: dict[str, dict[bytes, bytes] | None] = dict.fromkeys(whole)
+        """None: not read yet."""
         self._flushes = 0
         """Raised whenever rows have moved to the store: a scan that ran across that begins again."""
 
@@ -53,18 +66,43 @@ class RecentStore:
 
     def get(self, table: str, key: bytes) -> bytes | None:
         """See `tables.Readable.get`."""
-        place = (table, key)
         with self._lock:
             flushes = self._flushes
-            for rows in (self._recent, self._flushing, self._kept):
-                if place in rows:
-                    return rows[place]
+            found, value = self._find(table, key)
+        if found:
+            return value
+        if table in self._whole and self._whole[table] is None:
+            self._read_whole(table)
         value = self._below.get(table, key)
         with self._lock:
             # NB: what was flushed since may be newer than what was just read.
             if flushes == self._flushes:
-                self._keep({place: value})
+                self._keep({(table, key): value})
         return value
+
+    def _find(self, table: str, key: bytes) -> tuple[bool, bytes | None]:
+        """Return whether a row, or that there is none, is known without the store, and its value; under the lock."""
+        place = (table, key)
+        if place in self._recent:
+            return True, self._recent[place]
+        if place in self._flushing:
+            return True, self._flushing[place]
+        if table not in self._whole:
+            return place in self._kept, self._kept.get(place)
+        rows = self._whole[table]
+        value = None if rows is None else rows.get(key)
+        return rows is not None and value is not _LONG, value
+
+    def _read_whole(self, table: str) -> None:
+        with self._lock:
+            flushes = self._flushes
+        try:
+            rows = {key: _kept_as(value) for key, value in self._below.scan(table)}
+        except errors.CorruptionError:
+            return  # the damaged row is met by whoever needs it
+        with self._lock:
+            if flushes == self._flushes:
+                self._whole[table] = rows
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """See `tables.Readable.scan`; what is recent is of one moment."""
@@ -97,22 +135,25 @@ class RecentStore:
     # --- changing ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Tables]:
+    def transaction(self) -> Iterator[Batch]:
         """See `tables.Store.transaction`; what is recent becomes durable before."""
         with self._file:
             self.flush()
             with self._below.transaction() as transaction:
                 changes = Overlay(transaction)
                 yield changes
-                changes.write(transaction)
+                transaction.change(_in_order(changes.changes))
             with self._lock:
                 self._keep(changes.changes)
                 self._flushes += 1
 
     @contextlib.contextmanager
-    def show(self) -> Iterator[Tables]:
-        """Change rows: visible together at the end of the with-block, durable after `flush`; nothing if it fails."""
-        changes = Overlay(self)
+    def show(self, *, from_memory: bool = False) -> Iterator[Batch]:
+        """Change rows: visible together at the end of the with-block, durable after `flush`; nothing if it fails.
+
+        ``from_memory``: a read that would take a look at the store is `NotInMemoryError` instead.
+        """
+        changes = Overlay(_Memory(self) if from_memory else self)
         yield changes
         with self._lock:
             self._recent.update(changes.changes)
@@ -136,11 +177,7 @@ class RecentStore:
             self._flushing, self._recent = self._recent, {}
         try:
             with self._below.transaction() as transaction:
-                for (table, key), value in self._flushing.items():
-                    if value is None:
-                        transaction.delete(table, key)
-                    else:
-                        transaction.put(table, key, value)
+                transaction.change(_in_order(self._flushing))
         except BaseException:
             with self._lock:
                 self._recent = {**self._flushing, **self._recent}
@@ -151,14 +188,22 @@ class RecentStore:
             self._flushing = {}
             self._flushes += 1
 
-    def _keep(self, rows: _Rows) -> None:
-        if len(self._kept) + len(rows) > ROWS_KEPT_MAX:
+    def _keep(self, changed: _Rows) -> None:
+        if len(self._kept) + len(changed) > ROWS_KEPT_MAX:
             self._kept = {}
-        for place, value in rows.items():
-            if value is None or len(value) <= VALUE_BYTES_KEPT_MAX:
-                self._kept[place] = value
+        for (table, key), value in changed.items():
+            if table in self._whole:
+                rows = self._whole[table]
+                if rows is None:
+                    continue
+                if value is None:
+                    rows.pop(key, None)
+                else:
+                    rows[key] = _kept_as(value)
+            elif value is None or len(value) <= VALUE_BYTES_KEPT_MAX:
+                self._kept[table, key] = value
             else:
-                self._kept.pop(place, None)
+                self._kept.pop((table, key), None)
 
     def replace_tables(self, tables: Sequence[str], rows: Callable[[], Iterator[Row]], *, bytes_expected: int) -> None:
         """See `tables.ReplaceableStore`; what is recent becomes durable before."""
@@ -169,4 +214,35 @@ class RecentStore:
             finally:
                 with self._lock:
                     self._kept = {}
+                    self._whole = dict.fromkeys(self._whole)
                     self._flushes += 1
+
+
+class NotInMemoryError(Exception):
+    """The store would have to be asked, which may take as long as a disk does."""
+
+
+class _Memory:
+    """Reads of a `RecentStore` that never wait for the store below."""
+
+    def __init__(self, store: RecentStore) -> None:
+        self._store = store
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        with self._store._lock:
+            found, value = self._store._find(table, key)
+        if not found:
+            raise NotInMemoryError
+        return value
+
+    def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        raise NotInMemoryError
+
+
+def _kept_as(value: bytes) -> bytes:
+    return value if len(value) <= VALUE_BYTES_KEPT_MAX else _LONG
+
+
+def _in_order(rows: _Rows) -> _Rows:
+    """Return rows in the order of tables and keys, in which a store has them."""
+    return dict(sorted(rows.items(), key=lambda item: item[0]))

@@ -7,7 +7,7 @@ node comes to the same rows; see `metadata.MetadataMachine`, which calls it.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -47,8 +47,20 @@ class Store(Readable, Protocol):
         ...
 
 
-class ReplaceableStore(Store, Protocol):
-    """The same, for who installs a whole state."""
+class Batch(Tables, Protocol):
+    """A transaction that takes many changes at once."""
+
+    def change(self, rows: Mapping[tuple[str, bytes], bytes | None]) -> None:
+        """Put the values by table and key; delete where there is None."""
+        ...
+
+
+class ReplaceableStore(Readable, Protocol):
+    """The same, for who changes many rows at once and installs a whole state."""
+
+    def transaction(self) -> AbstractContextManager[Batch]:
+        """See `Store.transaction`."""
+        ...
 
     def replace_tables(self, tables: Sequence[str], rows: Callable[[], Iterator[Row]], *, bytes_expected: int) -> None:
         """Empty ``tables`` and put the rows, durably, all or nothing."""
@@ -83,8 +95,9 @@ class Overlay:
 
     def get(self, table: str, key: bytes) -> bytes | None:
         """See `Readable.get`."""
-        if (table, key) in self.changes:
-            return self.changes[table, key]
+        place = (table, key)
+        if place in self.changes:
+            return self.changes[place]
         return self._below.get(table, key)
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
@@ -96,6 +109,10 @@ class Overlay:
         there = self.get(table, key) is not None
         self.changes[table, key] = None
         return there
+
+    def change(self, rows: Mapping[tuple[str, bytes], bytes | None]) -> None:
+        """See `Batch.change`."""
+        self.changes.update(rows)
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """See `Readable.scan`; rows changed behind the place reached may or may not show."""
@@ -109,10 +126,6 @@ class Overlay:
         put: list[tuple[bytes, bytes]] = [(key, value) for key, value in changed if value is not None]
         yield from heapq.merge(below, put)
 
-    def write(self, target: Tables) -> None:
+    def write(self, target: Batch) -> None:
         """Make the changes there."""
-        for (table, key), value in sorted(self.changes.items(), key=lambda item: item[0]):
-            if value is None:
-                target.delete(table, key)
-            else:
-                target.put(table, key, value)
+        target.change(self.changes)

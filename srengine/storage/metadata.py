@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import mmap
 import os
 import secrets
@@ -38,7 +39,7 @@ from srengine import errors, limits, types
 from srengine.storage import fences, files, pages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
 FORMAT: Final = b"1"
@@ -53,6 +54,8 @@ MAP_BYTES_MAX: Final = 1 << 40
 TRANSACTION_ROWS_MAX: Final = 1_000_000
 
 _CHECK_BYTES: Final = 8
+_JOINED_BYTES_MAX: Final = 4 * limits.KIB
+"""To copy a value of that size is cheaper than to hash in two steps."""
 _FULL_BYTES: Final = 256 * limits.KIB
 """Less free space than this after a write that was cut short: the disk is full, not broken."""
 _ENGINE: Final[dict[str, Any]] = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
@@ -152,8 +155,15 @@ class MetadataStore:
 
     def get(self, table: str, key: bytes) -> bytes | None:
         """Return the committed value, or None; an unknown table is an empty one."""
-        with self._reading() as reader:
-            return self._get(reader, self._tables.get(table), table, key)
+        # Not by way of `_reading`: a context manager written in Python costs as much as the lookup.
+        self._begin_reading()
+        try:
+            with self._environment.begin() as reader:
+                return self._get(reader, self._tables.get(table), table, key)
+        except lmdb.Error as error:
+            self._raise_ours(error, "cannot read")
+        finally:
+            self._end_reading()
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Yield committed (key, value) with ``start`` <= key < ``stop`` in order of the keys' bytes.
@@ -188,22 +198,26 @@ class MetadataStore:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[lmdb.Transaction]:
-        self._check_usable()
-        counted = False
+        self._begin_reading()
         try:
-            with self._reads:
-                while self._moving:
-                    self._reads.wait()
-                self._check_usable()
-                self._readers += 1
-                counted = True
             with self._translated("cannot read"), self._environment.begin() as reader:
                 yield reader
         finally:
-            if counted:
-                with self._reads:
-                    self._readers -= 1
-                    self._reads.notify_all()
+            self._end_reading()
+
+    def _begin_reading(self) -> None:
+        self._check_usable()
+        with self._reads:
+            while self._moving:
+                self._reads.wait()
+            self._check_usable()
+            self._readers += 1
+
+    def _end_reading(self) -> None:
+        with self._reads:
+            self._readers -= 1
+            if self._moving:
+                self._reads.notify_all()
 
     @contextlib.contextmanager
     def _all_readers_gone(self) -> Iterator[None]:
@@ -470,8 +484,10 @@ class Transaction:
     def get(self, table: str, key: bytes) -> bytes | None:
         """Return the value as this transaction sees it, or None."""
         self._check_open()
-        with self._store._translated("cannot read"):
+        try:
             return self._store._get(self._writer, self._database(table), table, key)
+        except lmdb.Error as error:
+            self._store._raise_ours(error, "cannot read")
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
         """Set the value of ``key`` in ``table``, which is made when it is new.
@@ -524,8 +540,26 @@ class Transaction:
         if not self._is_open:
             raise errors.Closed("this transaction of the metadata store is over")
 
+    def change(self, rows: Mapping[tuple[str, bytes], bytes | None]) -> None:
+        """`put` each (table, key) that has a value, `discard` the others: all of them, or `InvalidValue` and none."""
+        self._check_open()
+        for (_, key), value in rows.items():
+            _checked_key(key)
+            if value is not None and len(value) > VALUE_BYTES_MAX:
+                raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
+        for table in {table for table, _ in rows}:
+            types.check_name(table, "table")
+        start = len(self._done)
+        if start + len(rows) > TRANSACTION_ROWS_MAX:
+            raise errors.InvalidValue(f"a transaction changes at most {TRANSACTION_ROWS_MAX} rows")
+        for (table, key), value in rows.items():
+            if value is not None or self._database(table) is not None:
+                self._done.append((table, bytes(key), None if value is None else bytes(value)))
+        self._do_growing(start)
+
     def _remember(self, table: str, key: bytes, value: bytes | None) -> None:
-        types.check_name(table, "table")
+        if self._database(table) is None:
+            types.check_name(table, "table")
         if len(self._done) >= TRANSACTION_ROWS_MAX:
             raise errors.InvalidValue(f"a transaction changes at most {TRANSACTION_ROWS_MAX} rows")
         self._done.append((table, key, value))
@@ -539,12 +573,13 @@ class Transaction:
         """Do the changes from ``start`` on; when the map is full, grow it and do all of them again in a new writer."""
         while True:
             try:
-                with self._store._translated("cannot write"):
-                    for table, key, value in self._done[start:]:
-                        self._do(table, key, value)
-            except errors.QuotaExceeded:
+                for table, key, value in itertools.islice(self._done, start, None):
+                    self._do(table, key, value)
+            except lmdb.MapFullError:
                 self._restart_in_larger_map()
                 start = 0
+            except lmdb.Error as error:
+                self._store._raise_ours(error, "cannot write")
             else:
                 return
 
@@ -654,7 +689,10 @@ def read_row(table: str, key: bytes, stored: bytes) -> Row:
 
 def _check(table: str, key: bytes, value: bytes) -> bytes:
     name = table.encode()
-    digest = xxhash.xxh3_64(len(name).to_bytes(2, "little") + name + len(key).to_bytes(2, "little") + key)
+    place = b"%b%b%b%b" % (len(name).to_bytes(2, "little"), name, len(key).to_bytes(2, "little"), key)
+    if len(value) <= _JOINED_BYTES_MAX:
+        return xxhash.xxh3_64_digest(place + value)
+    digest = xxhash.xxh3_64(place)
     digest.update(value)
     return digest.digest()
 

@@ -55,6 +55,13 @@ class Below:
     def delete(self, table, key):
         return self.rows.pop((table, key), None) is not None
 
+    def change(self, rows):
+        for (table, key), value in rows.items():
+            if value is None:
+                self.delete(table, key)
+            else:
+                self.put(table, key, value)
+
     def replace_tables(self, tables, rows, *, bytes_expected):
         self.rows = {place: value for place, value in self.rows.items() if place[0] not in tables}
         for table, key, value in rows():

@@ -7,7 +7,7 @@ registers is the simulator's own. It does what `Registers` does, so half of the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -18,7 +18,7 @@ from srengine.consensus.entries import Entry, EntryKind
 from srengine.ha.epochs import FENCE, EpochsApplier, check_epochs, claim, newest_epoch, read_epoch
 from srengine.ha.journal import Command as Journaled
 from srengine.ha.metadata import Applying, MetadataMachine
-from srengine.ha.tables import Overlay, Tables
+from srengine.ha.tables import Batch, Overlay, Tables
 from tests.simulator.registers import Command, Outcome, Registers, Result, Verb, decode
 
 REGISTERS: Final = "sim_registers"
@@ -48,8 +48,15 @@ class MemoryStore:
     def delete(self, table: str, key: bytes) -> bool:
         return self.tables.get(table, {}).pop(key, None) is not None
 
+    def change(self, rows: Mapping[tuple[str, bytes], bytes | None]) -> None:
+        for (table, key), value in rows.items():
+            if value is None:
+                self.delete(table, key)
+            else:
+                self.put(table, key, value)
+
     @contextmanager
-    def transaction(self) -> Iterator[Tables]:
+    def transaction(self) -> Iterator[Batch]:
         overlay = Overlay(self)
         yield overlay
         overlay.write(self)

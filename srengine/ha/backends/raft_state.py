@@ -37,6 +37,10 @@ SILENCE_S_MAX: Final = 10.0
 """A stream of state that brings nothing for so long is given up."""
 
 
+ENTRIES_NOW_MAX: Final = 64
+"""Entries applied on the event loop at a time: some milliseconds."""
+
+
 class JournalState:
     """See `consensus.services.StateMachine`."""
 
@@ -46,8 +50,10 @@ class JournalState:
         """Version of the table of members that ``_configuration`` is made of."""
         self._configuration = Configuration()
         self._visible = self._applied = self._floor(*self.machine.applied)
-        self._replacing = threading.Lock()
-        """Held by whoever changes or flushes the state."""
+        self._changing = threading.Lock()
+        """Held by whoever changes the state."""
+        self._flushing = threading.Lock()
+        """Held by whoever flushes or replaces it; after ``_changing``."""
 
     def _floor(self, index: int, term: int) -> Floor:
         version = read_membership(self.machine.store).version
@@ -69,35 +75,52 @@ class JournalState:
     def apply(self, entries: Sequence[Entry]) -> None:
         """See `consensus.services.StateMachine`."""
         failpoints.hit("journal.apply")
-        with self._replacing:
-            # A state that was repaired may be ahead of what consensus has handed out.
-            held = self.machine.applied_index
-            self.machine.show_all(
-                [
-                    Applying(entry.index, entry.term, _command(entry), entry.kind is EntryKind.CONFIGURATION)
-                    for entry in entries
-                    if entry.index > held
-                ]
-            )
+        with self._changing:
+            self.machine.show_all(self._not_held(entries))
             self._visible = self._floor(entries[-1].index, entries[-1].term)
+
+    def apply_now(self, entries: Sequence[Entry]) -> bool:
+        """See `consensus.services.StateMachine`."""
+        # The failpoint stands for a disk that does not give a row back; here none is asked for one.
+        if len(entries) > ENTRIES_NOW_MAX or failpoints.planned("journal.apply"):
+            return False
+        if not self._changing.acquire(blocking=False):
+            return False
+        try:
+            shown = self.machine.show_from_memory(self._not_held(entries))
+            if shown:
+                self._visible = self._floor(entries[-1].index, entries[-1].term)
+            return shown
+        finally:
+            self._changing.release()
+
+    def _not_held(self, entries: Sequence[Entry]) -> list[Applying]:
+        # A state that was repaired may be ahead of what consensus has handed out.
+        held = self.machine.applied_index
+        return [
+            Applying(entry.index, entry.term, _command(entry), entry.kind is EntryKind.CONFIGURATION)
+            for entry in entries
+            if entry.index > held
+        ]
 
     def flush(self) -> None:
         """See `consensus.services.StateMachine`."""
-        with self._replacing:
+        with self._flushing:
+            visible = self._visible  # entries may be applied meanwhile
             if self.machine.flush():
-                self._applied = self._visible
+                self._applied = visible
 
     def install(self, path: Path) -> Floor:
         """Put a copy in place; in the apply thread."""
         failpoints.hit("journal.apply")
-        with self._replacing:
+        with self._changing, self._flushing:
             self.machine.install(path)
             self._visible = self._applied = self._floor(*self.machine.applied)
             return self._applied
 
     def replace(self, path: Path) -> None:
         """Put the right state in place of a wrong one, at the index of this node or a later one; in any thread."""
-        with self._replacing:
+        with self._changing, self._flushing:
             self.machine.install(path)
 
 
