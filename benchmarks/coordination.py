@@ -154,13 +154,11 @@ class EtcdCluster:
 
 
 class RegisterWriter:
-    """A connection to one node that writes registers of the journal."""
+    """A connection to one node that writes registers of the journal. ``endpoint``: its sockets; who is last ends it."""
 
-    def __init__(self, address: str) -> None:
-        from srengine.transport import Endpoint, Identity
-
-        self._endpoint = Endpoint(Identity(keys=None, version="benchmark"))
-        self._channel = self._endpoint.channel(address)
+    def __init__(self, endpoint: Any, address: str) -> None:
+        self._endpoint = endpoint
+        self._channel = endpoint.channel(address)
 
     async def put(self, key: str, value: bytes) -> None:
         from srengine.ha.register_service import PutRegister
@@ -182,7 +180,10 @@ class RegisterWriter:
         return (await self._journal()).applied_index
 
     async def close(self) -> None:
-        await self._endpoint.close()
+        await self._channel.close()
+        self._endpoint.users -= 1
+        if not self._endpoint.users:
+            await self._endpoint.close()
 
 
 class JournalCluster:
@@ -197,6 +198,7 @@ class JournalCluster:
             JournalProcess(directory / f"node-{number + 1}", number, ports, backend, settings or {})
             for number in range(NODES)
         ]
+        self._endpoint: Any = None
 
     def start(self) -> None:
         for node in self._nodes:
@@ -220,7 +222,15 @@ class JournalCluster:
         self._nodes[node].start().wait_ready()
 
     async def connect(self, node: int) -> RegisterWriter:
-        return RegisterWriter(self._nodes[node].address)
+        from srengine.transport import Endpoint, Identity
+
+        # One for all writers of an event loop, as the other side's connections share a loop: thirty-two sets of
+        # ZeroMQ's threads would be a load of their own.
+        if self._endpoint is None or self._endpoint.closed:
+            self._endpoint = Endpoint(Identity(keys=None, version="benchmark"))
+            self._endpoint.users = 0
+        self._endpoint.users += 1
+        return RegisterWriter(self._endpoint, self._nodes[node].address)
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@
 
     InstallState --> StateSink.fetch --> put, when everything before is applied --> the log begins behind it
 
-What may take a disk's time runs in one thread, one job after the other: applying what memory alone cannot answer, flushes,
-whole states. Everything else runs on the loop, few entries that need nothing but memory included: to hand them to a
-thread and back would cost more than they do.
+What may take a disk's time runs in one thread, one job after the other: applying what memory alone cannot answer,
+flushes, whole states. Everything else runs on the loop, few entries that need nothing but memory included: to hand them
+to a thread and back would cost more than they do.
 """
 
 from __future__ import annotations

@@ -132,6 +132,9 @@ class Driver:
         self._log_works = False
         self._outbox = Outbox()
         self._news_timer: asyncio.TimerHandle | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._persisting_since: float | None = None
+        """Since when the log thread persists what it was given last, in the loop's time; None: it does not."""
         self._watched: dict[NodeId, PostChannel] = {}
         self._greet: set[NodeId] = set()
         """Nodes to be told that this one is here: they may be waiting out a back-off."""
@@ -315,7 +318,10 @@ class Driver:
         """Step what arrived into a group that is not busy, and take what comes out of it."""
         machine = group.machine
         try:
-            machine.tick(now)
+            if now < group.deadline < NEVER:
+                machine.pass_time(now)
+            else:
+                machine.tick(now)
             while True:
                 if not group.busy:
                     self._step_inbox(group)
@@ -390,7 +396,9 @@ class Driver:
     # --- time --------------------------------------------------------------------------------------------------------
 
     def _arm(self, now: float) -> None:
-        """Have a turn at the earliest deadline."""
+        """Have a turn at the earliest deadline. A timer that is too early stays: to look once in vain costs less than
+        to set another one with every turn.
+        """
         deadlines = self._deadlines
         while deadlines and self._groups[deadlines[0][1]].deadline != deadlines[0][0]:
             heapq.heappop(deadlines)
@@ -398,7 +406,7 @@ class Driver:
             return
         at = deadlines[0][0]
         if self._timer is not None:
-            if self._timer_at == at:
+            if self._timer_at <= at:
                 return
             self._timer.cancel()
         self._timer_at = at
@@ -451,20 +459,25 @@ class Driver:
             return
         self._log_works = True
         turn = {name: effects.persist for name, effects in batch.items() if effects.persist is not None}
-        started = self._loop.time()
-        alarm = self._loop.call_later(self._bounds.persist_s_max, self._overrun)
-        self._log_worker.submit(
-            lambda: self.log.append(turn), lambda error: self._persisted(batch, started, alarm, error)
-        )
+        started = self._persisting_since = self._loop.time()
+        if self._alarm is None:
+            self._alarm = self._loop.call_later(self._bounds.persist_s_max, self._look_at_persist)
+        self._log_worker.submit(lambda: self.log.append(turn), lambda error: self._persisted(batch, started, error))
 
-    def _overrun(self) -> None:
-        self.metrics.add("srengine_consensus_persist_overruns_total")
-        self.set_health(Health.SLOW, None)
+    def _look_at_persist(self) -> None:
+        """Take note of a write that takes too long; one timer watches many short ones."""
+        self._alarm = None
+        if self._persisting_since is None or self.stopped:
+            return
+        left_s = self._persisting_since + self._bounds.persist_s_max - self._loop.time()
+        if left_s > 0:
+            self._alarm = self._loop.call_later(left_s, self._look_at_persist)
+        else:
+            self.metrics.add("srengine_consensus_persist_overruns_total")
+            self.set_health(Health.SLOW, None)
 
-    def _persisted(
-        self, batch: dict[str, Effects], started: float, alarm: asyncio.TimerHandle, error: BaseException | None
-    ) -> None:
-        alarm.cancel()
+    def _persisted(self, batch: dict[str, Effects], started: float, error: BaseException | None) -> None:
+        self._persisting_since = None
         self._log_works = False
         if isinstance(error, errors.DiskFull | errors.QuotaExceeded):
             # What was drained stays as it is, and goes first: its groups are busy, nothing was stepped into them.
@@ -578,7 +591,7 @@ class Driver:
         if self.stopped:
             return
         self.stopped = True
-        for timer in (self._timer, self._news_timer):
+        for timer in (self._timer, self._news_timer, self._alarm):
             if timer is not None:
                 timer.cancel()
         for channel in self._watched.values():

@@ -162,6 +162,8 @@ class Leading(Replication):
 
     def _bid_farewell(self, leader: Leader) -> None:
         """Forget removed nodes that know it, or that could not be told for long enough."""
+        if not leader.departing:
+            return
         for node, departing in sorted(leader.departing.items()):
             peer = leader.peers[node]
             if (

@@ -75,6 +75,7 @@ import msgspec
 
 from srengine.consensus import checks
 from srengine.consensus.effects import (
+    NOTHING,
     Applied,
     Effects,
     Hint,
@@ -120,6 +121,10 @@ class RaftMachine(Following):
     """
 
     # --- in ----------------------------------------------------------------------------------------------------------
+
+    def pass_time(self, now: float) -> None:
+        """`tick` before `next_deadline`: nothing happens but that it is later."""
+        self.now = max(self.now, now)
 
     def tick(self, now: float) -> None:
         """Let time pass. A clock that goes back counts as one that stands still."""
@@ -236,23 +241,27 @@ class RaftMachine(Following):
                 self._replicate(self.state)
         else:
             self._ask_leader()
-        # Only a group of one voter leads before its term is durable; its learners hear of it when it is.
-        send = () if self._state_on_way else tuple(self._send)
         apply = self._take_apply()
-        effects = Effects(
-            send=send,
-            apply=apply,
-            refused=tuple(self._refused),
-            reads=tuple(self._reads),
-            install=self._install,
-            roles=tuple(self._roles),
-        )
-        self._send, self._refused, self._reads, self._roles = [], [], [], []
-        self._install = None
-        if effects and self._is_free_of_persist():
-            return effects
+        effects = NOTHING
+        if self._send or apply or self._refused or self._reads or self._roles or self._install is not None:
+            effects = Effects(
+                # Only a group of one voter leads before its term is durable; its learners hear of it when it is.
+                send=() if self._state_on_way else tuple(self._send),
+                apply=apply,
+                refused=tuple(self._refused),
+                reads=tuple(self._reads),
+                install=self._install,
+                roles=tuple(self._roles),
+            )
+            self._send, self._refused, self._reads, self._roles = [], [], [], []
+            self._install = None
+            if effects and self._is_free_of_persist():
+                return effects
         accepted, self._accepted = tuple(self._accepted), []
-        return msgspec.structs.replace(effects, persist=self._take_persist(), accepted=accepted)
+        persist = self._take_persist()
+        if persist is None and not accepted:
+            return effects
+        return msgspec.structs.replace(effects, persist=persist, accepted=accepted)
 
     def _is_free_of_persist(self) -> bool:
         """Whether what was just said depends on nothing that is still to be persisted, so that it need not wait.

@@ -36,7 +36,7 @@ def majority(voters: int) -> int:
 def agreed(voters: Sequence[NodeId], value_of: Callable[[NodeId], Value]) -> Value:
     """Return the largest value that a majority of the voters has reached, each having reached ``value_of`` it."""
     assert voters, "a group without voters agrees on nothing"
-    return sorted((value_of(voter) for voter in voters), reverse=True)[majority(len(voters)) - 1]
+    return sorted([value_of(voter) for voter in voters])[len(voters) - majority(len(voters))]
 
 
 def vote(voters: Sequence[NodeId], votes: Mapping[NodeId, bool]) -> Outcome:

@@ -96,6 +96,8 @@ class Reading(Core):
 
     def _answer_reads(self, leader: Leader) -> None:
         """Answer the reads whose round a majority has answered."""
+        if not leader.reads:
+            return
         confirmed = self._confirmed_round(leader)
         while leader.reads and 0 < leader.reads[0].round <= confirmed:
             read = leader.reads.popleft()

@@ -47,8 +47,11 @@ class Replication(Reading):
 
     def _replicate(self, leader: Leader) -> None:
         """Send to everybody what may be sent."""
+        last_index, commit_index = self.view.last_index, self.commit_index
+        if all(peer.next_index > last_index and peer.commit_sent >= commit_index for peer in leader.peers.values()):
+            return
         for target, peer in sorted(leader.peers.items()):
-            while peer.may_send() and peer.next_index <= self.view.last_index:
+            while peer.next_index <= self.view.last_index and peer.may_send():
                 if self._needs_state(peer):
                     self._offer_state(leader, target, peer)
                     break

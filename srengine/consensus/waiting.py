@@ -33,7 +33,8 @@ TRANSFER: Final = "transfer"
 class _Waiting:
     future: asyncio.Future[Any]
     what: str
-    timer: asyncio.TimerHandle
+    deadline: float
+    timeout_s: float
     index: int = 0
     """Proposal: its place in the log, 0 before it is accepted. Read: what must be visible, 0 before that is known."""
     term: int = 0
@@ -51,6 +52,9 @@ class WaitingRoom:
         """Tokens of accepted proposals by index."""
         self._reads: set[int] = set()
         """Tokens of reads that know their index."""
+        self._timer: asyncio.TimerHandle | None = None
+        """One for all: most end long before their time-out. Not later than the earliest of them."""
+        self._timer_at = 0.0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -65,23 +69,33 @@ class WaitingRoom:
         token = self._next_token
         self._next_token += 1
         future: asyncio.Future[Any] = self._loop.create_future()
-        timer = self._loop.call_later(timeout_s, self._time_out, token, timeout_s)
-        self._waiting[token] = _Waiting(future, what, timer)
+        deadline = self._loop.time() + timeout_s
+        self._waiting[token] = _Waiting(future, what, deadline, timeout_s)
+        if self._timer is None or deadline < self._timer_at:
+            self._arm(deadline)
         return token, future
 
-    def _time_out(self, token: int, timeout_s: float) -> None:
-        what = self._waiting[token].what
-        self.end(
-            token,
-            errors.TimedOut(f"a {what} in {self._group} did not end in {timeout_s:.3g} s", group=self._group),
-        )
+    def _arm(self, deadline: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = deadline
+        self._timer = self._loop.call_at(deadline, self._time_out)
+
+    def _time_out(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        for token, waiting in list(self._waiting.items()):
+            if waiting.deadline <= now:
+                message = f"a {waiting.what} in {self._group} did not end in {waiting.timeout_s:.3g} s"
+                self.end(token, errors.TimedOut(message, group=self._group))
+        if self._waiting:
+            self._arm(min(waiting.deadline for waiting in self._waiting.values()))
 
     def end(self, token: int, result: object) -> None:
         """Let one go, with a value or an error; nothing happens when it has gone already."""
         waiting = self._waiting.pop(token, None)
         if waiting is None:
             return
-        waiting.timer.cancel()
         self._reads.discard(token)
         if waiting.future.done():  # cancelled
             return
@@ -95,6 +109,9 @@ class WaitingRoom:
         for token in list(self._waiting):
             self.end(token, error())
         self._proposed.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def accepted(self, accepted: Accepted) -> None:
         """Note where a proposal is in the log: it is decided when an entry is applied there."""

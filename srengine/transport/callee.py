@@ -298,8 +298,10 @@ class Callee(Connection):
         if handler is None:
             self.metrics.add("srengine_transport_posts_refused_total", port=self.port)
             return
-        # Not called from here: its mistakes are not the connection's.
-        self.loop.call_soon(handler, peer, message)
+        try:
+            handler(peer, message)
+        except Exception as error:  # its mistakes are not the connection's
+            self.loop.call_exception_handler({"message": f"the handler of {post.kind} failed", "exception": error})
 
     # --- streams -----------------------------------------------------------------------------------------------------
 

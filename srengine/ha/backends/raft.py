@@ -389,7 +389,7 @@ class RaftBackend:
         deadline = loop.time() + timeout_s
         unknown = False
         attempt_s = ATTEMPT_S
-        last: errors.Error = errors.TimedOut(f"{what} was not answered in {timeout_s:.3g} s")
+        last: errors.Error | None = None
         while (left_s := deadline - loop.time()) > 0:
             self._standing.check_usable()
             try:
@@ -414,7 +414,7 @@ class RaftBackend:
         self._standing.check_usable()
         if unknown:
             raise errors.TimedOut(f"{what} is not acknowledged yet; it may still be") from last
-        raise last
+        raise last if last is not None else errors.TimedOut(f"{what} was not answered in {timeout_s:.3g} s")
 
     async def _ask_whether_removed(self) -> None:
         """While nobody is known to lead, ask others whether this node is a member still: nobody else tells it."""
