@@ -5,9 +5,9 @@ Metadata stands in pyproject.toml; the C sources of LMDB and xxHash come by way 
 ``SRENGINE_VENDOR_DIR``   take the two sdists from this directory instead of downloading them
 ``SRENGINE_SYSTEM_LIBS``  1: build on the system's lmdb.h, liblmdb and xxhash.h, unpatched (``srengine --version`` says)
 
-LMDB is linked into the kernel `tablet` alone, with hidden symbols: a process has at most one LMDB of ours, and it never
-meets py-lmdb's. xxHash is a header that every kernel inlines. Instruction sets are the platform's portable ones, but
-for one function of the kernel `chunk` that asks the processor before it is called (ext/xxh3_wide.h).
+LMDB is linked into the kernels `tablet` and `rows`, with hidden symbols: each opens environments of its own kind, and
+neither ever meets py-lmdb's. xxHash is a header that every kernel inlines. Instruction sets are the platform's portable
+ones, but for one function of the kernel `chunk` that asks the processor before it is called (ext/xxh3_wide.h).
 
 Generated C stands under build/cython/. Cython does not notice a changed header of the module itself in this arrangement
 (implementation in ext/, headers in srengine/_native/), so the C file is removed when any header is newer.
@@ -129,7 +129,7 @@ class BuildKernels(build_ext):
         extension.extra_compile_args += KERNEL_FLAGS
         extension.extra_link_args += ["-pthread"]
         extension.depends += [str(self.lmdb_header), str(self.xxhash_dir / "xxhash.h"), *lmdb_objects]
-        if extension.name == "srengine._native.tablet":
+        if extension.name in {"srengine._native.tablet", "srengine._native.rows"}:
             extension.extra_objects += lmdb_objects
             if self.system_libs:
                 extension.libraries += ["lmdb"]

@@ -25,6 +25,7 @@ KERNEL_USERS = {
     "merkle": {"storage", "sync"},
     "scan": {"codec"},
     "frame": {"codec"},
+    "rows": {"storage"},
     "build_info": {"cli"},
 }
 """Kernel -> rooms that may import it."""

@@ -1,4 +1,4 @@
-# LMDB as the tablet kernel sees it. LMDB is linked into that kernel alone.
+# LMDB as the kernels `tablet` and `rows` see it; each has a copy of its own, for environments of its own.
 
 cdef extern from "lmdb.h" nogil:
     ctypedef struct MDB_env:
@@ -78,6 +78,7 @@ cdef extern from "lmdb.h" nogil:
     int mdb_stat(MDB_txn *txn, MDB_dbi dbi, MDB_stat *stat)
     int mdb_get(MDB_txn *txn, MDB_dbi dbi, MDB_val *key, MDB_val *data)
     int mdb_put(MDB_txn *txn, MDB_dbi dbi, MDB_val *key, MDB_val *data, unsigned int flags)
+    int mdb_drop(MDB_txn *txn, MDB_dbi dbi, int delete)
     int mdb_del(MDB_txn *txn, MDB_dbi dbi, MDB_val *key, MDB_val *data)
     int mdb_cursor_open(MDB_txn *txn, MDB_dbi dbi, MDB_cursor **cursor)
     void mdb_cursor_close(MDB_cursor *cursor)

@@ -33,6 +33,10 @@ class Machine(Protocol):
         """Take the time."""
         ...
 
+    def pass_time(self, now: float) -> None:
+        """`tick` before `next_deadline`: take the time, and nothing else happens."""
+        ...
+
     def drain(self) -> Effects:
         """Return what is to be done; false when there is nothing."""
         ...

@@ -236,6 +236,7 @@ class _Memory:
         return value
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        del table, start, stop
         raise NotInMemoryError
 
 

@@ -1,6 +1,7 @@
 """The metadata store: named tables of a node (catalog, boot numbers, the log) in an LMDB environment of their own.
 
-Used through py-lmdb, never for tablets: two bindings must not meet on one environment. One store, one directory::
+Through the kernel `rows`, never through the tablets' one: two copies of LMDB must not meet on one environment. One
+store, one directory::
 
     meta/                0700
       data.mdb           one named LMDB database for each table; value = bytes + XXH3-64 of (table, key, bytes)
@@ -13,6 +14,8 @@ Used through py-lmdb, never for tablets: two bindings must not meet on one envir
 * **Growing.** The memory map is doubled between transactions, and inside one by replaying what it did so far; readers
   never see it, because every read is one short LMDB transaction of at most `SCAN_ROWS` rows. LMDB ends readers that are
   open when its map moves, so none may be.
+* **In one piece.** A transaction that only puts and discards begins, changes and commits in one call that lets the
+  interpreter go: the log of consensus is written beside a busy event loop. Who reads in it has it begun at once.
 * **Honest about faults.** A full disk is `DiskFull`; reading goes on, and writing when space returns. An
   input/output error while writing fences the store (`TabletFenced`), durably: see fences.py.
 
@@ -30,12 +33,13 @@ import os
 import secrets
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, Protocol, Self
 
-import lmdb
 import xxhash
 
 from srengine import errors, limits, types
+from srengine._native import rows as kernel
+from srengine._native.rows import RowsError
 from srengine.storage import fences, files, pages
 
 if TYPE_CHECKING:
@@ -58,8 +62,6 @@ _JOINED_BYTES_MAX: Final = 4 * limits.KIB
 """To copy a value of that size is cheaper than to hash in two steps."""
 _FULL_BYTES: Final = 256 * limits.KIB
 """Less free space than this after a write that was cut short: the disk is full, not broken."""
-_ENGINE: Final[dict[str, Any]] = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
-"""py-lmdb 3 brings two engines, and an environment variable may choose: ours is the 0.9 line, as for tablets."""
 _OWN_TABLE: Final = "srengine"
 _FORMAT_KEY: Final = b"format"
 
@@ -101,7 +103,7 @@ class MetadataStore:
         self._readers = 0
         self._moving = False
         self._fault: str | None = None
-        self._tables: dict[str, lmdb._Database] = {}
+        self._tables: dict[str, int] = {}
         files.check_local_file_system(self.path.parent, allow_remote_fs=allow_remote_fs)
         if create and not self.path.exists():
             _build(self.path, map_bytes, insecure=insecure)
@@ -158,9 +160,8 @@ class MetadataStore:
         # Not by way of `_reading`: a context manager written in Python costs as much as the lookup.
         self._begin_reading()
         try:
-            with self._environment.begin() as reader:
-                return self._get(reader, self._tables.get(table), table, key)
-        except lmdb.Error as error:
+            return self._get(self._environment, self._tables.get(table), table, key)
+        except RowsError as error:
             self._raise_ours(error, "cannot read")
         finally:
             self._end_reading()
@@ -172,8 +173,9 @@ class MetadataStore:
         """
         position, first = start, True
         while True:
-            with self._reading() as reader:
-                rows, done = self._rows(reader, self._tables.get(table), table, position, stop, after=not first)
+            with self._reading():
+                handle = self._tables.get(table)
+                rows, done = self._rows(self._environment, handle, table, position, stop, after=not first)
             yield from rows
             if done:
                 return
@@ -183,8 +185,8 @@ class MetadataStore:
         """Yield what `scan` yields, and damaged rows as well instead of raising: for whoever can do without them."""
         position, first = start, True
         while True:
-            with self._reading() as reader:
-                found, done = self._stored_rows(reader, self._tables.get(table), position, stop, after=not first)
+            with self._reading():
+                found, done = _stored_rows(self._environment, self._tables.get(table), position, stop, after=not first)
             for key, stored in found:
                 yield read_row(table, key, stored)
             if done:
@@ -197,11 +199,11 @@ class MetadataStore:
         return sorted(name for name in self._tables if name != _OWN_TABLE)
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[lmdb.Transaction]:
+    def _reading(self) -> Iterator[None]:
         self._begin_reading()
         try:
-            with self._translated("cannot read"), self._environment.begin() as reader:
-                yield reader
+            with self._translated("cannot read"):
+                yield
         finally:
             self._end_reading()
 
@@ -232,56 +234,17 @@ class MetadataStore:
                 self._moving = False
                 self._reads.notify_all()
 
-    def _get(
-        self, transaction: lmdb.Transaction, database: lmdb._Database | None, table: str, key: bytes
-    ) -> bytes | None:
-        if database is None:
+    def _get(self, source: _Source, handle: int | None, table: str, key: bytes) -> bytes | None:
+        if handle is None:
             return None
-        stored = transaction.get(_checked_key(key), db=database)
-        return None if stored is None else self._unsealed(table, key, bytes(stored))
+        stored = source.get(handle, _checked_key(key))
+        return None if stored is None else self._unsealed(table, key, stored)
 
     def _rows(
-        self,
-        transaction: lmdb.Transaction,
-        database: lmdb._Database | None,
-        table: str,
-        start: bytes | None,
-        stop: bytes | None,
-        *,
-        after: bool,
+        self, source: _Source, handle: int | None, table: str, start: bytes | None, stop: bytes | None, *, after: bool
     ) -> tuple[list[tuple[bytes, bytes]], bool]:
-        found, done = self._stored_rows(transaction, database, start, stop, after=after)
+        found, done = _stored_rows(source, handle, start, stop, after=after)
         return [(key, self._unsealed(table, key, stored)) for key, stored in found], done
-
-    def _stored_rows(
-        self,
-        transaction: lmdb.Transaction,
-        database: lmdb._Database | None,
-        start: bytes | None,
-        stop: bytes | None,
-        *,
-        after: bool,
-    ) -> tuple[list[tuple[bytes, bytes]], bool]:
-        """Return some rows of the range, and whether they are the last of it."""
-        if database is None:
-            return [], True
-        rows: list[tuple[bytes, bytes]] = []
-        size = 0
-        with transaction.cursor(db=database) as cursor:
-            found = cursor.first() if not start else cursor.set_range(_checked_key(start))
-            if found and after and cursor.key() == start:
-                found = cursor.next()
-            while found:
-                if len(rows) >= SCAN_ROWS or size >= SCAN_BYTES:
-                    return rows, False
-                key = bytes(cursor.key())
-                if stop is not None and key >= stop:
-                    break
-                value = bytes(cursor.value())
-                rows.append((key, value))
-                size += len(value)
-                found = cursor.next()
-        return rows, True
 
     def _unsealed(self, table: str, key: bytes, stored: bytes) -> bytes:
         if not is_sealed(table, key, stored):
@@ -329,7 +292,7 @@ class MetadataStore:
             self._check_usable()
             if self._transaction is not None:
                 raise errors.InvalidValue("a transaction of the metadata store is open in this thread already")
-            used = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
+            used = self._used_bytes()
             if used + 3 * bytes_expected > self._map_bytes:
                 self._grow(used + 3 * bytes_expected)
             while True:
@@ -342,40 +305,48 @@ class MetadataStore:
 
     def _replace_once(self, tables: Sequence[str], rows: Iterator[tuple[str, bytes, bytes]]) -> None:
         with self._translated("cannot write"):
-            writer = self._environment.begin(write=True)
-        made: dict[str, lmdb._Database] = {}
-        committed = False
+            writer = self._environment.begin()
+        made: dict[str, int] = {}
         try:
             with self._translated("cannot write"), _map_full():
                 for table in tables:
                     if table in self._tables:
-                        writer.drop(self._tables[table], delete=False)
+                        writer.empty(self._tables[table])
+            waiting: list[_Change] = []
+            size = 0
             for table, key, value in rows:
                 types.check_name(table, "table")
-                _checked_key(key)
                 if len(value) > VALUE_BYTES_MAX:
                     raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
                 with self._translated("cannot write"), _map_full():
-                    database = self._tables.get(table) or made.get(table)
-                    if database is None:
-                        if len(self._tables) + len(made) >= TABLES_MAX:
-                            raise errors.InvalidValue(f"a metadata store has at most {TABLES_MAX} tables")
-                        database = made[table] = self._environment.open_db(table.encode(), txn=writer)
-                    writer.put(key, value + _check(table, key, value), db=database)
+                    handle = self._tables.get(table, made.get(table))
+                    if handle is None:
+                        handle = made[table] = self._make_table(writer, table, len(made))
+                    waiting.append((handle, _checked_key(key), value + _check(table, key, value)))
+                    size += len(value)
+                    if len(waiting) >= SCAN_ROWS or size >= SCAN_BYTES:
+                        writer.change(waiting)
+                        waiting, size = [], 0
             with self._translated("cannot commit to"), _map_full():
+                writer.change(waiting)
                 writer.commit()
-            committed = True
             self._tables.update(made)
         finally:
-            if not committed and os.getpid() == self._pid:
-                # NB: see Transaction._abort.
-                with self._all_readers_gone():
-                    writer.abort()
+            if os.getpid() == self._pid:
+                writer.abort()
+
+    def _make_table(self, writer: kernel.Writer, table: str, made: int) -> int:
+        if len(self._tables) + made >= TABLES_MAX:
+            raise errors.InvalidValue(f"a metadata store has at most {TABLES_MAX} tables")
+        return writer.open_table(table.encode())
+
+    def _used_bytes(self) -> int:
+        page_bytes, pages_used = self._environment.sizes()
+        return page_bytes * pages_used
 
     def _maybe_grow(self) -> bool:
         """Double the map once three quarters are used, so that a transaction rarely meets its end."""
-        used = self._environment.info()["last_pgno"] + 1
-        if used * self._environment.stat()["psize"] <= self._map_bytes * 3 // 4:
+        if self._used_bytes() <= self._map_bytes * 3 // 4:
             return False
         self._grow(self._map_bytes * 2)
         return True
@@ -383,25 +354,22 @@ class MetadataStore:
     def _grow(self, wanted: int) -> None:
         if self._map_bytes >= MAP_BYTES_MAX:
             raise errors.QuotaExceeded(f"the metadata store {self.path} has reached {MAP_BYTES_MAX} bytes")
-        size = min(_map_bytes_for(wanted, self._environment.stat()["psize"]), MAP_BYTES_MAX)
+        size = min(_map_bytes_for(wanted, self._environment.sizes()[0]), MAP_BYTES_MAX)
         _check_address_space(size)
         with self._all_readers_gone(), self._translated("cannot grow"):
-            self._environment.set_mapsize(size)
+            self._environment.set_map_bytes(size)
             self._map_bytes = size
 
     # --- set-up and faults -------------------------------------------------------------------------------------------
 
     def _open_tables(self) -> None:
         with self._translated("cannot open"):
-            with self._environment.begin() as reader, reader.cursor() as cursor:
-                names = [bytes(key) for key in cursor.iternext(keys=True, values=False)]
-            for name in names:
-                text = name.decode("ascii", "backslashreplace")
-                self._tables[text] = self._environment.open_db(name, create=False)
+            for name, handle in self._environment.tables().items():
+                self._tables[name.decode("ascii", "backslashreplace")] = handle
 
     def _check_format(self) -> None:
-        with self._reading() as reader:
-            found = self._get(reader, self._tables.get(_OWN_TABLE), _OWN_TABLE, _FORMAT_KEY)
+        with self._reading():
+            found = self._get(self._environment, self._tables.get(_OWN_TABLE), _OWN_TABLE, _FORMAT_KEY)
         if found is None:
             raise errors.ForeignData(f"{self.path} is no metadata store of srengine", path=str(self.path))
         if found != FORMAT:
@@ -413,39 +381,32 @@ class MetadataStore:
     def _translated(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except lmdb.Error as error:
+        except RowsError as error:
             self._raise_ours(error, doing)
 
-    def _raise_ours(self, error: lmdb.Error, doing: str) -> NoReturn:
+    def _raise_ours(self, error: RowsError, doing: str) -> NoReturn:
         text = f"{doing} the metadata store {self.path}: {error}"
         facts = {"path": str(self.path)}
-        match error:
-            case lmdb.DiskError():
-                raise errors.DiskFull(text, **facts) from error
-            case lmdb.MapFullError():
-                raise errors.QuotaExceeded(text, **facts) from error
-            case lmdb.CorruptedError() | lmdb.PageNotFoundError() | lmdb.InvalidError():
-                raise errors.CorruptionError(text, file=str(self.path / pages.DATA_NAME)) from error
-            case lmdb.VersionMismatchError():
-                raise errors.ForeignData(text, **facts) from error
-            case lmdb.ReadonlyError():
-                raise errors.Denied(text, **facts) from error
-            case lmdb.MemoryError():
-                raise MemoryError(text) from error
-            case _ if os.strerror(errno.ENOMEM) in str(error):
-                raise MemoryError(text) from error
-            case lmdb.PanicError():
-                self._fence(text)
-                raise errors.TabletFenced(text, reason="io-error", **facts) from error
-            case _ if os.strerror(errno.EIO) in str(error):
-                # py-lmdb has a class for some system errors only; EIO arrives as text. LMDB says it for a write that
-                # was cut short by a full disk, too.
-                if self._disk_is_full():
-                    raise errors.DiskFull(text, **facts) from error
-                self._fence(text)
-                raise errors.TabletFenced(text, reason="io-error", **facts) from error
-            case _:
-                raise errors.Error(text, **facts) from error
+        code = error.code
+        if code in {errno.ENOSPC, errno.EDQUOT}:
+            raise errors.DiskFull(text, **facts) from error
+        if code == kernel.MAP_FULL:
+            raise errors.QuotaExceeded(text, **facts) from error
+        if code in kernel.DAMAGED:
+            raise errors.CorruptionError(text, file=str(self.path / pages.DATA_NAME)) from error
+        if code in kernel.STRANGE:
+            raise errors.ForeignData(text, **facts) from error
+        if code in {errno.EACCES, errno.EROFS, errno.EPERM}:
+            raise errors.Denied(text, **facts) from error
+        if code == errno.ENOMEM:
+            raise MemoryError(text) from error
+        if code == errno.EIO and self._disk_is_full():
+            # LMDB says it for a write that was cut short by a full disk, too.
+            raise errors.DiskFull(text, **facts) from error
+        if code in {errno.EIO, kernel.PANIC}:
+            self._fence(text)
+            raise errors.TabletFenced(text, reason="io-error", **facts) from error
+        raise errors.Error(text, **facts) from error
 
     def _disk_is_full(self) -> bool:
         status = os.statvfs(self.path)
@@ -458,6 +419,29 @@ class MetadataStore:
             fences.set_fence(self.path, "io-error", text)
 
 
+_Change = tuple[int, bytes, bytes | None]
+"""Handle of the table, key, value; None: the key is deleted."""
+_Page = tuple[list[tuple[bytes, bytes]], bool]
+"""Rows, and whether they are the last."""
+
+
+class _Source(Protocol):
+    """Committed rows, or a transaction's."""
+
+    def get(self, table: int, key: bytes, /) -> bytes | None: ...
+
+    def page(
+        self,
+        table: int,
+        start: bytes | None,
+        after: bool,  # noqa: FBT001  (the kernel's)
+        stop: bytes | None,
+        rows_max: int,
+        bytes_max: int,
+        /,
+    ) -> _Page: ...
+
+
 class _MapFullError(Exception):
     """The memory map has no room left."""
 
@@ -466,7 +450,9 @@ class _MapFullError(Exception):
 def _map_full() -> Iterator[None]:
     try:
         yield
-    except lmdb.MapFullError as error:
+    except RowsError as error:
+        if error.code != kernel.MAP_FULL:
+            raise
         raise _MapFullError from error
 
 
@@ -476,17 +462,21 @@ class Transaction:
     def __init__(self, store: MetadataStore) -> None:
         self._store = store
         self._done: list[tuple[str, bytes, bytes | None]] = []
-        with store._translated("cannot write"):
-            self._writer = store._environment.begin(write=True)
-        self._new_tables: dict[str, lmdb._Database] = {}
+        """All changes so far, sealed; None: deleted."""
+        self._written = 0
+        """How many of them the writer has."""
+        self._writer: kernel.Writer | None = None
+        """None until somebody reads, or a table is new."""
+        self._new_tables: dict[str, int] = {}
         self._is_open = True
 
     def get(self, table: str, key: bytes) -> bytes | None:
         """Return the value as this transaction sees it, or None."""
         self._check_open()
+        writer = self._catch_up()
         try:
-            return self._store._get(self._writer, self._database(table), table, key)
-        except lmdb.Error as error:
+            return self._store._get(writer, self._handle(table), table, key)
+        except RowsError as error:
             self._store._raise_ours(error, "cannot read")
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
@@ -495,33 +485,33 @@ class Transaction:
         Keys are 1 to 511 bytes, values up to `VALUE_BYTES_MAX`. Raises `InvalidValue`.
         """
         self._check_open()
+        self._put(table, key, value)
+
+    def _put(self, table: str, key: bytes, value: bytes) -> None:
         if len(value) > VALUE_BYTES_MAX:
             raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
         self._remember(table, _checked_key(key), bytes(value))
 
     def delete(self, table: str, key: bytes) -> bool:
         """Delete ``key``; return whether it was there."""
-        self._check_open()
         if self.get(table, key) is None:
             return False
-        self._remember(table, key, None)
+        self._remember(table, bytes(key), None)
         return True
 
     def discard(self, table: str, key: bytes) -> None:
         """Delete ``key`` if it is there, without looking at its value, which may be damaged."""
         self._check_open()
-        if self._database(table) is not None:
-            self._remember(table, _checked_key(key), None)
+        self._remember(table, _checked_key(key), None)
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Yield (key, value) with ``start`` <= key < ``stop`` in order; rows changed behind the place reached show."""
         position, first = start, True
         while True:
             self._check_open()
+            writer = self._catch_up()
             with self._store._translated("cannot read"):
-                rows, done = self._store._rows(
-                    self._writer, self._database(table), table, position, stop, after=not first
-                )
+                rows, done = self._store._rows(writer, self._handle(table), table, position, stop, after=not first)
             yield from rows
             if done:
                 return
@@ -535,98 +525,121 @@ class Transaction:
             count += 1
         return count
 
+    def change(self, rows: Mapping[tuple[str, bytes], bytes | None]) -> None:
+        """`put` each (table, key) that has a value, `discard` the others: all of them, or `InvalidValue` and none."""
+        self._check_open()
+        before = len(self._done)
+        try:
+            for (table, key), value in rows.items():
+                if value is None:
+                    self._remember(table, _checked_key(key), None)
+                else:
+                    self._put(table, key, value)
+        except errors.InvalidValue:
+            del self._done[before:]
+            raise
+
     def _check_open(self) -> None:
         self._store._check_usable()
         if not self._is_open:
             raise errors.Closed("this transaction of the metadata store is over")
 
-    def change(self, rows: Mapping[tuple[str, bytes], bytes | None]) -> None:
-        """`put` each (table, key) that has a value, `discard` the others: all of them, or `InvalidValue` and none."""
-        self._check_open()
-        for (_, key), value in rows.items():
-            _checked_key(key)
-            if value is not None and len(value) > VALUE_BYTES_MAX:
-                raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
-        for table in {table for table, _ in rows}:
-            types.check_name(table, "table")
-        start = len(self._done)
-        if start + len(rows) > TRANSACTION_ROWS_MAX:
-            raise errors.InvalidValue(f"a transaction changes at most {TRANSACTION_ROWS_MAX} rows")
-        for (table, key), value in rows.items():
-            if value is not None or self._database(table) is not None:
-                self._done.append((table, bytes(key), None if value is None else bytes(value)))
-        self._do_growing(start)
-
     def _remember(self, table: str, key: bytes, value: bytes | None) -> None:
-        if self._database(table) is None:
+        if self._handle(table) is None:
             types.check_name(table, "table")
+            if value is None:
+                return
+            self._make_table(table)
         if len(self._done) >= TRANSACTION_ROWS_MAX:
             raise errors.InvalidValue(f"a transaction changes at most {TRANSACTION_ROWS_MAX} rows")
-        self._done.append((table, key, value))
-        self._do_growing(len(self._done) - 1)
+        self._done.append((table, key, None if value is None else value + _check(table, key, value)))
 
-    def _database(self, table: str) -> lmdb._Database | None:
+    def _handle(self, table: str) -> int | None:
         # A table made by this transaction is no other reader's before it is committed.
-        return self._new_tables.get(table) or self._store._tables.get(table)
+        return self._store._tables.get(table, self._new_tables.get(table))
 
-    def _do_growing(self, start: int) -> None:
-        """Do the changes from ``start`` on; when the map is full, grow it and do all of them again in a new writer."""
+    def _make_table(self, table: str) -> None:
         while True:
             try:
-                for table, key, value in itertools.islice(self._done, start, None):
-                    self._do(table, key, value)
-            except lmdb.MapFullError:
+                with self._store._translated("cannot write"):
+                    handle = self._store._make_table(self._begun(), table, len(self._new_tables))
+            except errors.QuotaExceeded:
                 self._restart_in_larger_map()
-                start = 0
-            except lmdb.Error as error:
-                self._store._raise_ours(error, "cannot write")
             else:
+                self._new_tables[table] = handle
                 return
 
-    def _do(self, table: str, key: bytes, value: bytes | None) -> None:
-        database = self._database(table)
-        if database is None:
-            if len(self._store._tables) + len(self._new_tables) >= TABLES_MAX:
-                raise errors.InvalidValue(f"a metadata store has at most {TABLES_MAX} tables")
-            database = self._new_tables[table] = self._store._environment.open_db(table.encode(), txn=self._writer)
-        if value is None:
-            self._writer.delete(key, db=database)
-        else:
-            self._writer.put(key, value + _check(table, key, value), db=database)
+    def _begun(self) -> kernel.Writer:
+        if self._writer is None:
+            with self._store._translated("cannot write"):
+                self._writer = self._store._environment.begin()
+            # Tables that an earlier writer made were taken back with it.
+            names, self._new_tables = list(self._new_tables), {}
+            for name in names:
+                self._make_table(name)
+        return self._writer
+
+    def _catch_up(self) -> kernel.Writer:
+        """Return the writer with all changes in it; when the map is full, grow it and begin again."""
+        while True:
+            writer = self._begun()
+            waiting = self._changes(self._written)
+            try:
+                with self._store._translated("cannot write"):
+                    writer.change(waiting)
+            except errors.QuotaExceeded:
+                self._restart_in_larger_map()
+            else:
+                self._written = len(self._done)
+                return writer
+
+    def _changes(self, start: int) -> list[_Change]:
+        handles = {**self._new_tables, **self._store._tables}
+        return [(handles[table], key, value) for table, key, value in itertools.islice(self._done, start, None)]
 
     def _restart_in_larger_map(self) -> None:
         self._abort()
         waiting = sum(len(key) + len(value or b"") for _, key, value in self._done)
         self._store._grow(self._store._map_bytes * 2 + 2 * waiting)
-        with self._store._translated("cannot write"):
-            self._writer = self._store._environment.begin(write=True)
 
     def _commit(self) -> None:
-        while True:
+        while self._done or self._new_tables:
             try:
                 with self._store._translated("cannot commit to"):
-                    self._writer.commit()
+                    if self._writer is None and not self._new_tables:
+                        self._store._environment.change(self._changes(0))
+                    else:
+                        writer = self._catch_up()
+                        self._writer, self._written = None, 0
+                        writer.commit()
             except errors.QuotaExceeded:
                 # The commit itself needs pages for the list of free pages.
                 self._restart_in_larger_map()
-                self._do_growing(0)
             else:
-                self._is_open = False
-                self._store._tables.update(self._new_tables)
-                return
+                break
+        self._abort()
+        self._is_open = False
+        self._store._tables.update(self._new_tables)
 
     def _abort(self) -> None:
-        # Handles of tables that this transaction made end with it.
-        self._new_tables.clear()
-        # NB: py-lmdb's abort waits for an instant without any other call, which busy readers never leave it.
-        with self._store._all_readers_gone():
-            self._writer.abort()
+        writer, self._writer, self._written = self._writer, None, 0
+        if writer is not None:
+            writer.abort()
 
     def _end(self) -> None:
         if self._is_open:
             self._is_open = False
             if os.getpid() == self._store._pid:
                 self._abort()
+
+
+def _stored_rows(source: _Source, handle: int | None, start: bytes | None, stop: bytes | None, *, after: bool) -> _Page:
+    """Return some rows of the range as they are stored, and whether they are the last of it."""
+    if handle is None:
+        return [], True
+    if start:
+        _checked_key(start)
+    return source.page(handle, start or None, after, stop, SCAN_ROWS, SCAN_BYTES)
 
 
 def recover_metadata(path: str | os.PathLike[str]) -> None:
@@ -710,28 +723,15 @@ def _check_address_space(size: int) -> None:
         raise MemoryError(f"no address space for a map of {size} bytes") from error
 
 
-def _open_environment(path: Path, map_bytes: int) -> lmdb.Environment:
+def _open_environment(path: Path, map_bytes: int) -> kernel.Environment:
     try:
-        # sync and metasync on, writemap and map_async off, meminit and lock on: fixed, see docs/architecture.md.
-        return lmdb.open(
-            str(path),
-            map_size=map_bytes,
-            max_dbs=TABLES_MAX + 1,
-            mode=files.FILE_MODE,
-            create=False,
-            sync=True,
-            metasync=True,
-            map_async=False,
-            writemap=False,
-            meminit=True,
-            lock=True,
-            **_ENGINE,
-        )
-    except lmdb.LockError as error:
-        raise errors.AlreadyOpen(f"{path} is open in another place: {error}", path=str(path)) from error
-    except lmdb.DiskError as error:
-        raise errors.DiskFull(f"cannot open {path}: {error}", path=str(path)) from error
-    except lmdb.Error as error:
+        # Every commit is synchronous, data and meta page; the lock file is used: see docs/architecture.md.
+        return kernel.Environment(os.fsencode(path), map_bytes, TABLES_MAX + 1, files.FILE_MODE)
+    except RowsError as error:
+        if error.code in {errno.EAGAIN, errno.EACCES}:
+            raise errors.AlreadyOpen(f"{path} is open in another place: {error}", path=str(path)) from error
+        if error.code in {errno.ENOSPC, errno.EDQUOT}:
+            raise errors.DiskFull(f"cannot open {path}: {error}", path=str(path)) from error
         raise errors.CorruptionError(f"cannot open {path}: {error}", file=str(path / pages.DATA_NAME)) from error
 
 
@@ -744,10 +744,13 @@ def _build(path: Path, map_bytes: int, *, insecure: bool) -> None:
         try:
             environment = _open_environment(building, _map_bytes_for(map_bytes, 65536))
             try:
-                database = environment.open_db(_OWN_TABLE.encode())
-                with environment.begin(write=True) as writer:
-                    writer.put(_FORMAT_KEY, FORMAT + _check(_OWN_TABLE, _FORMAT_KEY, FORMAT), db=database)
-            except lmdb.DiskError as error:
+                writer = environment.begin()
+                table = writer.open_table(_OWN_TABLE.encode())
+                writer.change([(table, _FORMAT_KEY, FORMAT + _check(_OWN_TABLE, _FORMAT_KEY, FORMAT))])
+                writer.commit()
+            except RowsError as error:
+                if error.code not in {errno.ENOSPC, errno.EDQUOT}:
+                    raise errors.Error(f"cannot make {path}: {error}", path=str(path)) from error
                 raise errors.DiskFull(f"cannot make {path}: {error}", path=str(path)) from error
             finally:
                 environment.close()

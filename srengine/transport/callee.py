@@ -300,7 +300,7 @@ class Callee(Connection):
             return
         try:
             handler(peer, message)
-        except Exception as error:  # its mistakes are not the connection's
+        except Exception as error:  # noqa: BLE001  (its mistakes are not the connection's)
             self.loop.call_exception_handler({"message": f"the handler of {post.kind} failed", "exception": error})
 
     # --- streams -----------------------------------------------------------------------------------------------------

@@ -100,6 +100,28 @@ class LateState(State):
         return self.visible
 
 
+class QuickState(LateState):
+    """One that applies on the loop when it may; ``busy`` times it has to be the thread."""
+
+    def __init__(self):
+        super().__init__()
+        self.at_once = 0
+        self.busy = 0
+
+    def apply_now(self, entries):
+        assert threading.current_thread() is threading.main_thread()
+        if self.busy:
+            self.busy -= 1
+            return False
+        if self.fault is not None:
+            fault, self.fault = self.fault, None
+            raise fault
+        LateState.apply(self, entries)
+        self.threads.discard(threading.current_thread().name)
+        self.at_once += len(entries)
+        return True
+
+
 class Member:
     """One node: what outlives a restart (directory, state), and what does not (endpoint, log, driver)."""
 

@@ -54,13 +54,13 @@ class Raw:
         self._store.close()
 
     def stored(self, table):
-        with self._store._environment.begin() as reader, reader.cursor(db=self._store._tables[table]) as cursor:
-            return {bytes(key): bytes(value) for key, value in cursor}
+        rows, last = self._store._environment.page(self._store._tables[table], None, False, None, 1 << 20, 1 << 30)
+        assert last
+        return dict(rows)
 
     def put(self, table, key, stored):
         """Put bytes as they are, check included."""
-        with self._store._environment.begin(write=True) as writer:
-            writer.put(key, stored, db=self._store._tables[table])
+        self._store._environment.change([(self._store._tables[table], key, stored)])
 
     def seal(self, table, key, value):
         """Put a value with the right check of its place."""
@@ -68,5 +68,5 @@ class Raw:
             transaction.put(table, key, value)
 
     def delete(self, table, key):
-        with self._store._environment.begin(write=True) as writer:
-            assert writer.delete(key, db=self._store._tables[table])
+        assert key in self.stored(table)
+        self._store._environment.change([(self._store._tables[table], key, None)])

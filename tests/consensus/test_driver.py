@@ -16,7 +16,7 @@ from srengine.consensus.log import NodeLog
 from srengine.consensus.messages import Bundle, TimeoutNow
 from srengine.consensus.services import Bounds, Health
 from srengine.transport import Peer
-from tests.consensus.cluster import GROUP, LateState, State, cluster, until
+from tests.consensus.cluster import GROUP, LateState, QuickState, State, cluster, until
 from tests.consensus.logs import NODES, Raw, filled
 
 KINDS = pytest.mark.parametrize("kind", ["memory", "zmq"])
@@ -677,6 +677,50 @@ def test_what_is_applied_is_flushed_together_and_trimmed_behind_that(tmp_path, m
             await until(lambda: all(member.log.group(GROUP).floor.index > 0 for member in c.members))
             assert leader.states[GROUP].threads == {"srengine-apply"}
             await c.settled()
+
+    run(main())
+
+
+def test_what_memory_can_answer_is_applied_on_the_loop(tmp_path, monkeypatch):
+    """Entries that a state takes at once never see the thread; those that it does not take do, in their order."""
+    monkeypatch.setattr("srengine.consensus.applying.FLUSH_S", 0.01)
+
+    async def main():
+        async with cluster(tmp_path, state_type=QuickState) as c:
+            leader = await c.leader()
+            state = leader.states[GROUP]
+            for number in range(30):
+                if number % 10 == 5:
+                    state.busy = 2
+                index, _ = await leader.propose(b"p%d" % number)
+                assert state.visible.index == index
+            assert not state.busy
+            assert 20 <= state.at_once < len(state.entries)
+            await until(lambda: state.applied.index == index)
+            assert state.threads == {"srengine-apply"}
+            await c.settled()
+            assert state.data == [b"p%d" % number for number in range(30)]
+
+    run(main())
+
+
+def test_faults_of_what_is_applied_on_the_loop(tmp_path, monkeypatch):
+    """H26: a full disk is tried again, in the thread; F05: anything else ends the group here, named, and no other."""
+    monkeypatch.setattr("srengine.consensus.applying.RETRY_S", 0.02)
+
+    async def main():
+        async with cluster(tmp_path, state_type=QuickState) as c:
+            leader = await c.leader()
+            state = leader.states[GROUP]
+            state.fault = errors.DiskFull("no space")
+            index, _ = await leader.propose(b"p0")
+            assert state.visible.index == index
+            assert Health.FULL in leader.health
+            state.fault = ValueError("a mistake")
+            with pytest.raises(errors.Error):
+                await leader.propose(b"p1")
+            assert [name for name, _ in leader.failed] == [GROUP]
+            await c.leader(followers(c, leader))
 
     run(main())
 

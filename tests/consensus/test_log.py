@@ -83,9 +83,9 @@ def test_a_turn_of_many_groups_is_one_transaction(path):
     with NodeLog.open(path) as log:
         for name in names:
             log.bootstrap(name)
-        before = log._store._environment.info()["last_txnid"]
+        before = log._store._environment.last_transaction()
         log.append({name: Persist(HardState(1), entries(1, 4)) for name in names})
-        assert log._store._environment.info()["last_txnid"] == before + 1
+        assert log._store._environment.last_transaction() == before + 1
         assert all(log.group(name).last_index == 3 for name in names)
 
 
@@ -542,8 +542,7 @@ def test_an_entry_damaged_while_the_log_is_open_is_an_error(path):
     """F10: a reader never gets damaged bytes, also when they rot after the start."""
     filled(path, last=9)
     with NodeLog.open(path) as log:
-        with log._store._environment.begin(write=True) as writer:
-            writer.put(key_of(5), b"damaged bytes", db=log._store._tables["entries"])
+        log._store._environment.change([(log._store._tables["entries"], key_of(5), b"damaged bytes")])
         with pytest.raises(errors.CorruptionError):
             log.group(GROUP).entries(4, 7, 1000)
 

@@ -9,7 +9,7 @@ import pytest
 
 from srengine import errors
 from srengine.ha.metadata import Applying
-from srengine.ha.recent import ROWS_KEPT_MAX, VALUE_BYTES_KEPT_MAX, RecentStore
+from srengine.ha.recent import ROWS_KEPT_MAX, VALUE_BYTES_KEPT_MAX, NotInMemoryError, RecentStore
 from srengine.storage import MetadataStore
 from tests.ha.agreed import agreed, bootstrap
 
@@ -202,6 +202,78 @@ def test_replaced_tables_forget_what_was_kept(below):
     assert (store.get("t", b"a"), store.get("t", b"b")) == (None, b"2")
 
 
+def test_a_whole_table_is_read_once(below):
+    """What is held as a whole answers for absent rows, too; long values are read when they are asked for."""
+    long = b"x" * (VALUE_BYTES_KEPT_MAX + 1)
+    below.rows.update({("t", b"a"): b"1", ("t", b"long"): long})
+    store = RecentStore(below, whole=["t"])
+    assert [store.get("t", key) for key in (b"a", b"no", b"no2")] == [b"1", None, None]
+    before = below.reads
+    put(store, a=None, b=b"2")
+    store.flush()
+    assert [store.get("t", key) for key in (b"a", b"b", b"no")] == [None, b"2", None]
+    assert below.reads == before
+    assert store.get("t", b"long") == long
+    assert below.reads == before + 1
+    store.replace_tables(["t"], lambda: iter([("t", b"c", b"3")]), bytes_expected=10)
+    assert [store.get("t", key) for key in (b"b", b"c", b"long")] == [None, b"3", None]
+
+
+def test_a_damaged_whole_table_is_read_row_by_row(below):
+    """F10: one damaged row is met by whoever needs it, not by everybody."""
+    below.rows["t", b"a"] = b"1"
+
+    def damaged(*_):
+        raise errors.CorruptionError("a row is damaged")
+        yield
+
+    below.scan = damaged
+    store = RecentStore(below, whole=["t"])
+    assert [store.get("t", key) for key in (b"a", b"no")] == [b"1", None]
+
+
+def test_changes_from_memory_never_ask_the_store(below):
+    """A read that memory cannot answer ends the attempt, and nothing of it shows; after it was read it can."""
+    below.rows["t", b"a"] = b"1"
+    store = RecentStore(below)
+    before = below.reads
+    with pytest.raises(NotInMemoryError), store.show(from_memory=True) as tables:
+        tables.put("t", b"b", b"2")
+        tables.get("t", b"a")
+    with pytest.raises(NotInMemoryError), store.show(from_memory=True) as tables:
+        list(tables.scan("t"))
+    assert below.reads == before
+    assert store.get("t", b"b") is None
+    assert store.get("t", b"a") == b"1"
+    with store.show(from_memory=True) as tables:
+        assert tables.get("t", b"a") == b"1"
+        tables.put("t", b"a", b"2")
+    assert store.get("t", b"a") == b"2"
+
+
+@pytest.mark.parametrize("fault", [None, errors.DiskFull("no space")], ids=str)
+def test_changes_beside_a_flush_are_kept(below, fault):
+    """What is shown while a flush runs is visible, and durable with the next one; also when the flush fails."""
+    store = RecentStore(below)
+    put(store, a=b"1")
+    change = below.change
+
+    def beside(rows):
+        put(store, a=b"2", b=b"2")
+        assert store.get("t", b"a") == b"2"
+        change(rows)
+        if fault is not None:
+            raise fault
+
+    below.change = beside
+    with pytest.raises(errors.DiskFull) if fault is not None else contextlib.nullcontext():
+        store.flush()
+    below.change = change
+    assert [store.get("t", key) for key in (b"a", b"b")] == [b"2", b"2"]
+    store.flush()
+    assert below.rows == {("t", b"a"): b"2", ("t", b"b"): b"2"}
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_it_reads_like_a_dict(tmp_path, seed):
     """Random changes, flushes and reopenings over a real store: reads equal a dict's, and after a crash the file holds
@@ -213,7 +285,8 @@ def test_it_reads_like_a_dict(tmp_path, seed):
     keys = [b"k%d" % number for number in range(12)]
     tmp_path.chmod(0o700)
     disk = MetadataStore(tmp_path / "meta")
-    store = RecentStore(disk)
+    whole = ["t"] if seed % 2 else []
+    store = RecentStore(disk, whole=whole)
     for _ in range(120):
         what = dice.random()
         if what < 0.6:
@@ -229,7 +302,7 @@ def test_it_reads_like_a_dict(tmp_path, seed):
         elif what < 0.8:
             disk.close()
             disk = MetadataStore(tmp_path / "meta")
-            store = RecentStore(disk)
+            store = RecentStore(disk, whole=whole)
             visible = dict(durable)
         start, stop = sorted(dice.sample(keys, 2))
         assert list(store.scan("t", start, stop)) == sorted(

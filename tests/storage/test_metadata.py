@@ -228,9 +228,8 @@ def test_a_flipped_bit_in_a_value_is_named(tmp_path):
 def test_a_value_moved_to_another_key_or_table_is_noticed(store):
     """F10: the checksum covers table and key: a sound value in the wrong place is damage."""
     fill(store, "t", [(b"a", b"1"), (b"b", b"2")])
-    with store._environment.begin(write=True) as t:
-        database = store._tables["t"]
-        t.put(b"a", t.get(b"b", db=database), db=database)
+    table = store._tables["t"]
+    store._environment.change([(table, b"a", store._environment.get(table, b"b"))])
     with pytest.raises(errors.CorruptionError):
         store.get("t", b"a")
 
