@@ -191,6 +191,11 @@ class Applying:
         wanted = bounds.entries_kept
         if log.bytes > bounds.bytes_kept + bounds.bytes_kept // 8 and kept > 1:
             wanted = min(wanted, kept * bounds.bytes_kept // log.bytes)
+        else:
+            # Else who fetches the whole state would find, each time it has it, that what comes after it is gone.
+            awaited = group.machine.awaited_index
+            if awaited is not None:
+                wanted = max(wanted, applied - awaited)
         # In steps, so that a trim is not one entry each time.
         if kept <= wanted + max(1, min(wanted // 10, 1000)):
             return

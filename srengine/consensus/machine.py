@@ -334,6 +334,21 @@ class RaftMachine(Following):
         """What a leader knows of each other node; empty at others. Not to be changed."""
         return dict(self.state.peers) if isinstance(self.state, Leader) else {}
 
+    @property
+    def awaited_index(self) -> int | None:
+        """The lowest index behind which somebody who is there still lacks entries of this leader; None: nobody does, or
+        this node does not lead. A peer counts while it answers; of one that fetches the state, what comes after that.
+        """
+        if not isinstance(self.state, Leader):
+            return None
+        since = self.now - self.timing.lease_s
+        lacking = [
+            max(peer.match_index, peer.install_index)
+            for peer in self.state.peers.values()
+            if peer.heard_at >= since and peer.match_index < self.view.last_index
+        ]
+        return min(lacking, default=None)
+
     def floor_at(self, index: int) -> Floor:
         """Return the floor for trimming the log up to ``index``, which is applied and not below the present floor."""
         assert self.view.floor.index <= index <= self.applied_index, (self.view.floor, index, self.applied_index)

@@ -25,6 +25,11 @@ class Machine(Protocol):
     trusted: bool
     """Whether this node may vote and lead in the group."""
 
+    @property
+    def awaited_index(self) -> int | None:
+        """Return the lowest index behind which a peer that is there still lacks entries of this leader; None: none."""
+        ...
+
     def step(self, given: Input) -> None:
         """Take one input."""
         ...
@@ -136,7 +141,7 @@ class Bounds:
     """``persist_s_max``: a transaction of the log that takes longer is reported as slow.
 
     ``entries_kept``, ``bytes_kept``: what stays in a group's log behind what is applied, for nodes that lag a little;
-    beyond either the log is trimmed.
+    beyond either the log is trimmed. What a node that is there still lacks stays up to ``bytes_kept``.
     """
 
     persist_s_max: float = 0.5

@@ -138,6 +138,8 @@ class Member:
         self.failed = []
         self.fetches = 0
         self.fetch_fault = None
+        self.in_fetch = None
+        """Awaited by `fetch` when it has the copy and has not handed it over."""
 
     @property
     def running(self):
@@ -165,6 +167,8 @@ class Member:
         assert other.states[GROUP].applied.index >= floor.index
         copied = State()
         copied.copy_from(other.states[GROUP])
+        if self.in_fetch is not None:
+            await self.in_fetch()
         return lambda: self.states[GROUP].copy_from(copied)
 
     async def start(self, *, trusted=True, groups=(GROUP,)):

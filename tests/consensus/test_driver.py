@@ -605,6 +605,18 @@ def test_a_log_behind_its_state_begins_behind_it(tmp_path):
 # --- trims and installs ----------------------------------------------------------------------------------------------
 
 
+async def written_until_trimmed(leader, number, index):
+    """Write p<number>, p<number + 1>, ... until the leader's log begins behind ``index``; return the next number.
+
+    What a node lacks that was there a moment ago is kept for it; only later entries end that.
+    """
+    while leader.log.group(GROUP).floor.index <= index:
+        await leader.propose(b"p%d" % number)
+        number += 1
+        await asyncio.sleep(0.005)
+    return number
+
+
 @KINDS
 def test_a_node_that_lags_behind_the_log_gets_the_state(tmp_path, kind):
     """H17: the log is trimmed behind what is applied; a node that missed more is given the state, goes on from there,
@@ -621,20 +633,70 @@ def test_a_node_that_lags_behind_the_log_gets_the_state(tmp_path, kind):
             for number in range(1, 60):
                 await c.write(b"p%d" % number)
             leader = await c.leader()
-            await until(lambda: leader.log.group(GROUP).floor.index > 40)
+            count = await written_until_trimmed(leader, 60, 40)
             assert leader.log.group(GROUP).last_index - leader.log.group(GROUP).floor.index >= 10
             away.fetch_fault = errors.Unreachable("not now")
             await away.start()
             await c.settled()
             assert away.fetches == 2
-            assert away.states[GROUP].data == [b"p%d" % number for number in range(60)]
+            assert away.states[GROUP].data == [b"p%d" % number for number in range(count)]
             await until(lambda: away.log.group(GROUP).floor.index > 40)
-            await leader.propose(b"p60")
+            await leader.propose(b"more")
             await c.settled()
             await away.stop()
             await away.start()
-            await leader.propose(b"p61")
+            await leader.propose(b"and more")
             await c.settled()
+
+    run(main())
+
+
+def test_what_a_fetched_state_goes_on_with_is_kept(tmp_path):
+    """B22: while a node fetches the state, far more is written than a log keeps; it fetches once all the same."""
+
+    async def main():
+        async with cluster(tmp_path, bounds=Bounds(entries_kept=5)) as c:
+            leader = await c.leader()
+            away = followers(c, leader)[0]
+            await away.stop()
+            count = await written_until_trimmed(leader, 0, 20)
+
+            async def write():
+                for number in range(count, count + 200):
+                    await leader.propose(b"p%d" % number)
+
+            away.in_fetch = write
+            await away.start()
+            await c.settled()
+            assert away.fetches == 1
+            # Once it has caught up, nothing is kept for it any more.
+            count = await written_until_trimmed(leader, count + 200, count + 150)
+            await c.settled()
+            assert away.states[GROUP].data == [b"p%d" % number for number in range(count)]
+
+    run(main())
+
+
+def test_what_is_kept_for_others_is_bounded_by_bytes(tmp_path):
+    """P6: a state that takes too long to fetch does not make the log of the others grow without an end."""
+
+    async def main():
+        async with cluster(tmp_path, bounds=Bounds(entries_kept=5, bytes_kept=100_000)) as c:
+            leader = await c.leader()
+            away = followers(c, leader)[0]
+            await away.stop()
+            count = await written_until_trimmed(leader, 0, 5)
+
+            async def write():
+                away.in_fetch = None
+                for number in range(count, count + 40):
+                    await leader.propose(b"p%d" % number + bytes(20_000))
+                await until(lambda: leader.log.group(GROUP).bytes < 250_000)
+
+            away.in_fetch = write
+            await away.start()
+            await c.settled()
+            assert away.fetches == 2
 
     run(main())
 
