@@ -48,6 +48,8 @@ _ONE_DATA: Final = b"\x91\x96\x05"
 there is nothing in it for the scanner to find that the typed decoder does not."""
 _ONE_DATA_BYTES_MAX: Final = 32
 
+_NO_DATA: Final = memoryview(b"")
+
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final = msgspec.msgpack.Decoder(list[Envelope])
 
@@ -72,7 +74,7 @@ def unpack(parts: Sequence[Any], *, data_bytes_max: int) -> tuple[list[Envelope]
     if not 1 <= len(parts) <= 2:
         raise errors.FrameError(f"a frame of {len(parts)} parts")
     first = bytes(parts[0])
-    data = memoryview(parts[1]) if len(parts) == 2 else memoryview(b"")
+    data = memoryview(parts[1]) if len(parts) == 2 else _NO_DATA
     data_bytes = data.nbytes
     data_checksum = frame.proved(first, data_bytes)
     if data_checksum < 0 or data_bytes > data_bytes_max:
@@ -87,9 +89,13 @@ def unpack(parts: Sequence[Any], *, data_bytes_max: int) -> tuple[list[Envelope]
         raise errors.FrameError(f"a frame's envelopes cannot be read: {error}") from error
     if not 1 <= len(envelopes) <= limits.ENVELOPES_MAX:
         raise errors.FrameError(f"{len(envelopes)} envelopes in one frame")
-    if (xxhash.xxh3_64_intdigest(data) if data_bytes and not is_proved(envelopes) else 0) != data_checksum:
+    lone = envelopes[0]
+    if isinstance(lone, Data) and len(envelopes) == 1:
+        declared, is_covered = lone.size, not lone.proved
+    else:
+        declared, is_covered = sum(map(inline_bytes, envelopes)), True
+    if (xxhash.xxh3_64_intdigest(data) if data_bytes and is_covered else 0) != data_checksum:
         raise errors.FrameError("the checksum of a frame's data does not fit")
-    declared = inline_bytes(envelopes[0]) if len(envelopes) == 1 else sum(map(inline_bytes, envelopes))
     if data_bytes != declared:
         raise errors.FrameError(f"a frame's {data_bytes} bytes of data are not what its envelopes declare")
     return envelopes, data

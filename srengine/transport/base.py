@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -87,10 +88,10 @@ class Channel:
             caller = await self._connect(deadline)
         return await caller.request(message, attachments, deadline)
 
-    async def stream(
+    def stream(
         self, message: msgspec.Struct, *, timeout_s: float, proved: bool = False
     ) -> AsyncGenerator[memoryview, None]:
-        """Yield the items of a stream, whole and in order.
+        """Return a generator of the items of a stream, whole and in order.
 
         ``proved``: the items carry a digest that the caller verifies, so frames do not check them a second time; only
         then is damage on the way the caller's to find.
@@ -98,16 +99,18 @@ class Channel:
         ``timeout_s`` is how long it may bring nothing at all. Raises what `request` raises. Whoever stops early closes
         the generator (``aclose``), which tells the peer to stop.
         """
-        deadline = asyncio.get_running_loop().time() + timeout_s
         caller = self._caller
-        if caller is None or caller.closed is not None:
-            caller = await self._connect(deadline)
-        items = caller.stream(message, timeout_s, proved=proved)
-        try:
+        if caller is not None and caller.closed is None:
+            return caller.stream(message, timeout_s, proved=proved)
+        return self._connect_and_stream(message, timeout_s, proved=proved)
+
+    async def _connect_and_stream(
+        self, message: msgspec.Struct, timeout_s: float, *, proved: bool
+    ) -> AsyncGenerator[memoryview, None]:
+        caller = await self._connect(asyncio.get_running_loop().time() + timeout_s)
+        async with aclosing(caller.stream(message, timeout_s, proved=proved)) as items:
             async for item in items:
                 yield item
-        finally:
-            await items.aclose()
 
     def post(self, message: msgspec.Struct) -> bool:
         """Say a message that gets no answer and may be lost; return False when it is known to be dropped.

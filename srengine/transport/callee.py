@@ -324,7 +324,9 @@ class Callee(Connection):
         piece_bytes_max = self.wire.part_bytes_max
         try:
             async for item in items:
-                for piece, last in cut(item, piece_bytes_max):
+                whole = memoryview(item).cast("B")
+                pieces = ((whole, True),) if whole.nbytes <= piece_bytes_max else cut(whole, piece_bytes_max)
+                for piece, last in pieces:
                     while feed.credit == 0:
                         feed.waiter = self.loop.create_future()
                         await feed.waiter
