@@ -16,7 +16,7 @@ import signal
 import statistics
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -154,11 +154,11 @@ class EtcdCluster:
 
 
 class RegisterWriter:
-    """A connection to one node that writes registers of the journal. ``endpoint``: its sockets; who is last ends it."""
+    """A connection to one node that writes registers of the journal; ``closed`` is told of its end."""
 
-    def __init__(self, endpoint: Any, address: str) -> None:
-        self._endpoint = endpoint
-        self._channel = endpoint.channel(address)
+    def __init__(self, channel: Any, closed: Callable[[], Awaitable[None]]) -> None:
+        self._channel = channel
+        self._closed = closed
 
     async def put(self, key: str, value: bytes) -> None:
         from srengine.ha.register_service import PutRegister
@@ -181,9 +181,7 @@ class RegisterWriter:
 
     async def close(self) -> None:
         await self._channel.close()
-        self._endpoint.users -= 1
-        if not self._endpoint.users:
-            await self._endpoint.close()
+        await self._closed()
 
 
 class JournalCluster:
@@ -199,6 +197,7 @@ class JournalCluster:
             for number in range(NODES)
         ]
         self._endpoint: Any = None
+        self._writers = 0
 
     def start(self) -> None:
         for node in self._nodes:
@@ -226,11 +225,15 @@ class JournalCluster:
 
         # One for all writers of an event loop, as the other side's connections share a loop: thirty-two sets of
         # ZeroMQ's threads would be a load of their own.
-        if self._endpoint is None or self._endpoint.closed:
+        if not self._writers:
             self._endpoint = Endpoint(Identity(keys=None, version="benchmark"))
-            self._endpoint.users = 0
-        self._endpoint.users += 1
-        return RegisterWriter(self._endpoint, self._nodes[node].address)
+        self._writers += 1
+        return RegisterWriter(self._endpoint.channel(self._nodes[node].address), self._closed)
+
+    async def _closed(self) -> None:
+        self._writers -= 1
+        if not self._writers:
+            await self._endpoint.close()
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

@@ -1,17 +1,16 @@
 # cython: language_level=3
 """Rows of named tables in one LMDB environment, for the metadata store: what LMDB gives, in few calls.
 
-The interpreter is let go around everything that may take a disk's time, once a call and not once a row: a transaction
-of a hundred rows waits for it twice. Threads share an `Environment`; a `Writer` belongs to the thread that began it.
+The interpreter is let go around everything that may take a disk's time, once a call and not once a row. Threads share an `Environment`; a `Writer` belongs to the thread that began it.
 
 `srengine.storage.metadata` is its only caller, and sees to what LMDB asks for: one writer at a time, nobody reading while
 the map moves or the environment is closed, no call in a forked child.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.errno cimport EINVAL
+from libc.errno cimport EINVAL, ENOMEM
 from libc.stddef cimport size_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp
 
 from srengine._native.lmdb cimport *
@@ -90,62 +89,98 @@ cdef int make_changes(MDB_txn *txn, Change *changes, Py_ssize_t count) noexcept 
     return 0
 
 
+cdef struct Found:
+    MDB_val key
+    MDB_val value
+
+
+cdef bint is_behind(const MDB_val *key, const MDB_val *other) noexcept nogil:
+    """Return whether ``key >= other``."""
+    cdef int order = memcmp(key.mv_data, other.mv_data, min(key.mv_size, other.mv_size))
+    return order > 0 or (order == 0 and key.mv_size >= other.mv_size)
+
+
+cdef int gather(MDB_txn *txn, MDB_dbi table, const MDB_val *start, bint after, const MDB_val *stop, size_t rows_max,
+                size_t bytes_max, Found **found, size_t *count) noexcept nogil:
+    """Find rows of a range; NULL: no bound. ``found[0]`` is the caller's to free, what it points to is LMDB's.
+
+    Return MDB_NOTFOUND when these are the last of the range, 0 when there may be more, or what went wrong.
+    """
+    cdef MDB_cursor *cursor = NULL
+    cdef MDB_val key, value
+    cdef Found *larger
+    cdef size_t room = 0, size = 0
+    cdef int rc = mdb_cursor_open(txn, table, &cursor)
+    if rc != 0:
+        return rc
+    if start is not NULL:
+        key = start[0]
+    rc = mdb_cursor_get(cursor, &key, &value, MDB_FIRST if start is NULL else MDB_SET_RANGE)
+    # What stands there is ``start`` itself, or behind it.
+    if rc == 0 and after and start is not NULL and is_behind(start, &key):
+        rc = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)
+    while rc == 0:
+        if stop is not NULL and is_behind(&key, stop):
+            rc = MDB_NOTFOUND
+            break
+        if count[0] >= rows_max or size >= bytes_max:
+            break
+        if count[0] == room:
+            room = 2 * room + 64
+            larger = <Found *>realloc(found[0], room * sizeof(Found))
+            if larger is NULL:
+                rc = ENOMEM
+                break
+            found[0] = larger
+        found[0][count[0]] = Found(key, value)
+        count[0] += 1
+        size += value.mv_size
+        rc = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)
+    mdb_cursor_close(cursor)
+    return rc
+
+
+cdef MDB_val *bound_of(bytes key, MDB_val *place):
+    """Return ``place``, pointing to a key that the caller keeps, or NULL for None."""
+    if key is None:
+        return NULL
+    place.mv_size = <size_t>PyBytes_GET_SIZE(key)
+    place.mv_data = PyBytes_AS_STRING(key)
+    return place
+
+
+cdef bytes bytes_of(const MDB_val *value):
+    return PyBytes_FromStringAndSize(<const char *>value.mv_data, <Py_ssize_t>value.mv_size)
+
+
 cdef bytes look_up(MDB_txn *txn, MDB_dbi table, bytes key):
     cdef MDB_val wanted, found
     cdef int rc
-    wanted.mv_size = <size_t>PyBytes_GET_SIZE(key)
-    wanted.mv_data = PyBytes_AS_STRING(key)
+    bound_of(key, &wanted)
     with nogil:
         rc = mdb_get(txn, table, &wanted, &found)
     if rc == MDB_NOTFOUND:
         return None
     check(rc)
-    return PyBytes_FromStringAndSize(<const char *>found.mv_data, <Py_ssize_t>found.mv_size)
+    return bytes_of(&found)
 
 
-cdef bint is_behind(MDB_val *key, bytes stop):
-    """Return whether ``key >= stop``."""
-    cdef size_t size = <size_t>PyBytes_GET_SIZE(stop)
-    cdef int order = memcmp(key.mv_data, PyBytes_AS_STRING(stop), min(key.mv_size, size))
-    return order > 0 or (order == 0 and key.mv_size >= size)
-
-
-cdef tuple look_through(MDB_txn *txn, MDB_dbi table, bytes start, bint after, bytes stop, Py_ssize_t rows_max,
+cdef tuple look_through(MDB_txn *txn, MDB_dbi table, bytes start, bint after, bytes stop, size_t rows_max,
                         size_t bytes_max):
-    cdef MDB_cursor *cursor = NULL
-    cdef MDB_val key, value
-    cdef list rows = []
-    cdef size_t size = 0
+    cdef MDB_val first, last
+    cdef MDB_val *first_bound = bound_of(start, &first)
+    cdef MDB_val *last_bound = bound_of(stop, &last)
+    cdef Found *found = NULL
+    cdef size_t count = 0, i
     cdef int rc
-    if start is not None:
-        key.mv_size = <size_t>PyBytes_GET_SIZE(start)
-        key.mv_data = PyBytes_AS_STRING(start)
-    with nogil:
-        rc = mdb_cursor_open(txn, table, &cursor)
-        if rc == 0:
-            rc = mdb_cursor_get(cursor, &key, &value, MDB_FIRST if start is None else MDB_SET_RANGE)
     try:
-        if rc == 0 and after and start is not None and not is_behind(&key, start + b"\0"):
-            with nogil:
-                rc = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)
-        while rc == 0:
-            if stop is not None and is_behind(&key, stop):
-                return rows, True
-            if len(rows) >= rows_max or size >= bytes_max:
-                return rows, False
-            rows.append((
-                PyBytes_FromStringAndSize(<const char *>key.mv_data, <Py_ssize_t>key.mv_size),
-                PyBytes_FromStringAndSize(<const char *>value.mv_data, <Py_ssize_t>value.mv_size),
-            ))
-            size += value.mv_size
-            with nogil:
-                rc = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)
+        with nogil:
+            rc = gather(txn, table, first_bound, after, last_bound, rows_max, bytes_max, &found, &count)
         if rc != MDB_NOTFOUND:
             check(rc)
-        return rows, True
+        return [(bytes_of(&found[i].key), bytes_of(&found[i].value)) for i in range(count)], rc == MDB_NOTFOUND
     finally:
-        if cursor is not NULL:
-            mdb_cursor_close(cursor)
+        free(found)
 
 
 cdef class Environment:
@@ -236,7 +271,7 @@ cdef class Environment:
         finally:
             mdb_txn_abort(txn)
 
-    def page(self, MDB_dbi table, bytes start, bint after, bytes stop, Py_ssize_t rows_max, size_t bytes_max):
+    def page(self, MDB_dbi table, bytes start, bint after, bytes stop, size_t rows_max, size_t bytes_max):
         """Return committed rows, [(key, value), ...], and whether they are the last: keys from ``start`` (None: the
         first) to before ``stop`` (None: the last), without ``start`` itself if ``after``; as many as the bounds allow.
         """
@@ -320,7 +355,7 @@ cdef class Writer:
         """See `Environment.get`; sees the changes of this transaction."""
         return look_up(self.opened(), table, key)
 
-    def page(self, MDB_dbi table, bytes start, bint after, bytes stop, Py_ssize_t rows_max, size_t bytes_max):
+    def page(self, MDB_dbi table, bytes start, bint after, bytes stop, size_t rows_max, size_t bytes_max):
         """See `Environment.page`; sees the changes of this transaction."""
         return look_through(self.opened(), table, start, after, stop, rows_max, bytes_max)
 

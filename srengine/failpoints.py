@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 _ACTIONS = ("kill", "exit", "stop", "error", "full", "hold")
 _LOOK_S = 0.01
@@ -55,9 +55,6 @@ class _Points:
         if count == number or (action == "hold" and count > number):
             _act(action, name)
 
-    def planned(self, name: str) -> bool:
-        return name in self.plan
-
 
 def _act(action: str, name: str) -> None:
     if action == "kill":
@@ -76,32 +73,27 @@ def _act(action: str, name: str) -> None:
         raise OSError(errno.ENOSPC, f"failpoint {name}")
 
 
-def _pass(_name: str) -> None:
-    """Do nothing: no failpoint is armed."""
-
-
 _points = _Points(os.environ["SRENGINE_FAILPOINTS"]) if "SRENGINE_FAILPOINTS" in os.environ else None
-_hit: Callable[[str], None] = _pass if _points is None else _points.hit
+"""None: no failpoint is armed."""
 
 
 def hit(name: str) -> None:
     """Act if a test armed the point ``name``; otherwise return at once."""
-    _hit(name)
+    if _points is not None:
+        _points.hit(name)
 
 
 def planned(name: str) -> bool:
     """Return whether a test armed the point ``name``."""
-    return _points is not None and _points.planned(name)
+    return _points is not None and name in _points.plan
 
 
 @contextlib.contextmanager
 def armed(text: str) -> Iterator[None]:
     """Arm points for the with-block, in this process (a test's); the text is that of ``SRENGINE_FAILPOINTS``."""
-    global _hit, _points  # noqa: PLW0603  (the one switch of the process)
-    before = _hit, _points
-    _points = _Points(text)
-    _hit = _points.hit
+    global _points  # noqa: PLW0603  (the one switch of the process)
+    before, _points = _points, _Points(text)
     try:
         yield
     finally:
-        _hit, _points = before
+        _points = before

@@ -89,14 +89,10 @@ def unpack(parts: Sequence[Any], *, data_bytes_max: int) -> tuple[list[Envelope]
         raise errors.FrameError(f"a frame's envelopes cannot be read: {error}") from error
     if not 1 <= len(envelopes) <= limits.ENVELOPES_MAX:
         raise errors.FrameError(f"{len(envelopes)} envelopes in one frame")
-    lone = envelopes[0]
-    if isinstance(lone, Data) and len(envelopes) == 1:
-        declared, is_covered = lone.size, not lone.proved
-    else:
-        declared, is_covered = sum(map(inline_bytes, envelopes)), True
-    if (xxhash.xxh3_64_intdigest(data) if data_bytes and is_covered else 0) != data_checksum:
+    covered = data_bytes and not is_proved(envelopes)
+    if (xxhash.xxh3_64_intdigest(data) if covered else 0) != data_checksum:
         raise errors.FrameError("the checksum of a frame's data does not fit")
-    if data_bytes != declared:
+    if data_bytes != sum(map(inline_bytes, envelopes)):
         raise errors.FrameError(f"a frame's {data_bytes} bytes of data are not what its envelopes declare")
     return envelopes, data
 

@@ -459,10 +459,10 @@ class Driver:
             return
         self._log_works = True
         turn = {name: effects.persist for name, effects in batch.items() if effects.persist is not None}
-        started = self._persisting_since = self._loop.time()
+        self._persisting_since = self._loop.time()
         if self._alarm is None:
             self._alarm = self._loop.call_later(self._bounds.persist_s_max, self._look_at_persist)
-        self._log_worker.submit(lambda: self.log.append(turn), lambda error: self._persisted(batch, started, error))
+        self._log_worker.submit(lambda: self.log.append(turn), lambda error: self._persisted(batch, error))
 
     def _look_at_persist(self) -> None:
         """Take note of a write that takes too long; one timer watches many short ones."""
@@ -476,7 +476,9 @@ class Driver:
             self.metrics.add("srengine_consensus_persist_overruns_total")
             self.set_health(Health.SLOW, None)
 
-    def _persisted(self, batch: dict[str, Effects], started: float, error: BaseException | None) -> None:
+    def _persisted(self, batch: dict[str, Effects], error: BaseException | None) -> None:
+        assert self._persisting_since is not None, batch
+        seconds = self._loop.time() - self._persisting_since
         self._persisting_since = None
         self._log_works = False
         if isinstance(error, errors.DiskFull | errors.QuotaExceeded):
@@ -489,7 +491,7 @@ class Driver:
             self._log_failed(error)
             return
         self.metrics.add("srengine_consensus_turns_total")
-        self.metrics.add("srengine_consensus_persist_seconds_total", self._loop.time() - started)
+        self.metrics.add("srengine_consensus_persist_seconds_total", seconds)
         self.set_health(Health.OK, None)
         for name, effects in batch.items():
             group = self._groups[name]

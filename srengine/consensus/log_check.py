@@ -13,7 +13,7 @@ from pathlib import Path
 from srengine import errors
 from srengine.consensus import log_rows as rows
 from srengine.consensus.log import LOG_NAME
-from srengine.storage.metadata import Row, read_row
+from srengine.storage.metadata_rows import Row, read_row
 from srengine.storage.pages import DATA_NAME, PageFile
 from srengine.storage.report import Damage, VerifyReport
 

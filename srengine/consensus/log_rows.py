@@ -32,7 +32,7 @@ import xxhash
 
 from srengine import errors
 from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor, HardState
-from srengine.storage.metadata import Row
+from srengine.storage.metadata_rows import Row
 
 ENTRIES: Final = "entries"
 GROUPS: Final = "groups"

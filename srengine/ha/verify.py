@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from srengine.ha.epochs import EPOCH_STATE_TABLE, EPOCH_TABLE, NEWEST, findings
-from srengine.storage.metadata import read_offline
+from srengine.storage.metadata_rows import read_offline
 from srengine.storage.pages import DATA_NAME
 from srengine.storage.report import Damage, VerifyReport
 

@@ -33,14 +33,13 @@ import os
 import secrets
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, Protocol, Self
-
-import xxhash
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol, Self
 
 from srengine import errors, limits, types
 from srengine._native import rows as kernel
 from srengine._native.rows import RowsError
 from srengine.storage import fences, files, pages
+from srengine.storage.metadata_rows import Row, checked_key, is_sealed, read_row, sealed, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,24 +56,10 @@ MAP_BYTES_MIN: Final = 16 * limits.MIB
 MAP_BYTES_MAX: Final = 1 << 40
 TRANSACTION_ROWS_MAX: Final = 1_000_000
 
-_CHECK_BYTES: Final = 8
-_JOINED_BYTES_MAX: Final = 4 * limits.KIB
-"""To copy a value of that size is cheaper than to hash in two steps."""
 _FULL_BYTES: Final = 256 * limits.KIB
 """Less free space than this after a write that was cut short: the disk is full, not broken."""
 _OWN_TABLE: Final = "srengine"
 _FORMAT_KEY: Final = b"format"
-
-
-class Row(NamedTuple):
-    """One row as `MetadataStore.survey` finds it.
-
-    ``sound``: the value passed its check. Else ``value`` is everything that is stored, the check included.
-    """
-
-    key: bytes
-    value: bytes
-    sound: bool
 
 
 class MetadataStore:
@@ -237,7 +222,7 @@ class MetadataStore:
     def _get(self, source: _Source, handle: int | None, table: str, key: bytes) -> bytes | None:
         if handle is None:
             return None
-        stored = source.get(handle, _checked_key(key))
+        stored = source.get(handle, checked_key(key))
         return None if stored is None else self._unsealed(table, key, stored)
 
     def _rows(
@@ -254,7 +239,7 @@ class MetadataStore:
                 table=table,
                 key=key,
             )
-        return stored[:-_CHECK_BYTES]
+        return value_of(stored)
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -322,7 +307,7 @@ class MetadataStore:
                     handle = self._tables.get(table, made.get(table))
                     if handle is None:
                         handle = made[table] = self._make_table(writer, table, len(made))
-                    waiting.append((handle, _checked_key(key), value + _check(table, key, value)))
+                    waiting.append((handle, checked_key(key), sealed(table, key, value)))
                     size += len(value)
                     if len(waiting) >= SCAN_ROWS or size >= SCAN_BYTES:
                         writer.change(waiting)
@@ -490,7 +475,7 @@ class Transaction:
     def _put(self, table: str, key: bytes, value: bytes) -> None:
         if len(value) > VALUE_BYTES_MAX:
             raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
-        self._remember(table, _checked_key(key), bytes(value))
+        self._remember(table, checked_key(key), bytes(value))
 
     def delete(self, table: str, key: bytes) -> bool:
         """Delete ``key``; return whether it was there."""
@@ -502,7 +487,7 @@ class Transaction:
     def discard(self, table: str, key: bytes) -> None:
         """Delete ``key`` if it is there, without looking at its value, which may be damaged."""
         self._check_open()
-        self._remember(table, _checked_key(key), None)
+        self._remember(table, checked_key(key), None)
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Yield (key, value) with ``start`` <= key < ``stop`` in order; rows changed behind the place reached show."""
@@ -532,7 +517,7 @@ class Transaction:
         try:
             for (table, key), value in rows.items():
                 if value is None:
-                    self._remember(table, _checked_key(key), None)
+                    self._remember(table, checked_key(key), None)
                 else:
                     self._put(table, key, value)
         except errors.InvalidValue:
@@ -552,7 +537,7 @@ class Transaction:
             self._make_table(table)
         if len(self._done) >= TRANSACTION_ROWS_MAX:
             raise errors.InvalidValue(f"a transaction changes at most {TRANSACTION_ROWS_MAX} rows")
-        self._done.append((table, key, None if value is None else value + _check(table, key, value)))
+        self._done.append((table, key, None if value is None else sealed(table, key, value)))
 
     def _handle(self, table: str) -> int | None:
         # A table made by this transaction is no other reader's before it is committed.
@@ -638,76 +623,8 @@ def _stored_rows(source: _Source, handle: int | None, start: bytes | None, stop:
     if handle is None:
         return [], True
     if start:
-        _checked_key(start)
+        checked_key(start)
     return source.page(handle, start or None, after, stop, SCAN_ROWS, SCAN_BYTES)
-
-
-def recover_metadata(path: str | os.PathLike[str]) -> None:
-    """Lift the fence of a closed metadata store if the file, read past the page cache, proves whole.
-
-    Raises as `fences.prove`, and `CorruptionError` naming a damaged value; the fence then stays. Without a fence
-    nothing happens.
-    """
-    directory = Path(path)
-    if fences.read_fence(directory) is not None:
-        fences.prove(directory, lambda: _check_values(directory / pages.DATA_NAME))
-
-
-def read_offline(path: str | os.PathLike[str], table: str) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (key, value) of a table of a store that nobody has open, in key order, without LMDB: for checks.
-
-    Values whose checksum is wrong are left out (`storage.verify` names them). An unknown table is an empty one. Raises
-    `NotFound` and `CorruptionError`.
-    """
-    with pages.PageFile(Path(path) / pages.DATA_NAME) as file:
-        if table not in file.tables():
-            return
-        for key, stored in file.items(table):
-            if is_sealed(table, key, stored):
-                yield key, stored[:-_CHECK_BYTES]
-
-
-def _check_values(path: Path) -> None:
-    with pages.PageFile(path) as file:
-        for table in sorted(file.tables()):
-            for key, stored in file.items(table):
-                if not is_sealed(table, key, stored):
-                    raise errors.CorruptionError(
-                        f"the value of {key[:64]!r} in table {table} of {path} is damaged",
-                        file=str(path),
-                        table=table,
-                        key=key,
-                    )
-
-
-def _checked_key(key: bytes) -> bytes:
-    if not limits.KEY_BYTES_MIN <= len(key) <= limits.KEY_BYTES_MAX:
-        raise errors.InvalidValue(
-            f"a key of {len(key)} bytes is not within {limits.KEY_BYTES_MIN} to {limits.KEY_BYTES_MAX}"
-        )
-    return bytes(key)
-
-
-def is_sealed(table: str, key: bytes, stored: bytes) -> bool:
-    """Return whether a stored value ends in the checksum of its table, key and bytes."""
-    return len(stored) >= _CHECK_BYTES and stored[-_CHECK_BYTES:] == _check(table, key, stored[:-_CHECK_BYTES])
-
-
-def read_row(table: str, key: bytes, stored: bytes) -> Row:
-    """Return a row of `table` from its stored bytes, sound or not."""
-    if is_sealed(table, key, stored):
-        return Row(key, stored[:-_CHECK_BYTES], sound=True)
-    return Row(key, stored, sound=False)
-
-
-def _check(table: str, key: bytes, value: bytes) -> bytes:
-    name = table.encode()
-    place = b"%b%b%b%b" % (len(name).to_bytes(2, "little"), name, len(key).to_bytes(2, "little"), key)
-    if len(value) <= _JOINED_BYTES_MAX:
-        return xxhash.xxh3_64_digest(place + value)
-    digest = xxhash.xxh3_64(place)
-    digest.update(value)
-    return digest.digest()
 
 
 def _map_bytes_for(wanted: int, page_bytes: int) -> int:
@@ -746,7 +663,7 @@ def _build(path: Path, map_bytes: int, *, insecure: bool) -> None:
             try:
                 writer = environment.begin()
                 table = writer.open_table(_OWN_TABLE.encode())
-                writer.change([(table, _FORMAT_KEY, FORMAT + _check(_OWN_TABLE, _FORMAT_KEY, FORMAT))])
+                writer.change([(table, _FORMAT_KEY, sealed(_OWN_TABLE, _FORMAT_KEY, FORMAT))])
                 writer.commit()
             except RowsError as error:
                 if error.code not in {errno.ENOSPC, errno.EDQUOT}:

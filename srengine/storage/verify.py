@@ -27,7 +27,7 @@ from typing import Final
 import xxhash
 
 from srengine import errors
-from srengine.storage import catalog, fences, files, metadata, pages
+from srengine.storage import catalog, fences, files, metadata_rows, pages
 from srengine.storage.report import Damage, VerifyReport
 from srengine.storage.store import IDENTITY_NAME, TABLETS_NAME, TEMPORARY_NAME
 
@@ -214,7 +214,7 @@ def _verify_metadata(root: Path, path: Path, check: Check | None, report: Verify
         for table in sorted(file.tables()):
             for key, stored in file.items(table):
                 report.records += 1
-                if not metadata.is_sealed(table, key, stored):
+                if not metadata_rows.is_sealed(table, key, stored):
                     report.add(Damage("row", where, f"the value of {key[:64]!r} in table {table} is damaged", key=key))
     if check is not None:
         check(path, report)

@@ -81,13 +81,8 @@ class Connection:
         self._flush_due = False
         while self.closed is None and (self._held is not None or self._out):
             parts = self._held if self._held is not None else self._next_frame()
-            if not self.wire.send(parts):
-                self._held = parts
-                self._flush_due = True
-                self.loop.call_later(_RETRY_S, self.flush)
+            if not self._offer(parts):
                 return
-            self._held = None
-            self._count_sent()
 
     def send_now(self, envelope: Envelope, chunk: Buffer) -> None:
         """Send an envelope with bytes that no other envelope can share a frame with, behind what is queued."""
@@ -95,13 +90,18 @@ class Connection:
             self.post(envelope, (chunk,))
             self.flush()
             return
-        parts = frames.pack((envelope,), (chunk,))
+        self._offer(frames.pack((envelope,), (chunk,)))
+
+    def _offer(self, parts: Sequence[Buffer]) -> bool:
+        """Give a frame to the wire; hold it for a moment, and return False, when there is no room."""
         if self.wire.send(parts):
+            self._held = None
             self._count_sent()
-            return
+            return True
         self._held = parts
         self._flush_due = True
         self.loop.call_later(_RETRY_S, self.flush)
+        return False
 
     def _next_frame(self) -> Sequence[Buffer]:
         envelopes: list[Envelope] = []

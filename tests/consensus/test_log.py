@@ -18,7 +18,7 @@ from srengine.consensus.effects import Persist
 from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor, HardState
 from srengine.consensus.log import NodeLog, entry_bytes
 from srengine.storage import fences, pages
-from srengine.storage.metadata import recover_metadata
+from srengine.storage.metadata_rows import recover_metadata
 from tests.consensus.logs import FIRST, NODES, Raw, append, entries, entry, filled, read
 from tests.crash import children, record
 

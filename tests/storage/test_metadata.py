@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from srengine import errors
 from srengine.storage import fences, pages
-from srengine.storage.metadata import MetadataStore, recover_metadata
+from srengine.storage.metadata import MetadataStore
+from srengine.storage.metadata_rows import recover_metadata
 from tests.crash import children, record
 
 
