@@ -15,6 +15,7 @@ from srengine.consensus.entries import Configuration, Floor
 from srengine.consensus.log import NodeLog
 from srengine.consensus.messages import Bundle, TimeoutNow
 from srengine.consensus.services import Bounds, Health
+from srengine.consensus.waiting import WaitingRoom
 from srengine.transport import Peer
 from tests.consensus.cluster import GROUP, LateState, QuickState, State, cluster, until
 from tests.consensus.logs import NODES, Raw, filled
@@ -714,6 +715,32 @@ def test_logs_are_trimmed_by_bytes(tmp_path):
             await c.settled()
 
     run(main())
+
+
+# --- who waits -------------------------------------------------------------------------------------------------------
+
+
+def test_everybody_who_waits_ends_at_their_own_time():
+    """One timer serves all: who comes later with less time ends first, and the others at theirs, none before."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        room = WaitingRoom(GROUP, loop)
+        ended = []
+        began = loop.time()
+        for timeout_s in (0.3, 0.1, 0.2, 1000):
+            token, future = room.begin("proposal", timeout_s)
+            future.add_done_callback(lambda _, timeout_s=timeout_s: ended.append((timeout_s, loop.time() - began)))
+        kept = token
+        await until(lambda: len(ended) == 3)
+        assert [timeout_s for timeout_s, _ in ended] == [0.1, 0.2, 0.3]
+        assert all(after >= timeout_s - 0.01 for timeout_s, after in ended)
+        assert kept in room
+        room.end_all(lambda: errors.Closed("over"))
+        with pytest.raises(errors.Closed):
+            await future
+
+    asyncio.run(main())
 
 
 # --- states that are durable later -----------------------------------------------------------------------------------
