@@ -26,6 +26,7 @@ KERNEL_USERS = {
     "scan": {"codec"},
     "frame": {"codec"},
     "rows": {"storage"},
+    "wal": {"storage"},
     "build_info": {"cli"},
 }
 """Kernel -> rooms that may import it."""

@@ -7,7 +7,7 @@ r"""Runs the machines of many groups over one log and one transport.
              '-----> inbox of each group                          loop
                           |  a turn: step everything that arrived, drain every group
                           v
-              one transaction for all of them                     log thread
+              one transaction for all of them                     turns.py
                           |  Persisted
                           v
               send: one bundle for each peer; apply               loop, apply thread (applying.py)
@@ -19,6 +19,8 @@ r"""Runs the machines of many groups over one log and one transport.
   inbox. So everything that arrives during one transaction of the log shares the next one: group commit needs no timer.
   A busy group is still ticked and drained: its leader beats on, and gives up when its own disk hangs. What a leader
   sends does not wait for its transaction.
+* **A new leader.** Its first entry is held back for a few turns of the loop, some tenths of a millisecond: what those
+  who wait for an election propose at once, an epoch above all, is then decided together with it.
 * **The disk.** A transaction that takes too long, or a full disk (tried again until there is space), shows in `health`;
   its groups stay busy, so they promise nothing and their machines step down. An input/output error fences the log: no
   group takes part any more.
@@ -34,13 +36,12 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
 from srengine import errors, limits
 from srengine.clock import Clock
-from srengine.consensus.applying import RETRY_S, Applying
+from srengine.consensus.applying import Applying
 from srengine.consensus.effects import (
     Effects,
     Hint,
@@ -71,8 +72,9 @@ from srengine.consensus.services import (
     StateSink,
     StateSource,
 )
+from srengine.consensus.turns import Batch, LogTurns, wait_for_end
 from srengine.consensus.waiting import PROPOSAL, READ, TRANSFER, WaitingRoom, no_leader
-from srengine.consensus.worker import Done, Job, Worker
+from srengine.consensus.worker import Done, Job
 from srengine.metrics import Metrics
 from srengine.transport import Peer
 from srengine.types import NodeId
@@ -84,8 +86,8 @@ NEWS_S: Final = 0.01
 INBOX_MESSAGES_MAX: Final = 4096
 """Messages of peers that wait for a busy group; later ones are dropped, as a network may."""
 INBOX_BYTES_MAX: Final = 64 * limits.MIB
-STOP_S: Final = 10.0
-"""How long a stop waits for the disk."""
+HELD_TURNS: Final = 3
+"""Turns of the loop that a new leader's first entry is held back: whoever hears of the election in these adds to it."""
 
 _GREETING: Final = Bundle(())
 """Says nothing; whoever gets it knows that its sender can be reached."""
@@ -121,25 +123,23 @@ class Driver:
         self._ready: dict[str, Group] = {}
         """Groups with something in their inbox, or whose deadline has passed."""
         self._due = False
+        self._fresh: dict[str, Group] = {}
+        """Groups that this node has just begun to lead; empty unless something is held back."""
+        self._held = 0
+        """Turns for which everything that leaves and all new entries are still held back."""
         self._deadlines: list[tuple[float, str]] = []
         """A heap; an entry that is not its group's deadline any more is void."""
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._pending: dict[str, Effects] = {}
-        """Drained, to be persisted next."""
-        self._jobs: deque[tuple[Group, Job, Done]] = deque()
-        """Other work on the log: trims, installs, healing."""
-        self._log_works = False
+        self._to_apply: dict[str, Group] = {}
+        """Groups that were given entries to apply in this turn."""
         self._outbox = Outbox()
         self._news_timer: asyncio.TimerHandle | None = None
-        self._alarm: asyncio.TimerHandle | None = None
-        self._persisting_since: float | None = None
-        """Since when the log thread persists what it was given last, in the loop's time; None: it does not."""
         self._watched: dict[NodeId, PostChannel] = {}
         self._greet: set[NodeId] = set()
         """Nodes to be told that this one is here: they may be waiting out a back-off."""
         self.stopped = False
-        self._log_worker = Worker("srengine-log", self._loop)
+        self._turns = LogTurns(self, log, self._bounds, self.metrics, self._loop)
         self._applying = Applying(self, log, self._bounds, self.metrics, self._loop)
 
     # --- groups ------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class Driver:
             group.inbox.append(group.trimmed)
         self._groups[name] = group
         self._greet.update(set(log.configuration.nodes) - {self.node})
-        self._wake(group)
+        self.wake(group)
 
     def watch_roles(self, name: str, watcher: Callable[[RoleChanged], None]) -> Callable[[], None]:
         """Call ``watcher`` with the present role now, and with every change, in order; return what ends that."""
@@ -290,9 +290,10 @@ class Driver:
         """Hand an input to a group's machine, in its next turn."""
         if group.failed is None:
             group.inbox.append(arrived)
-            self._wake(group)
+            self.wake(group)
 
-    def _wake(self, group: Group) -> None:
+    def wake(self, group: Group) -> None:
+        """Give a group its part in the next turn."""
         self._ready[group.name] = group
         if not self._due and not self.stopped:
             self._due = True
@@ -305,14 +306,26 @@ class Driver:
         if self.stopped:
             return
         now = self._clock.boottime_s()
+        self._ready.update(self._fresh)
         ready, self._ready = self._ready, {}
+        if self._held:
+            self._held -= 1
+        if not self._held:
+            self._fresh.clear()
         for group in ready.values():
             if group.failed is None and not group.locked:
                 self._advance(group, now)
-        # First what leaves: others work while this node's disk does.
-        self._send()
-        self._work_on_log()
-        self._arm(now)
+        if self._held:
+            self._due = True
+            self._loop.call_soon(self._turn)
+        else:
+            # First what leaves: others work while this node's disk does, and the disk while entries are applied.
+            self._send()
+            self._turns.work()
+            self._arm(now)
+        to_apply, self._to_apply = self._to_apply, {}
+        for group in to_apply.values():
+            self._applying.apply(group)
 
     def _advance(self, group: Group, now: float) -> None:
         """Step what arrived into a group that is not busy, and take what comes out of it."""
@@ -325,17 +338,16 @@ class Driver:
             while True:
                 if not group.busy:
                     self._step_inbox(group)
+                if group.name in self._fresh:
+                    break
                 effects = machine.drain()
                 if not effects:
                     break
                 if effects.persist is not None:
                     assert not group.busy, group.name
-                    group.busy = True
-                    self._pending[group.name] = effects
+                    self._turns.add(group, effects)
                     break
                 self._carry_out(group, effects)
-                if group.failed is not None:  # what was to be applied could not be
-                    return
         except errors.Error as error:
             self.fail_group(group, error)
             return
@@ -371,7 +383,7 @@ class Driver:
             self._outbox.post(outgoing.target, outgoing.message)
         if effects.apply:
             group.to_apply.extend(effects.apply)
-            self._applying.apply(group)
+            self._to_apply[group.name] = group
         if effects.install is not None:
             self._applying.install(group, effects.install)
         if group.log.damage is not None and group.machine.trusted:
@@ -384,6 +396,9 @@ class Driver:
             group.waiting.leads(role.leader)
         if group.busy and role.role is not Role.LEADER:
             self._refuse_inbox(group, role.leader)
+        if role.role is Role.LEADER:
+            self._fresh[group.name] = group
+            self._held = self._held or HELD_TURNS
         for watcher in list(group.watchers):
             watcher(role)
 
@@ -420,79 +435,14 @@ class Driver:
             group = self._groups[name]
             if group.deadline == deadline:
                 group.deadline = NEVER
-                self._wake(group)
+                self.wake(group)
         if not self._due:
             self._arm(now)
 
     # --- the log -----------------------------------------------------------------------------------------------------
 
-    def _work_on_log(self) -> None:
-        """Give the log thread its next piece: everything that waits to be persisted, else another job."""
-        if self._log_works or self.stopped:
-            return
-        if self._pending:
-            batch, self._pending = self._pending, {}
-            self._persist(batch)
-            return
-        for _ in range(len(self._jobs)):
-            group, job, done = self._jobs.popleft()
-            if group.busy:
-                self._jobs.append((group, job, done))
-            elif group.failed is None:
-                self._log_works = group.locked = True
-                self._work(group, job, done)
-                return
-
-    def _work(self, group: Group, job: Job, done: Done) -> None:
-        def ended(error: BaseException | None) -> None:
-            self._log_works = group.locked = False
-            if error is not None and not isinstance(error, errors.DiskFull | errors.QuotaExceeded):
-                self._log_failed(error)
-                return
-            done(error)
-            self._wake(group)
-
-        self._log_worker.submit(job, ended)
-
-    def _persist(self, batch: dict[str, Effects]) -> None:
-        if self.stopped:
-            return
-        self._log_works = True
-        turn = {name: effects.persist for name, effects in batch.items() if effects.persist is not None}
-        self._persisting_since = self._loop.time()
-        if self._alarm is None:
-            self._alarm = self._loop.call_later(self._bounds.persist_s_max, self._look_at_persist)
-        self._log_worker.submit(lambda: self.log.append(turn), lambda error: self._persisted(batch, error))
-
-    def _look_at_persist(self) -> None:
-        """Take note of a write that takes too long; one timer watches many short ones."""
-        self._alarm = None
-        if self._persisting_since is None or self.stopped:
-            return
-        left_s = self._persisting_since + self._bounds.persist_s_max - self._loop.time()
-        if left_s > 0:
-            self._alarm = self._loop.call_later(left_s, self._look_at_persist)
-        else:
-            self.metrics.add("srengine_consensus_persist_overruns_total")
-            self.set_health(Health.SLOW, None)
-
-    def _persisted(self, batch: dict[str, Effects], error: BaseException | None) -> None:
-        assert self._persisting_since is not None, batch
-        seconds = self._loop.time() - self._persisting_since
-        self._persisting_since = None
-        self._log_works = False
-        if isinstance(error, errors.DiskFull | errors.QuotaExceeded):
-            # What was drained stays as it is, and goes first: its groups are busy, nothing was stepped into them.
-            self._log_works = True
-            self.set_health(Health.FULL, error)
-            self._loop.call_later(RETRY_S, self._persist, batch)
-            return
-        if error is not None:
-            self._log_failed(error)
-            return
-        self.metrics.add("srengine_consensus_turns_total")
-        self.metrics.add("srengine_consensus_persist_seconds_total", seconds)
-        self.set_health(Health.OK, None)
+    def persisted(self, batch: Batch) -> None:
+        """See `turns.Host`."""
         for name, effects in batch.items():
             group = self._groups[name]
             if group.failed is not None:
@@ -503,8 +453,8 @@ class Driver:
             self._ready[name] = group
         self._turn()
 
-    def _log_failed(self, error: BaseException) -> None:
-        """Stop taking part in every group: nothing can be promised any more."""
+    def log_failed(self, error: BaseException) -> None:
+        """See `turns.Host`."""
         typed = error if isinstance(error, errors.Error) else errors.Error(f"the log failed: {error!r}")
         if typed is not error:
             _logger.error("the log failed", exc_info=error)
@@ -529,7 +479,7 @@ class Driver:
         group.deadline = NEVER
         group.inbox.clear()
         group.to_apply.clear()
-        self._pending.pop(group.name, None)
+        self._turns.drop(group)
         self._publish(group, RoleChanged(Role.FOLLOWER, group.role.term, None, error.message))
         group.waiting.end_all(lambda: _again(error))
         if self._on_group_failed is not None:
@@ -549,8 +499,8 @@ class Driver:
 
     def write(self, group: Group, job: Job, done: Done) -> None:
         """Run a job of a group on the log as soon as nothing of the group is being written."""
-        self._jobs.append((group, job, done))
-        self._wake(group)
+        self._turns.job(group, job, done)
+        self.wake(group)
 
     # --- sending -----------------------------------------------------------------------------------------------------
 
@@ -593,7 +543,7 @@ class Driver:
         if self.stopped:
             return
         self.stopped = True
-        for timer in (self._timer, self._news_timer, self._alarm):
+        for timer in (self._timer, self._news_timer):
             if timer is not None:
                 timer.cancel()
         for channel in self._watched.values():
@@ -601,12 +551,8 @@ class Driver:
         for group in self._groups.values():
             group.waiting.end_all(lambda: errors.Closed("the node stops"))
         await self._applying.stop(self._groups.values())
-        self._log_worker.stop()
-        for worker in (self._log_worker, self._applying.worker):
-            if not await self._loop.run_in_executor(None, worker.join, STOP_S):
-                raise errors.TimedOut(
-                    f"the disk has not answered in {STOP_S:.3g} s; what was being written may be lost"
-                )
+        await self._turns.stop()
+        await wait_for_end(self._applying.worker, self._loop)
 
 
 def prepare(log: NodeLog, name: str, state: StateMachine) -> GroupLog:

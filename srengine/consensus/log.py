@@ -3,10 +3,11 @@
 ::
 
     data directory
-      log/data.mdb      entries, hard states, floors and tails of every group (log_rows.py, docs/formats-log.md)
+      log/wal           the newest turns, each durable by one write and one sync   (docs/formats-log.md)
+      log/data.mdb      entries, hard states, floors and tails of every group      (log_rows.py)
 
     loop thread                                log thread
-      machines drain            Persist          one transaction of the metadata store, one turn:
+      machines drain            Persist          one transaction of the logged store, one turn:
       of many groups  ------------------------->   cut suffixes (saved first), new entries, tails, hard states
       Persisted for each  <---------------------   durable
 
@@ -45,12 +46,15 @@ from srengine import errors, failpoints, limits, types
 from srengine.consensus import log_rows as rows
 from srengine.consensus.effects import Persist
 from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor, HardState
-from srengine.storage.metadata import MetadataStore, Transaction
+from srengine.storage import wal
+from srengine.storage.logged import LoggedStore, LoggedTransaction
+from srengine.storage.metadata import MetadataStore
 from srengine.storage.pages import DATA_NAME, walk
 
 LOG_NAME: Final = "log"
 """The environment's name in a data directory."""
-FORMAT: Final = b"1"
+FORMAT: Final = b"2"
+_FORMAT_WITHOUT_WAL: Final = b"1"
 CACHE_BYTES: Final = 32 * limits.MIB
 """Entries of all groups kept in memory, the newest of each: what followers in contact and the state machine read."""
 SAVED_SUFFIXES_MAX: Final = 16
@@ -157,10 +161,12 @@ def _first(pair: tuple[int, object]) -> int:
 class NodeLog:
     """The log of all groups of a node; made by `open`."""
 
-    def __init__(self, store: MetadataStore, groups: dict[str, GroupLog], *, cache_bytes: int) -> None:
+    def __init__(self, store: LoggedStore, groups: dict[str, GroupLog], *, cache_bytes: int) -> None:
         self._store = store
         self._groups = groups
         self.cache_lock = threading.Lock()
+        self._begun: list[_Change] = []
+        """What was begun and is not finished."""
         self._cached: OrderedDict[str, GroupLog] = OrderedDict()
         """Groups with cached entries, the one that was written longest ago first."""
         self._cache_bytes = 0
@@ -172,19 +178,23 @@ class NodeLog:
         path: Path,
         *,
         cache_bytes: int = CACHE_BYTES,
+        wal_bytes: int = wal.CAPACITY,
         insecure: bool = False,
         allow_remote_fs: bool = False,
     ) -> NodeLog:
         """Open the log in the directory ``path``, made when it is not there, and test all of it.
 
-        What is wrong with one group's entries is in its `GroupLog.damage`. Raises what `MetadataStore` raises;
+        ``wal_bytes``: the size of a new write-ahead log; one that is there keeps its own.
+
+        What is wrong with one group's entries is in its `GroupLog.damage`. Raises what `LoggedStore` raises;
         `CorruptionError` naming the page when the file itself is damaged, `ForeignData`, `UnsupportedFeature`.
         """
         if (path / DATA_NAME).exists():
             _check_pages(path)
-        store = MetadataStore(path, insecure=insecure, allow_remote_fs=allow_remote_fs)
+        store = LoggedStore.open(
+            path, prepare=_check_format, capacity=wal_bytes, insecure=insecure, allow_remote_fs=allow_remote_fs
+        )
         try:
-            _check_format(store)
             log = cls(store, {}, cache_bytes=cache_bytes)
             for name in _group_names(store):
                 log._groups[name] = GroupLog(log, name, survey_group(store, name))
@@ -265,12 +275,53 @@ class NodeLog:
         Each `Persist`: entries from ``entries[0].index`` on are cut off (and saved), then the new ones appended;
         ``entries[0].index`` is above the floor and at most one above the last index.
         """
-        changes = [_Change(self, self._groups[name], persist) for name, persist in sorted(turn.items())]
+        changes = self._changes(turn)
         with self._store.transaction() as transaction:
             for change in changes:
                 change.write(transaction)
             failpoints.hit("log.append.written")
         failpoints.hit("log.append.committed")
+        self._adopt(changes)
+
+    def begin(self, turn: Mapping[str, Persist]) -> bool:
+        """Begin `append` without waiting for the disk; return False, and begin nothing, if it has to wait.
+
+        It has ended when the descriptor `done` can be read; `finish` has to follow then, in the same thread. Nothing
+        else is done with the log meanwhile.
+        """
+        if failpoints.planned("log.append.written") or failpoints.planned("log.append.committed"):
+            return False
+        if any(self._cuts(name, persist) for name, persist in turn.items()):
+            return False
+        changes = self._changes(turn)
+
+        def write(transaction: LoggedTransaction) -> None:
+            for change in changes:
+                change.write(transaction)
+
+        if not self._store.begin(write):
+            return False
+        self._begun = changes
+        return True
+
+    @property
+    def done(self) -> int:
+        """See `LoggedStore.done`."""
+        return self._store.done
+
+    def finish(self) -> None:
+        """Wait until what was begun is durable. Raises as `append`."""
+        changes, self._begun = self._begun, []
+        self._store.finish()
+        self._adopt(changes)
+
+    def _cuts(self, name: str, persist: Persist) -> bool:
+        return bool(persist.entries) and persist.entries[0].index <= self._groups[name]._highest
+
+    def _changes(self, turn: Mapping[str, Persist]) -> list[_Change]:
+        return [_Change(self, self._groups[name], persist) for name, persist in sorted(turn.items())]
+
+    def _adopt(self, changes: Sequence[_Change]) -> None:
         with self.cache_lock:
             for change in changes:
                 change.adopt()
@@ -444,7 +495,7 @@ _RAW: Final = b"\1"
 class _Saving:
     """Copies a group's rows from ``first`` on to the table of saved ones, and takes them off."""
 
-    def __init__(self, store: MetadataStore, group: GroupLog, first: int) -> None:
+    def __init__(self, store: LoggedStore, group: GroupLog, first: int) -> None:
         self._store = store
         self._prefix, stop = rows.group_range(group.name)
         self._stop = stop
@@ -484,7 +535,7 @@ class _Saving:
             count -= 1
             total -= size
 
-    def write(self, transaction: Transaction) -> None:
+    def write(self, transaction: LoggedTransaction) -> None:
         """Save the rows."""
         if not self._keys:
             return
@@ -496,7 +547,7 @@ class _Saving:
             index = int.from_bytes(key[len(self._prefix) :], "big")
             transaction.put(rows.SAVED, rows.saved_key(self._prefix, self._number, index), value)
 
-    def cut(self, transaction: Transaction) -> None:
+    def cut(self, transaction: LoggedTransaction) -> None:
         """Take the rows off the log."""
         for key in self._keys:
             transaction.discard(rows.ENTRIES, key)
@@ -522,7 +573,7 @@ class _Change:
             if first <= group._highest:
                 self._saving = _Saving(log._store, group, first)
 
-    def write(self, transaction: Transaction) -> None:
+    def write(self, transaction: LoggedTransaction) -> None:
         """Put the rows into the turn's transaction."""
         name = self._group.name
         if self._hard_state is not None:
@@ -593,14 +644,14 @@ def _from(runs: list[tuple[int, int]], index: int) -> list[tuple[int, int]]:
 # --- reading at start ------------------------------------------------------------------------------------------------
 
 
-def survey_group(store: MetadataStore, name: str) -> rows.Survey:
+def survey_group(store: LoggedStore, name: str) -> rows.Survey:
     """Read a group's rows and say what is sound."""
     start, stop = rows.group_range(name)
     own = {row.key[len(start) :]: row for row in store.survey(rows.GROUPS, start, stop)}
     return rows.survey(name, own, store.survey(rows.ENTRIES, start, stop))
 
 
-def _group_names(store: MetadataStore) -> list[str]:
+def _group_names(store: LoggedStore) -> list[str]:
     names: set[str] = set()
     for table in (rows.GROUPS, rows.ENTRIES):
         position: bytes | None = None
@@ -622,10 +673,14 @@ def _check_pages(path: Path) -> None:
 
 
 def _check_format(store: MetadataStore) -> None:
+    """Refuse a store that is none of ours, and say in a new one, or in one from before the write-ahead log, what it is.
+
+    Before there is a write-ahead log: a release that does not know it must refuse what has one.
+    """
     found = store.get(_OWN_TABLE, _FORMAT_KEY)
-    if found is None:
-        if store.tables():
-            raise errors.ForeignData(f"{store.path} is no log of srengine", path=str(store.path))
+    if found is None and store.tables():
+        raise errors.ForeignData(f"{store.path} is no log of srengine", path=str(store.path))
+    if found is None or found == _FORMAT_WITHOUT_WAL:
         with store.transaction() as transaction:
             transaction.put(_OWN_TABLE, _FORMAT_KEY, FORMAT)
     elif found != FORMAT:

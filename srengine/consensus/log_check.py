@@ -7,27 +7,33 @@ changed: a group that was found damaged before and has not caught up yet is repo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from srengine import errors
 from srengine.consensus import log_rows as rows
 from srengine.consensus.log import LOG_NAME
-from srengine.storage.metadata_rows import Row, read_row
-from srengine.storage.pages import DATA_NAME, PageFile
+from srengine.storage.logged import OfflineRows
+from srengine.storage.metadata_rows import Row
+from srengine.storage.pages import DATA_NAME
 from srengine.storage.report import Damage, VerifyReport
+from srengine.storage.wal import WAL_NAME
 
 
 def check_log(path: Path, report: VerifyReport) -> None:
     """Add to ``report`` what is wrong with the groups' logs in the environment ``path``, whose pages are sound."""
     where = f"{LOG_NAME}/{DATA_NAME}"
-    with PageFile(path / DATA_NAME) as file:
-        if rows.GROUPS not in file.tables():
-            return
-        own = _own_rows(file)
+    try:
+        log = OfflineRows(path)
+    except errors.Error as error:
+        report.add(Damage("log", f"{LOG_NAME}/{WAL_NAME}", error.message))
+        return
+    with log:
+        own = _own_rows(log)
         for name in sorted(own):
+            start, stop = rows.group_range(name)
+            entries = (row for row in log.survey(rows.ENTRIES) if start <= row.key < stop)
             try:
-                found = rows.survey(name, own[name], _entries(file, name))
+                found = rows.survey(name, own[name], entries)
             except errors.CorruptionError as error:
                 report.add(Damage("log", where, f"{name}: {error.message}"))
                 continue
@@ -39,25 +45,15 @@ def check_log(path: Path, report: VerifyReport) -> None:
                 report.add(Damage("log", where, detail))
 
 
-def _own_rows(file: PageFile) -> dict[str, dict[bytes, Row]]:
+def _own_rows(log: OfflineRows) -> dict[str, dict[bytes, Row]]:
     """Return each group's own rows by their letter; groups of which only entries are left have none."""
     found: dict[str, dict[bytes, Row]] = {}
-    for key, stored in file.items(rows.GROUPS):
-        name, _, letter = key.partition(b"\0")
-        found.setdefault(name.decode("utf-8", "backslashreplace"), {})[letter] = read_row(rows.GROUPS, key, stored)
-    if rows.ENTRIES in file.tables():
-        for key, _ in file.items(rows.ENTRIES):
-            found.setdefault(key.partition(b"\0")[0].decode("utf-8", "backslashreplace"), {})
+    for row in log.survey(rows.GROUPS):
+        name, _, letter = row.key.partition(b"\0")
+        found.setdefault(name.decode("utf-8", "backslashreplace"), {})[letter] = row
+    for row in log.survey(rows.ENTRIES):
+        found.setdefault(row.key.partition(b"\0")[0].decode("utf-8", "backslashreplace"), {})
     return found
-
-
-def _entries(file: PageFile, name: str) -> Iterator[Row]:
-    if rows.ENTRIES not in file.tables():
-        return
-    start, stop = rows.group_range(name)
-    for key, stored in file.items(rows.ENTRIES):
-        if start <= key < stop:
-            yield read_row(rows.ENTRIES, key, stored)
 
 
 def _key(name: str, finding: rows.Finding) -> bytes | None:

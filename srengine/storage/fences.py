@@ -33,7 +33,7 @@ from srengine import errors
 from srengine.storage import files, pages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 FENCE_NAME: Final = "FENCED"
@@ -104,21 +104,17 @@ def refuse_if_fenced(directory: Path, tablet_id: str) -> None:
         )
 
 
-def prove(directory: Path, verify: Callable[[], None]) -> None:
+def prove(directory: Path, verify: Callable[[], None], *, beside: Sequence[str] = ()) -> None:
     """Lift the fence of a closed tablet if what is on the medium proves healthy.
 
-    ``verify`` opens the tablet and checks every record; it raises if anything is wrong and leaves the tablet closed.
-    Raises `CorruptionError` (the medium and the page cache disagree, or a page is damaged), `TabletFenced` (this
-    file system cannot be read past the page cache) or what ``verify`` raises; the fence then stays.
+    ``beside``: names of files that belong to it, next to its data. ``verify`` opens the tablet and checks every record;
+    it raises if anything is wrong and leaves the tablet closed. Raises `CorruptionError` (the medium and the page cache
+    disagree, or a page is damaged), `TabletFenced` (this file system cannot be read past the page cache) or what
+    ``verify`` raises; the fence then stays.
     """
+    for name in (pages.DATA_NAME, *beside):
+        _agrees(directory / name)
     path = directory / pages.DATA_NAME
-    if first_difference(path) is not None:
-        drop_cached_pages(path)
-        offset = first_difference(path)
-        if offset is not None:
-            raise errors.CorruptionError(
-                f"{path} differs at byte {offset} between the disk and the page cache", file=str(path), offset=offset
-            )
     pages.check_before_open(path)
     report = pages.walk(path)
     if report.damages:
@@ -126,6 +122,18 @@ def prove(directory: Path, verify: Callable[[], None]) -> None:
         raise errors.CorruptionError(f"{path} is damaged: {worst.detail}", file=str(path), page=worst.page)
     verify()
     lift_fence(directory)
+
+
+def _agrees(path: Path) -> None:
+    """Raise `CorruptionError` unless the page cache shows what is on the medium."""
+    if first_difference(path) is None:
+        return
+    drop_cached_pages(path)
+    offset = first_difference(path)
+    if offset is not None:
+        raise errors.CorruptionError(
+            f"{path} differs at byte {offset} between the disk and the page cache", file=str(path), offset=offset
+        )
 
 
 def first_difference(path: Path) -> int | None:

@@ -123,7 +123,8 @@ class MetadataStore:
                 self.closed = True
                 self._environment.close()
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
+        """Raise `ForkedEnvironment`, `Closed` or `TabletFenced` when nothing may be done here."""
         if os.getpid() != self._pid:
             raise errors.ForkedEnvironment(
                 f"{self.path} was opened by process {self._pid} and this is its child; open it again here",
@@ -180,7 +181,7 @@ class MetadataStore:
 
     def tables(self) -> list[str]:
         """Return the names of the tables that were ever written to, sorted."""
-        self._check_usable()
+        self.check_usable()
         return sorted(name for name in self._tables if name != _OWN_TABLE)
 
     @contextlib.contextmanager
@@ -193,11 +194,11 @@ class MetadataStore:
             self._end_reading()
 
     def _begin_reading(self) -> None:
-        self._check_usable()
+        self.check_usable()
         with self._reads:
             while self._moving:
                 self._reads.wait()
-            self._check_usable()
+            self.check_usable()
             self._readers += 1
 
     def _end_reading(self) -> None:
@@ -252,7 +253,7 @@ class MetadataStore:
         when there is no address space for a larger map.
         """
         with self._write_lock:
-            self._check_usable()
+            self.check_usable()
             if self._transaction is not None:
                 raise errors.InvalidValue("a transaction of the metadata store is open in this thread already")
             self._maybe_grow()
@@ -274,7 +275,7 @@ class MetadataStore:
         Raises as `transaction`, and whatever ``rows`` raises.
         """
         with self._write_lock:
-            self._check_usable()
+            self.check_usable()
             if self._transaction is not None:
                 raise errors.InvalidValue("a transaction of the metadata store is open in this thread already")
             used = self._used_bytes()
@@ -389,7 +390,7 @@ class MetadataStore:
             # LMDB says it for a write that was cut short by a full disk, too.
             raise errors.DiskFull(text, **facts) from error
         if code in {errno.EIO, kernel.PANIC}:
-            self._fence(text)
+            self.fence(text)
             raise errors.TabletFenced(text, reason="io-error", **facts) from error
         raise errors.Error(text, **facts) from error
 
@@ -397,7 +398,8 @@ class MetadataStore:
         status = os.statvfs(self.path)
         return status.f_bavail * status.f_frsize < _FULL_BYTES
 
-    def _fence(self, text: str) -> None:
+    def fence(self, text: str) -> None:
+        """Refuse everything from now on, durably: the disk has failed."""
         self._fault = text
         with contextlib.suppress(errors.Error):
             # The disk is failing: if not even the mark can be written, this process still refuses.
@@ -525,7 +527,7 @@ class Transaction:
             raise
 
     def _check_open(self) -> None:
-        self._store._check_usable()
+        self._store.check_usable()
         if not self._is_open:
             raise errors.Closed("this transaction of the metadata store is over")
 

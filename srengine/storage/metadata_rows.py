@@ -83,7 +83,7 @@ def recover_metadata(path: str | os.PathLike[str]) -> None:
     """
     directory = Path(path)
     if fences.read_fence(directory) is not None:
-        fences.prove(directory, lambda: _check_values(directory / pages.DATA_NAME))
+        fences.prove(directory, lambda: check_values(directory / pages.DATA_NAME))
 
 
 def read_offline(path: str | os.PathLike[str], table: str) -> Iterator[tuple[bytes, bytes]]:
@@ -100,7 +100,8 @@ def read_offline(path: str | os.PathLike[str], table: str) -> Iterator[tuple[byt
                 yield key, value_of(stored)
 
 
-def _check_values(path: Path) -> None:
+def check_values(path: Path) -> None:
+    """Raise `CorruptionError` naming the first value of a file whose checksum is wrong."""
     with pages.PageFile(path) as file:
         for table in sorted(file.tables()):
             for key, stored in file.items(table):

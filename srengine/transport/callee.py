@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -73,16 +73,6 @@ class _Window:
         return True
 
 
-class _Ready(NamedTuple):
-    """An answer, encoded and within bounds."""
-
-    kind: str
-    body: msgspec.Raw
-    sizes: tuple[int, ...]
-    total: int
-    attachments: Sequence[Buffer]
-
-
 class _Serving:
     """One request that is not fully answered."""
 
@@ -92,7 +82,7 @@ class _Serving:
         self.assembly: Assembly | None = None
         self.reservation: Reservation | None = None
         """Room of the question's attachments; held until the handler is done."""
-        self.task: asyncio.Task[_Ready] | None = None
+        self.task: asyncio.Task[None] | None = None
         self.outgoing: Outgoing | None = None
 
 
@@ -221,36 +211,36 @@ class Callee(Connection):
     def _run(
         self, number: int, handler: Handler, peer: Peer, message: msgspec.Struct, attachments: Sequence[memoryview]
     ) -> None:
-        async def call() -> _Ready:
-            reply = await handler(peer, message, attachments)
-            # Here, not in the callback: an answer that cannot be sent is the handler's failure.
-            kind, body = encode_message(reply.message)
-            sizes = tuple(len(attachment) for attachment in reply.attachments)
-            return _Ready(kind, body, sizes, check_sizes(sizes), reply.attachments)
+        async def call() -> None:
+            # It answers itself: a callback would come a turn of the loop later.
+            try:
+                reply = await handler(peer, message, attachments)
+                kind, body = encode_message(reply.message)
+                sizes = tuple(len(attachment) for attachment in reply.attachments)
+                total = check_sizes(sizes)
+            except asyncio.CancelledError:
+                self._fail_request(number, errors.Closed("the node stops"))
+                raise
+            except Exception as error:  # noqa: BLE001  (the caller is told)
+                self._fail_request(number, error)
+            else:
+                self._answer(Answer(number, kind, body, sizes), total, reply.attachments)
 
-        task = self._serving[number].task = self.loop.create_task(call())
-        task.add_done_callback(lambda done: self._answer(number, done))
+        self._serving[number].task = self.loop.create_task(call())
 
-    def _answer(self, number: int, task: asyncio.Task[_Ready]) -> None:
-        if task.cancelled():
-            self._fail_request(number, errors.Closed("the node stops"))
-            return
-        error = task.exception()
-        if error is not None:
-            self._fail_request(number, error)
-            return
+    def _answer(self, answer: Answer, total: int, attachments: Sequence[Buffer]) -> None:
+        number = answer.request
         serving = self._serving.get(number)
         if serving is None:  # the connection has ended meanwhile: nobody waits for the answer
             return
-        ready = task.result()
         if serving.reservation is not None:
             serving.reservation.release()
-        inline = ready.total <= limits.PART_BYTES_MAX
-        self.post(Answer(number, ready.kind, ready.body, ready.sizes), ready.attachments if inline else ())
+        inline = total <= limits.PART_BYTES_MAX
+        self.post(answer, attachments if inline else ())
         if inline or self.closed is not None:
             del self._serving[number]
         else:
-            serving.outgoing = Outgoing(number, ready.attachments)
+            serving.outgoing = Outgoing(number, attachments)
 
     def _fail_request(self, number: int, error: BaseException) -> None:
         serving = self._serving.pop(number, None)

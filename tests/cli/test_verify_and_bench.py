@@ -76,6 +76,17 @@ def test_damage_of_the_log_is_exit_code_7(run, directory):
     assert [(damage["kind"], damage["key"]) for damage in result.json["damages"]] == [("missing-entry", key.hex())]
 
 
+def test_damage_of_the_write_ahead_log_is_exit_code_7(run, directory):
+    """H28, F10: a byte of a node's write-ahead log that rots is named with its file."""
+    filled(directory / "log", last=9)
+    with (directory / "log" / "wal").open("r+b") as file:
+        file.seek(100)
+        file.write(b"damage")
+    result = run("verify", directory, "--json")
+    assert result.code == 7
+    assert [(damage["kind"], damage["file"]) for damage in result.json["damages"]] == [("log", "log/wal")]
+
+
 def test_no_directory(run, tmp_path):
     """Nothing there is 10; something else is 11; a directory in use is 5."""
     assert run("verify", tmp_path / "nothing").code == 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import threading
 
 import pytest
@@ -16,6 +17,7 @@ from srengine.consensus.log import NodeLog
 from srengine.consensus.messages import Bundle, TimeoutNow
 from srengine.consensus.services import Bounds, Health
 from srengine.consensus.waiting import WaitingRoom
+from srengine.storage.logged import recover_logged
 from srengine.transport import Peer
 from tests.consensus.cluster import GROUP, LateState, QuickState, State, cluster, until
 from tests.consensus.logs import NODES, Raw, filled
@@ -339,22 +341,66 @@ def test_a_node_that_starts_ends_the_back_off_of_the_others(tmp_path):
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 
-class Slow:
-    """Holds the log's transactions of one member while shut."""
+class Disk:
+    """The disk under one member's log, whichever way turns go to it: by the kernel's thread, or by the driver's.
 
-    def __init__(self, member, monkeypatch):
-        self.open = threading.Event()
-        self.open.set()
-        append = member.log.append
+    While ``shut`` it does not answer; with ``errno`` set it fails.
+    """
 
-        def slow(turn):
-            assert self.open.wait(60)
-            append(turn)
+    def __init__(self, member, monkeypatch, way):
+        self.errno = 0
+        self._open = threading.Event()
+        self._open.set()
+        self._held = None
+        self._store = member.log._store
+        if way == "kernel":
+            self._appender = self._store._appender
+            monkeypatch.setattr(self._store, "_appender", self)
+        else:
+            append = member.log.append
 
-        monkeypatch.setattr(member.log, "append", slow)
+            def slow(turn):
+                assert self._open.wait(60)
+                if self.errno == errno.ENOSPC:
+                    raise errors.DiskFull("no space left on the device")
+                if self.errno:
+                    raise errors.TabletFenced("input/output error", reason="io-error")
+                append(turn)
+
+            monkeypatch.setattr(member.log, "append", slow)
+            monkeypatch.setattr(member.log, "begin", lambda turn: False)
+
+    def shut(self):
+        self._open.clear()
+
+    def open(self):
+        self._open.set()
+        if self._held is not None:
+            held, self._held = self._held, None
+            self.begin(*held)
+
+    def begin(self, *given):
+        if not self._open.is_set():
+            self._held = given
+        elif self.errno:
+            os.write(self._store._notify, b"!")
+        else:
+            self._appender.begin(*given)
+
+    def take(self):
+        return self.errno or self._appender.take()
+
+    def close(self):
+        self._appender.close()
 
 
-def test_nothing_is_acknowledged_before_it_is_durable(tmp_path, monkeypatch):
+@pytest.fixture(params=["kernel", "thread"])
+def way(request):
+    """How turns of the log go to the disk."""
+    return request.param
+
+
+def test_nothing_is_acknowledged_before_it_is_durable(tmp_path, monkeypatch, way):
     """F17: while the disks of both followers hang, the leader's entry is not decided, however long its proposer waits;
     one of them answering is enough.
     """
@@ -364,25 +410,25 @@ def test_nothing_is_acknowledged_before_it_is_durable(tmp_path, monkeypatch):
             leader = await c.leader()
             await leader.propose(b"p1")
             await c.settled()
-            disks = [Slow(member, monkeypatch) for member in followers(c, leader)]
+            disks = [Disk(member, monkeypatch, way) for member in followers(c, leader)]
             for disk in disks:
-                disk.open.clear()
+                disk.shut()
             proposal = asyncio.ensure_future(leader.propose(b"p2"))
             await until(lambda: all(member.driver._groups[GROUP].busy for member in followers(c, leader)))
             await until(
                 lambda: leader.log.group(GROUP).last_index == followers(c, leader)[0].log.group(GROUP).last_index + 1
             )
             assert not proposal.done()
-            disks[0].open.set()
+            disks[0].open()
             await until(proposal.done)
-            disks[1].open.set()
+            disks[1].open()
             await asyncio.gather(proposal, return_exceptions=True)
             await c.settled()
 
     run(main())
 
 
-def test_a_hung_disk_costs_the_leader_its_leadership(tmp_path, monkeypatch):
+def test_a_hung_disk_costs_the_leader_its_leadership(tmp_path, monkeypatch, way):
     """F17, H13: while its disk does not answer the leader steps down though its process lives, the others elect and go
     on; nothing is acknowledged late; when the disk answers it follows.
     """
@@ -391,8 +437,8 @@ def test_a_hung_disk_costs_the_leader_its_leadership(tmp_path, monkeypatch):
         async with cluster(tmp_path) as c:
             leader = await c.leader()
             await leader.propose(b"p1")
-            disk = Slow(leader, monkeypatch)
-            disk.open.clear()
+            disk = Disk(leader, monkeypatch, way)
+            disk.shut()
             stuck = asyncio.ensure_future(leader.propose(b"pstuck", timeout_s=30))
             await until(lambda: leader.driver._groups[GROUP].busy)
             queued = asyncio.ensure_future(leader.propose(b"queued", timeout_s=30))
@@ -405,7 +451,7 @@ def test_a_hung_disk_costs_the_leader_its_leadership(tmp_path, monkeypatch):
             with pytest.raises(errors.NoQuorum):
                 await queued
             assert not stuck.done(), "it may yet be decided"
-            disk.open.set()
+            disk.open()
             await c.settled()
             index, term = await stuck
             assert (index, term, b"pstuck") in new.states[GROUP].entries
@@ -415,7 +461,7 @@ def test_a_hung_disk_costs_the_leader_its_leadership(tmp_path, monkeypatch):
     run(main())
 
 
-def test_a_stop_does_not_wait_for_ever_for_the_disk(tmp_path, monkeypatch):
+def test_a_stop_does_not_wait_for_ever_for_the_disk(tmp_path, monkeypatch, way):
     """F17: a node whose disk hangs can end: `stop` says that the disk does not answer."""
 
     async def main():
@@ -423,21 +469,21 @@ def test_a_stop_does_not_wait_for_ever_for_the_disk(tmp_path, monkeypatch):
             leader = await c.leader()
             await leader.propose(b"p1")
             await c.settled()
-            disk = Slow(leader, monkeypatch)
-            disk.open.clear()
+            disk = Disk(leader, monkeypatch, way)
+            disk.shut()
             stuck = asyncio.ensure_future(leader.propose(b"stuck"))
             await until(lambda: leader.driver._groups[GROUP].busy)
-            monkeypatch.setattr("srengine.consensus.driver.STOP_S", 0.05)
+            monkeypatch.setattr("srengine.consensus.turns.STOP_S", 0.05)
             with pytest.raises(errors.TimedOut):
                 await leader.driver.stop()
             with pytest.raises(errors.Closed):
                 await stuck
-            disk.open.set()
+            disk.open()
 
     run(main())
 
 
-def test_a_full_disk_is_read_only_and_comes_back(tmp_path, monkeypatch):
+def test_a_full_disk_is_read_only_and_comes_back(tmp_path, monkeypatch, way):
     """H26, F07: a leader without space steps down, says so, and takes part again when there is space; no crash, nothing
     of the log is lost.
     """
@@ -446,20 +492,14 @@ def test_a_full_disk_is_read_only_and_comes_back(tmp_path, monkeypatch):
         async with cluster(tmp_path) as c:
             leader = await c.leader()
             await leader.propose(b"p1")
-            append, full = leader.log.append, [True]
-
-            def fill(turn):
-                if full[0]:
-                    raise errors.DiskFull("no space left on the device")
-                append(turn)
-
-            monkeypatch.setattr(leader.log, "append", fill)
+            disk = Disk(leader, monkeypatch, way)
+            disk.errno = errno.ENOSPC
             with pytest.raises((errors.NoQuorum, errors.TimedOut)):
                 await leader.propose(b"lost", timeout_s=3)
             assert Health.FULL in leader.health
             new = await c.leader(followers(c, leader))
             await new.propose(b"p2")
-            full[0] = False
+            disk.errno = 0
             await until(lambda: leader.driver.health is Health.OK)
             await c.write(b"p3")
             await c.settled()
@@ -468,7 +508,7 @@ def test_a_full_disk_is_read_only_and_comes_back(tmp_path, monkeypatch):
     run(main())
 
 
-def test_an_input_output_error_ends_taking_part(tmp_path, monkeypatch):
+def test_an_input_output_error_ends_taking_part(tmp_path, monkeypatch, way):
     """F05: after EIO of the log the node takes part in no group, says so at once, keeps running; the others go on; who
     waited is told.
     """
@@ -477,11 +517,7 @@ def test_an_input_output_error_ends_taking_part(tmp_path, monkeypatch):
         async with cluster(tmp_path) as c:
             leader = await c.leader()
             await leader.propose(b"p1")
-
-            def broken(turn):
-                raise errors.TabletFenced("input/output error", reason="io-error")
-
-            monkeypatch.setattr(leader.log, "append", broken)
+            Disk(leader, monkeypatch, way).errno = errno.EIO
             with pytest.raises(errors.TabletFenced):
                 await leader.propose(b"lost")
             assert leader.health == [Health.FENCED]
@@ -494,6 +530,7 @@ def test_an_input_output_error_ends_taking_part(tmp_path, monkeypatch):
             await c.write(b"p2")
             monkeypatch.undo()
             await leader.stop()
+            recover_logged(leader.path)
             await leader.start()
             await c.settled()
             assert leader.states[GROUP].data == [b"p1", b"p2"]
@@ -501,7 +538,8 @@ def test_an_input_output_error_ends_taking_part(tmp_path, monkeypatch):
     run(main())
 
 
-def test_an_error_of_the_system_in_the_log_ends_taking_part(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["begin", "finish"])
+def test_an_error_of_the_system_in_the_log_ends_taking_part(tmp_path, monkeypatch, step):
     """F05: an error that nobody foresaw ends taking part as well: nothing is promised on a log in doubt."""
 
     async def main():
@@ -509,10 +547,10 @@ def test_an_error_of_the_system_in_the_log_ends_taking_part(tmp_path, monkeypatc
             leader = await c.leader()
             await leader.propose(b"p1")
 
-            def broken(turn):
+            def broken(*_):
                 raise OSError(errno.EIO, "no such luck")
 
-            monkeypatch.setattr(leader.log, "append", broken)
+            monkeypatch.setattr(leader.log, step, broken)
             with pytest.raises(errors.Error, match="no such luck"):
                 await leader.propose(b"p2")
             assert leader.health == [Health.FENCED]
@@ -793,6 +831,96 @@ def test_what_memory_can_answer_is_applied_on_the_loop(tmp_path, monkeypatch):
     run(main())
 
 
+def test_what_leaves_and_what_is_written_does_not_wait_for_what_is_applied(tmp_path, monkeypatch):
+    """P6: a follower acknowledges entries before it applies the ones before them, and the disk works meanwhile: others
+    wait for both, nobody but its own readers for the state.
+    """
+
+    async def main():
+        async with cluster(tmp_path, state_type=QuickState) as c:
+            leader = await c.leader()
+            await leader.propose(b"p0")
+            await c.settled()
+            turns = []
+
+            def noted(owner, name, what):
+                original = getattr(owner, name)
+
+                def call(*given):
+                    turns[-1].append(what)
+                    return original(*given)
+
+                monkeypatch.setattr(owner, name, call)
+
+            for member in c.members:
+                turn = member.driver._turn
+
+                def begun(turn=turn):
+                    turns.append([])
+                    turn()
+
+                monkeypatch.setattr(member.driver, "_turn", begun)
+                noted(member.driver, "_send", "send")
+                noted(member.driver._turns, "work", "log")
+                noted(member.states[GROUP], "apply_now", "apply")
+            for number in range(20):
+                await leader.propose(b"p%d" % number)
+            await c.settled()
+            applying = [turn for turn in turns if "apply" in turn]
+            assert len(applying) >= 20 * len(c.members) // 2
+            assert all(turn[:2] == ["send", "log"] for turn in applying), applying
+
+    run(main())
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_what_is_proposed_on_the_news_of_an_election_is_written_with_its_first_entry(tmp_path, monkeypatch, turns):
+    """B08: a proposal of who hears of the election, up to three turns of the loop later, shares the first write of the
+    term; nothing of the term leaves this node before.
+    """
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            before = await c.leader()
+            await before.propose(b"p0")
+            await c.settled()
+            writes = {member.id: [] for member in c.members}
+            for member in c.members:
+                begin = member.log.begin
+
+                def noted(turn, member=member, begin=begin):
+                    if turn[GROUP].entries:
+                        writes[member.id].append([(entry.term, entry.data) for entry in turn[GROUP].entries])
+                    return begin(turn)
+
+                monkeypatch.setattr(member.log, "begin", noted)
+            proposals = []
+
+            async def propose(member):
+                for _ in range(turns - 1):
+                    await asyncio.sleep(0)
+                return await member.propose(b"p")
+
+            def watch(member):
+                def told(role):
+                    if role.role is Role.LEADER and role.term > before.driver.status(GROUP).term - 1:
+                        proposals.append((member, role.term, asyncio.ensure_future(propose(member))))
+
+                return told
+
+            for member in followers(c, before):
+                member.driver.watch_roles(GROUP, watch(member))
+            await before.driver.transfer(GROUP)
+            await until(lambda: proposals)
+            member, term, proposal = proposals[0]
+            await proposal
+            for node in c.members:
+                first = next(entries for entries in writes[node.id] if entries[0][0] == term)
+                assert [data for _, data in first] == [b"", b"p"], (turns, writes)
+
+    run(main())
+
+
 def test_faults_of_what_is_applied_on_the_loop(tmp_path, monkeypatch):
     """H26: a full disk is tried again, in the thread; F05: anything else ends the group here, named, and no other."""
     monkeypatch.setattr("srengine.consensus.applying.RETRY_S", 0.02)
@@ -935,21 +1063,21 @@ def test_messages_in_anothers_name_are_refused(tmp_path):
     run(main())
 
 
-def test_what_waits_for_a_busy_group_is_bounded(tmp_path, monkeypatch):
+def test_what_waits_for_a_busy_group_is_bounded(tmp_path, monkeypatch, way):
     """P6: while the disk hangs, messages of peers are kept up to a bound; the rest is dropped and counted."""
 
     async def main():
         async with cluster(tmp_path) as c:
             leader = await c.leader()
             target = followers(c, leader)[0]
-            disk = Slow(target, monkeypatch)
-            disk.open.clear()
+            disk = Disk(target, monkeypatch, way)
+            disk.shut()
             monkeypatch.setattr("srengine.consensus.driver.INBOX_MESSAGES_MAX", 5)
             for number in range(20):
                 await leader.propose(b"p%d" % number)
             await until(lambda: target.metrics.value("srengine_consensus_messages_dropped_total") > 0)
             assert target.driver._groups[GROUP].inbox_messages <= 5
-            disk.open.set()
+            disk.open()
             await c.settled()
 
     run(main())

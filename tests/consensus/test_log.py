@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import select
 import shutil
 import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,10 +21,15 @@ from srengine.consensus import log_rows as rows
 from srengine.consensus.effects import Persist
 from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor, HardState
 from srengine.consensus.log import NodeLog, entry_bytes
-from srengine.storage import fences, pages
-from srengine.storage.metadata_rows import recover_metadata
+from srengine.consensus.log_check import check_log
+from srengine.storage import fences, pages, wal
+from srengine.storage.logged import recover_logged
+from srengine.storage.metadata import MetadataStore
+from srengine.storage.metadata_rows import read_offline
+from srengine.storage.report import VerifyReport
 from tests.consensus.logs import FIRST, NODES, Raw, append, entries, entry, filled, read
 from tests.crash import children, record
+from tests.reference import wal as reference
 
 GROUP = "journal"
 
@@ -77,16 +86,37 @@ def test_what_a_turn_wrote_is_there_after_reopening(path):
             log.group("unknown")
 
 
-def test_a_turn_of_many_groups_is_one_transaction(path):
-    """One transaction, and so one fsync, for a turn, whatever the number of groups."""
-    names = [f"tablet-{number}" for number in range(50)]
-    with NodeLog.open(path) as log:
-        for name in names:
-            log.bootstrap(name)
-        before = log._store._environment.last_transaction()
-        log.append({name: Persist(HardState(1), entries(1, 4)) for name in names})
-        assert log._store._environment.last_transaction() == before + 1
-        assert all(log.group(name).last_index == 3 for name in names)
+def test_a_turn_of_many_groups_is_one_write_and_one_sync(library, tmp_path):
+    """A turn is one write and one sync of the write-ahead log, whatever the number of groups, and nothing of LMDB's
+    file.
+    """
+    ended = children.run(
+        (
+            WORK,
+            """
+            names = [f"tablet-{number}" for number in range(50)]
+            for name in names:
+                log.bootstrap(name)
+            before = events()
+            log.append({name: Persist(HardState(1), entries(1, 4, 1)) for name in names})
+            tell([before, events(), sum(log.group(name).last_index for name in names)])
+            """,
+        ),
+        tmp_path / "log",
+        library=library,
+        track=TRACKED,
+        record=tmp_path / "events",
+    )
+    assert ended.code == 0, ended.errors
+    before, after, appended = ended.told
+    assert appended == 150
+    events = record.read_events(tmp_path / "events")
+    opened = record.paths(events)
+    counted = [event for event in events if event.kind != record.OPEN]
+    assert [(event.kind, opened[event.file]) for event in counted[before:after]] == [
+        (record.WRITE, "wal"),
+        (record.SYNC, "wal"),
+    ]
 
 
 def test_entries_are_read_within_their_bounds(path):
@@ -168,13 +198,402 @@ def test_another_format_is_refused(path):
     """A log of a newer version is refused with both formats, an environment of somebody else as foreign."""
     filled(path)
     with Raw(path) as raw:
-        raw.seal("log", b"format", b"2")
-    with pytest.raises(errors.UnsupportedFeature, match=r"'2'.*'1'"):
+        raw.seal("log", b"format", b"3")
+    with pytest.raises(errors.UnsupportedFeature, match=r"'3'.*'2'"):
         NodeLog.open(path)
     with Raw(path) as raw:
         raw.delete("log", b"format")
     with pytest.raises(errors.ForeignData):
         NodeLog.open(path)
+
+
+@pytest.mark.parametrize("what", ["foreign", "newer", "older"])
+def test_a_log_is_known_before_it_gets_a_write_ahead_log(path, what, monkeypatch):
+    """F44, F07: what is of somebody else, or of a newer version, is refused and stays as it is, without a write-ahead
+    log; one of an older version has the new format before it has one, if there is no room for it, too.
+    """
+
+    def full(*_):
+        raise errors.DiskFull("full")
+
+    with MetadataStore(path) as store, store.transaction() as transaction:
+        transaction.put("log" if what != "foreign" else "theirs", b"format", b"3" if what == "newer" else b"1")
+    before = (path / pages.DATA_NAME).read_bytes()
+    monkeypatch.setattr(wal.WriteAheadLog, "create", full)
+    wanted = {"foreign": errors.ForeignData, "newer": errors.UnsupportedFeature, "older": errors.DiskFull}[what]
+    for _ in range(2):
+        with pytest.raises(wanted):
+            NodeLog.open(path)
+        assert sorted(file.name for file in path.iterdir()) == [pages.DATA_NAME, "lock.mdb"]
+    if what == "older":
+        assert dict(read_offline(path, "log"))[b"format"] == b"2"
+    else:
+        assert (path / pages.DATA_NAME).read_bytes() == before
+
+
+def older(path, newer):
+    """Make a log as a release without a write-ahead log left it, with the rows of another one."""
+    with Raw(newer) as raw, MetadataStore(path) as store, store.transaction() as transaction:
+        for table in ("log", "groups", "entries"):
+            for key, value in raw.stored(table).items():
+                transaction.put(table, key, value[:-8])
+        transaction.put("log", b"format", b"1")
+
+
+def format_in_the_file(path, copy):
+    """Return the format that another release would find now, were this process to die."""
+    shutil.copytree(path, copy)
+    return dict(read_offline(copy, "log"))[b"format"]
+
+
+def test_a_log_of_an_older_format_is_taken_over(path, tmp_path):
+    """H02, F44: a log without a write-ahead log keeps everything and gets one; a release that does not know it finds
+    the new format in LMDB's file as soon as the log is open, and refuses.
+    """
+    filled(tmp_path / "newer", last=9, floor=2)
+    with NodeLog.open(tmp_path / "newer") as log:
+        log.note_boot(5)
+    older(path, tmp_path / "newer")
+    assert not (path / wal.WAL_NAME).exists()
+    with NodeLog.open(path) as log:
+        assert format_in_the_file(path, tmp_path / "copy") == b"2"
+        assert log.boot_number == 5
+        group = log.group(GROUP)
+        assert (group.damage, group.floor.index, group.hard_state) == (None, 2, HardState(1))
+        assert read(group) == list(entries(3, 10))
+        append(log, GROUP, entries(10, 12))
+    group, found = open_group(path)
+    assert (group.damage, found) == (None, list(entries(3, 12)))
+
+
+def test_a_fenced_log_of_an_older_format_is_recovered(path, tmp_path):
+    """F05, F44: one that was fenced before the write-ahead log came can be proved without it."""
+    filled(tmp_path / "newer", last=9)
+    older(path, tmp_path / "newer")
+    fences.set_fence(path, "io-error", "a fault")
+    recover_logged(path)
+    group, found = open_group(path)
+    assert (group.damage, len(found)) == (None, 9)
+
+
+def test_a_new_log_is_of_the_new_format_at_once(path, tmp_path):
+    """F44: the format of a new log is in LMDB's file, not in the write-ahead log, before anything else is written."""
+    with NodeLog.open(path):
+        assert format_in_the_file(path, tmp_path / "copy") == b"2"
+
+
+def test_turns_that_were_never_settled_are_there_after_a_crash(path, tmp_path):
+    """H02, F01: what a process that dies leaves in the write-ahead log alone is read at the next start, in groups that
+    LMDB's file does not know yet, too.
+    """
+    with NodeLog.open(path) as log:
+        log.bootstrap(GROUP, FIRST)
+        append(log, GROUP, entries(2, 8), term=1)
+        append(log, GROUP, entries(6, 10, term=2), term=2)
+        log.trim(GROUP, log.group(GROUP).floor_at(3))
+        shutil.copytree(path, tmp_path / "copy")
+        assert not list(read_offline(tmp_path / "copy", "entries"))
+        with NodeLog.open(tmp_path / "copy") as copy:
+            assert copy.group(GROUP).damage is None
+            assert copy.group(GROUP).hard_state == HardState(2)
+            assert read(copy.group(GROUP)) == read(log.group(GROUP)) == [*entries(4, 6), *entries(6, 10, term=2)]
+            assert copy.saved(GROUP) == log.saved(GROUP)
+
+
+def test_a_damaged_write_ahead_log_is_refused(path, tmp_path):
+    """F10: a bit that rots in the write-ahead log is not an end of a group's log: nothing opens."""
+    with NodeLog.open(path) as log:
+        log.bootstrap(GROUP, FIRST)
+        shutil.copytree(path, tmp_path / "copy")
+    with (tmp_path / "copy" / wal.WAL_NAME).open("r+b") as file:
+        file.seek(40)
+        file.write(b"damage")
+    with pytest.raises(errors.CorruptionError) as caught:
+        NodeLog.open(tmp_path / "copy")
+    assert caught.value.file == str(tmp_path / "copy" / wal.WAL_NAME)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, lambda file: file.mkdir(), lambda file: file.symlink_to(pages.DATA_NAME)],
+    ids=["fifo", "directory", "link"],
+)
+def test_a_write_ahead_log_that_is_no_file_is_refused_and_found(path, make):
+    """F40, H28: something else under its name is a typed error at start, and one finding that names it in a check:
+    nobody follows it or waits for it.
+    """
+    filled(path)
+    (path / wal.WAL_NAME).unlink()
+    make(path / wal.WAL_NAME)
+    with pytest.raises(errors.Error, match=str(path / wal.WAL_NAME)):
+        NodeLog.open(path)
+    report = VerifyReport()
+    check_log(path, report)
+    [damage] = report.damages
+    assert (damage.kind, damage.file) == ("log", "log/wal")
+    assert str(path / wal.WAL_NAME) in damage.detail
+
+
+# --- a turn that is begun --------------------------------------------------------------------------------------------
+
+
+def wait_done(log):
+    select.select([log.done], [], [])
+
+
+def is_done(log):
+    return bool(select.select([log.done], [], [], 0)[0])
+
+
+class Failing:
+    """In the place of the kernel's thread: a disk that fails the next record that is begun."""
+
+    def __init__(self, log, code):
+        self._store = log._store
+        self._code = code
+        self._appender, log._store._appender = log._store._appender, self
+
+    def begin(self, *_):
+        os.write(self._store._notify, b"!")
+
+    def take(self):
+        self._store._appender = self._appender
+        return self._code
+
+
+def memory(log):
+    """Return all that a log holds in memory of its groups."""
+    fields = ("floor", "hard_state", "damage", "bytes", "_last", "_highest", "_terms", "_configurations")
+    return (
+        {
+            name: ([getattr(log.group(name), field) for field in fields], log.group(name)._cache)
+            for name in log.groups()
+        },
+        log._cache_bytes,
+        list(log._cached),
+    )
+
+
+turns = st.lists(
+    st.dictionaries(
+        st.sampled_from(["a", "b", "c"]),
+        st.tuples(st.integers(0, 5), st.integers(0, 2), st.booleans(), st.sampled_from([0, 10, 300])),
+        min_size=1,
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=20)
+@given(turns)
+def test_a_turn_that_is_begun_is_one_that_is_appended(tmp_path_factory, turns):
+    """H02: `begin` and `finish` leave in memory, with a cache that holds little, and on the disk exactly what `append`
+    leaves, for turns of any groups with entries, terms, configurations and votes.
+    """
+    root = tmp_path_factory.mktemp("logs")
+    begun, appended = (NodeLog.open(root / name, cache_bytes=1000) for name in ("begun", "appended"))
+    try:
+        for log in (begun, appended):
+            for name in ("a", "b", "c"):
+                log.bootstrap(name, FIRST)
+        for number, turn in enumerate(turns):
+            wanted = {}
+            for name, (count, newer, votes, size) in turn.items():
+                group = appended.group(name)
+                term = group.hard_state.term + newer
+                items = tuple(
+                    Entry(index, term, EntryKind.CONFIGURATION, b"", Configuration(NODES[:2]))
+                    if index % 4 == 0
+                    else entry(index, term, bytes(size))
+                    for index in range(group.last_index + 1, group.last_index + 1 + count)
+                )
+                hard_state = HardState(term, NODES[number % 3]) if votes else HardState(term)
+                wanted[name] = Persist(hard_state if newer or votes else None, items)
+            before = memory(begun)
+            assert begun.begin(wanted)
+            assert memory(begun) == before
+            begun.finish()
+            appended.append(wanted)
+            assert memory(begun) == memory(appended)
+        begun.close()
+        appended.close()
+        begun, appended = NodeLog.open(root / "begun"), NodeLog.open(root / "appended")
+        assert memory(begun) == memory(appended)
+        assert all(log.group(name).damage is None for log in (begun, appended) for name in log.groups())
+        assert [read(begun.group(name)) for name in "abc"] == [read(appended.group(name)) for name in "abc"]
+    finally:
+        begun.close()
+        appended.close()
+        shutil.rmtree(root)
+
+
+def test_nothing_of_a_turn_shows_before_it_is_finished(path, tmp_path):
+    """H02: between `begin` and `finish` readers see the log as it was, the disk may have the turn or not; then all of
+    it at once; after a crash it is there as soon as its end was told.
+    """
+    with NodeLog.open(path) as log:
+        log.bootstrap(GROUP, FIRST)
+        log.bootstrap("tablet")
+        before = memory(log)
+        assert not is_done(log)
+        assert log.begin({GROUP: Persist(HardState(2), entries(2, 5, 2)), "tablet": Persist(HardState(3))})
+        wait_done(log)
+        assert memory(log) == before
+        assert read(log.group(GROUP)) == [FIRST]
+        shutil.copytree(path, tmp_path / "copy")
+        log.finish()
+        assert not is_done(log)
+        with NodeLog.open(tmp_path / "copy") as copy:
+            for found in (log, copy):
+                assert read(found.group(GROUP)) == [FIRST, *entries(2, 5, 2)]
+                assert (found.group(GROUP).hard_state, found.group("tablet").hard_state) == (HardState(2), HardState(3))
+
+
+def refused(log, turn):
+    """A turn is not begun, nothing has happened, and `append` takes it."""
+    before = memory(log), (log._store.path / wal.WAL_NAME).read_bytes()
+    assert not log.begin(turn)
+    assert not is_done(log)
+    assert (memory(log), (log._store.path / wal.WAL_NAME).read_bytes()) == before
+    log.append(turn)
+    assert log.begin({name: Persist(HardState(9)) for name in turn})
+    log.finish()
+
+
+def test_a_turn_that_replaces_entries_is_not_begun(path):
+    """H28: to cut a suffix is to read and to save it, which waits for the disk: one group that has to makes `begin`
+    return False, and nothing of the turn happens before `append` does it.
+    """
+    filled(path, last=9)
+    with NodeLog.open(path) as log:
+        log.bootstrap("tablet")
+        refused(log, {GROUP: Persist(HardState(2), entries(9, 12, 2)), "tablet": Persist(None, entries(1, 3))})
+        assert read(log.group(GROUP)) == [FIRST, *entries(2, 9), *entries(9, 12, 2)]
+        assert [saved for _, saved in log.saved(GROUP)] == [entries(9, 10)]
+        assert read(log.group("tablet")) == list(entries(1, 3))
+    assert open_group(path)[0].damage is None
+
+
+def test_a_turn_over_damaged_entries_is_not_begun(path):
+    """H28: entries that take the place of those behind a damaged one save them as well."""
+    filled(path, last=9)
+    with Raw(path) as raw:
+        raw.delete("entries", key_of(7))
+    with NodeLog.open(path) as log:
+        assert log.group(GROUP).last_index == 6
+        refused(log, {GROUP: Persist(HardState(2), entries(7, 8, 2))})
+        assert [saved for _, saved in log.saved(GROUP)] == [entries(8, 10)]
+
+
+def test_a_turn_for_which_there_is_no_room_is_not_begun(path):
+    """A turn that settles goes to LMDB, which waits: `append` does it."""
+    with NodeLog.open(path, wal_bytes=4096) as log:
+        log.bootstrap(GROUP, FIRST)
+        refused(log, {GROUP: Persist(HardState(2), [entry(2, 2, bytes(5000))])})
+    assert open_group(path)[0].last_index == 2
+
+
+@pytest.mark.parametrize("point", ["log.append.written", "log.append.committed"])
+def test_a_turn_that_is_to_break_is_not_begun(path, point):
+    """F01: while a named place inside a turn is armed every turn passes it; another place does not matter."""
+    turn = {GROUP: Persist(HardState(2), entries(2, 4, 2))}
+    with NodeLog.open(path) as log:
+        log.bootstrap(GROUP, FIRST)
+        with failpoints.armed("log.trim.step=error"):
+            assert log.begin({GROUP: Persist(HardState(1, NODES[0]))})
+            log.finish()
+        with failpoints.armed(f"{point}=error"):
+            assert not log.begin(turn)
+            with pytest.raises(OSError, match="failpoint"):
+                log.append(turn)
+    assert open_group(path)[0].last_index == (1 if point == "log.append.written" else 3)
+
+
+def test_what_comes_between_begin_and_finish_of_a_turn_is_refused(path):
+    """T02: until a turn is finished the log takes nothing else in this thread: a second one is not begun, whatever
+    waits is `InvalidValue`; the first is not disturbed.
+    """
+    with NodeLog.open(path) as log:
+        log.bootstrap(GROUP, FIRST)
+        assert log.begin({GROUP: Persist(None, entries(2, 4))})
+        assert not log.begin({GROUP: Persist(HardState(7))})
+        for wrong in (
+            lambda: log.append({GROUP: Persist(HardState(7))}),
+            lambda: log.note_boot(7),
+            lambda: log.bootstrap("tablet"),
+            lambda: log.trim(GROUP, log.group(GROUP).floor_at(1)),
+        ):
+            with pytest.raises(errors.InvalidValue):
+                wrong()
+        log.finish()
+        assert (log.groups(), log.boot_number) == ([GROUP], 0)
+        assert read(log.group(GROUP)) == [FIRST, *entries(2, 4)]
+        assert log.group(GROUP).hard_state == HardState(1)
+    group, found = open_group(path)
+    assert (group.damage, found) == (None, [FIRST, *entries(2, 4)])
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_turn_that_fails_at_its_finish_leaves_nothing_of_it(path, code):
+    """F05, F07: `finish` raises as `append`: `DiskFull`, nothing happened and the same turn succeeds afterwards; or
+    `TabletFenced`, durably, and nothing is written any more.
+    """
+    turn = {GROUP: Persist(HardState(2), entries(2, 6, 2))}
+    with NodeLog.open(path) as log:
+        log.bootstrap(GROUP, FIRST)
+        before = memory(log)
+        Failing(log, code)
+        assert log.begin(turn)
+        with pytest.raises(errors.DiskFull if code == errno.ENOSPC else errors.TabletFenced):
+            log.finish()
+        assert memory(log) == before
+        assert not is_done(log)
+        if code == errno.ENOSPC:
+            assert log.begin(turn)
+            log.finish()
+            assert read(log.group(GROUP)) == [FIRST, *entries(2, 6, 2)]
+        else:
+            for again in (log.begin, log.append):
+                with pytest.raises(errors.TabletFenced):
+                    again(turn)
+    assert (fences.read_fence(path) is not None) == (code == errno.EIO)
+    recover_logged(path)
+    group, found = open_group(path)
+    assert (group.damage, len(found)) == (None, 5 if code == errno.ENOSPC else 1)
+
+
+def test_closing_a_log_finishes_the_turn_that_was_begun(path):
+    """T14: a turn that was begun is there after `close`."""
+    with NodeLog.open(path) as log:
+        log.bootstrap(GROUP, FIRST)
+        assert log.begin({GROUP: Persist(HardState(2), entries(2, 4, 2))})
+    group, found = open_group(path)
+    assert (group.damage, group.hard_state, len(found)) == (None, HardState(2), 3)
+
+
+def test_a_turn_is_begun_while_the_disk_does_not_answer(library, tmp_path):
+    """F17: with a sync that takes two seconds `begin` returns before the disk has answered: the descriptor cannot be
+    read and nothing of the turn shows; whoever waits for the descriptor waits for the disk, and sees it at `finish`.
+    """
+    ended = children.run(
+        (
+            WORK,
+            """
+            import select
+            before = events()
+            break_from_now(SYNC, 0, delay_ms=2000)
+            begun = log.begin({"journal": Persist(HardState(2), entries(2, 4, 2))})
+            early = [len(select.select([log.done], [], [], 0)[0]), group.last_index, group.hard_state.term]
+            late = [len(select.select([log.done], [], [])[0]), events() - before, group.last_index]
+            log.finish()
+            tell([begun, early, late, group.last_index, group.hard_state.term])
+            """,
+        ),
+        tmp_path / "log",
+        library=library,
+        track="wal",
+    )
+    assert ended.told == [True, [0, 1, 1], [1, 2, 1], 3, 2], ended.errors
 
 
 # --- cut by rule -----------------------------------------------------------------------------------------------------
@@ -542,7 +961,8 @@ def test_an_entry_damaged_while_the_log_is_open_is_an_error(path):
     """F10: a reader never gets damaged bytes, also when they rot after the start."""
     filled(path, last=9)
     with NodeLog.open(path) as log:
-        log._store._environment.change([(log._store._tables["entries"], key_of(5), b"damaged bytes")])
+        store = log._store._store
+        store._environment.change([(store._tables["entries"], key_of(5), b"damaged bytes")])
         with pytest.raises(errors.CorruptionError):
             log.group(GROUP).entries(4, 7, 1000)
 
@@ -553,7 +973,10 @@ def test_documented_vectors():
     found = dict(re.findall(r"<!-- vector: ([a-z-]+) -->\n```\n(.*?)\n```", text))
     chain = rows.first_chain(GROUP, Floor())
     value, after = rows.encode_entry(Entry(1, 3, EntryKind.COMMAND, b"data"), chain)
-    assert found == {"chain": chain.hex(), "entry": value.hex()}
+    record = msgspec.msgpack.encode([("t", b"k", None)])
+    [sector] = reference.sectors(record, first=0, identity=5, generation=1, number=0)
+    assert not any(sector[48:])
+    assert found == {"chain": chain.hex(), "entry": value.hex(), "sector": sector[:48].hex()}
     assert rows.chain_of(value) == after
 
 
@@ -709,6 +1132,9 @@ def test_any_damage_is_found(tmp_path_factory, floor, many, data):
 
 # --- crashes and faults ----------------------------------------------------------------------------------------------
 
+TRACKED = "data.mdb:wal"
+"""The files of a log that the recorder follows."""
+
 WORK = """
 from srengine.consensus.log import NodeLog
 from srengine.consensus.effects import Persist
@@ -716,7 +1142,7 @@ from srengine.consensus.entries import *
 nodes = ("a" * 32, "b" * 32)
 def entries(start, stop, term):
     return tuple(Entry(index, term, EntryKind.COMMAND, b"%d of %d" % (index, term)) for index in range(start, stop))
-log = NodeLog.open(Path(sys.argv[1]))
+log = NodeLog.open(Path(sys.argv[1]), wal_bytes=int(sys.argv[2]) if sys.argv[2:] else 1 << 20)
 log.bootstrap("journal", Entry(1, 1, EntryKind.CONFIGURATION, b"", Configuration(nodes)))
 log.bootstrap("tablet")
 group = log.group("journal")
@@ -739,6 +1165,10 @@ log.install("journal", Floor(12, 4, Configuration(nodes)))
 tell([4, 12])
 turn(5, 13, 2)
 """
+
+
+WAL_BYTES = 2048
+"""Room for two turns or three of the history."""
 
 
 @pytest.fixture(scope="module")
@@ -766,17 +1196,53 @@ def check_after_crash(path, lines):
 
 
 def test_every_kill_leaves_a_sound_log(library, tmp_path):
-    """F01: SIGKILL before writes and syncs (every fourth, and the last ones) of a history of turns, cuts, a trim and an
-    install: what was acknowledged is there, a turn is there for all groups or for none, nothing opens as damaged.
+    """F01: SIGKILL before writes and syncs (every third, and the last ones) of a history of turns, cuts, a trim and an
+    install, which settles several times: what was acknowledged is there, a turn is there for all groups or for none,
+    nothing opens as damaged.
     """
-    counted = children.run((WORK, HISTORY, "tell(events())"), tmp_path / "counted", library=library)
+    source = (WORK, HISTORY, "log.close()\n")
+    counted = children.run((*source, "tell(events())"), tmp_path / "counted", WAL_BYTES, library=library, track=TRACKED)
     assert counted.code == 0, counted.errors
     assert counted.told > 30
-    for number in sorted({*range(1, counted.told + 1, 4), *range(counted.told - 3, counted.told + 1)}):
+    for number in sorted({*range(1, counted.told + 1, 3), *range(counted.told - 3, counted.told + 1)}):
         path = tmp_path / f"at-{number}"
-        ended = children.run((WORK, HISTORY), path, library=library, kill_at=number)
+        ended = children.run(source, path, WAL_BYTES, library=library, track=TRACKED, kill_at=number)
         assert ended.code == -signal.SIGKILL
         check_after_crash(path, ended.lines)
+        shutil.rmtree(path)
+
+
+BEGUN = """
+import select
+count = 0
+tell([1, 1, events(), count])
+for term in range(2, 8):
+    turn = {"journal": Persist(HardState(term), entries(group.last_index + 1, group.last_index + 3, term)),
+            "tablet": Persist(HardState(term), entries(term - 1, term, term))}
+    if log.begin(turn):
+        count += 1
+        select.select([log.done], [], [])
+        log.finish()
+    else:
+        log.append(turn)
+    tell([term, group.last_index, events(), count])
+"""
+
+
+def test_every_kill_of_a_turn_that_was_begun_leaves_a_sound_log(library, tmp_path):
+    """F01: SIGKILL before each write and sync of a history of turns that are begun and finished, with those for which
+    there is no room between them: what was finished is there, a turn is there for all groups or for none.
+    """
+    source = (WORK, BEGUN)
+    counted = children.run(source, tmp_path / "counted", WAL_BYTES, library=library, track=TRACKED)
+    assert counted.code == 0, counted.errors
+    before, last = counted.lines[0][2], counted.told[2]
+    assert 3 <= counted.told[3] < 6
+    for number in range(before + 1, last + 1):
+        path = tmp_path / f"at-{number}"
+        ended = children.run(source, path, WAL_BYTES, library=library, track=TRACKED, kill_at=number)
+        assert ended.code == -signal.SIGKILL
+        check_after_crash(path, [line[:2] for line in ended.lines])
         shutil.rmtree(path)
 
 
@@ -811,10 +1277,10 @@ def test_a_turn_that_fails_leaves_nothing_of_it(path):
         assert read(group) == [FIRST, *entries(2, 4), *entries(4, 9, 2)]
 
 
-@pytest.mark.parametrize("kind", ["SYNC", "META"])
-def test_an_input_output_error_fences_the_log(library, tmp_path, kind):
-    """F05, F06: EIO of a sync or of the meta page fences the log durably; nothing is acknowledged after it, and it
-    opens only after it was proved past the page cache, with what was acknowledged.
+@pytest.mark.parametrize("kind", ["WRITE", "SYNC"])
+def test_an_input_output_error_of_a_turn_fences_the_log(library, tmp_path, kind):
+    """F05, F06: EIO of a write or a sync of the write-ahead log fences the log durably; nothing is acknowledged after
+    it, and it opens only after it was proved past the page cache, with what was acknowledged.
     """
     path = tmp_path / "log"
     ended = children.run(
@@ -825,48 +1291,100 @@ def test_an_input_output_error_fences_the_log(library, tmp_path, kind):
             break_from_now({kind}, 5)
             tell([code_of(lambda: log.append({{"journal": Persist(None, entries(4, 6, 2))}})),
                   code_of(lambda: log.append({{"journal": Persist(None, entries(4, 6, 2))}})), group.last_index])
+            log.close()
             """,
         ),
         path,
         library=library,
+        track="wal",
     )
     assert ended.told == ["FENCED", "FENCED", 3], ended.errors
     assert fences.read_fence(path) is not None
     with pytest.raises(errors.TabletFenced):
         NodeLog.open(path)
-    recover_metadata(path)
+    recover_logged(path)
     with NodeLog.open(path) as log:
         assert log.group(GROUP).damage is None
         assert log.group(GROUP).last_index in {3, 5}
         assert log.group(GROUP).hard_state == HardState(2)
 
 
-def test_a_full_disk_comes_back(library, tmp_path):
-    """F07, H26: ENOSPC is `DiskFull`, the log reads on, and the same turn succeeds when there is space."""
+@pytest.mark.parametrize("kind", ["WRITE", "SYNC", "META"])
+def test_an_input_output_error_while_the_log_settles_fences_it(library, tmp_path, kind):
+    """F05, F06: EIO of LMDB's pages, their sync or the meta page while a turn that found the write-ahead log full goes
+    to LMDB fences the log durably; every turn that was acknowledged before is there after the proof, whichever file
+    has it.
+    """
+    path = tmp_path / "log"
     ended = children.run(
         (
             WORK,
-            """
-            turn = {"journal": Persist(HardState(2), entries(2, 4, 2))}
+            f"""
+            log.append({{"journal": Persist(HardState(2), entries(2, 4, 2))}})
+            large = Entry(4, 2, EntryKind.COMMAND, bytes(1 << 20))
+            break_from_now({kind}, 5)
+            tell([code_of(lambda: log.append({{"journal": Persist(None, (large,))}})),
+                  code_of(lambda: log.append({{"journal": Persist(None, entries(4, 6, 2))}})), group.last_index])
+            log.close()
+            """,
+        ),
+        path,
+        library=library,
+        track=TRACKED,
+    )
+    assert ended.told == ["FENCED", "FENCED", 3], ended.errors
+    assert fences.read_fence(path) is not None
+    with pytest.raises(errors.TabletFenced):
+        NodeLog.open(path)
+    recover_logged(path)
+    with NodeLog.open(path) as log:
+        assert log.group(GROUP).damage is None
+        assert log.group(GROUP).hard_state == HardState(2)
+        assert log.group(GROUP).last_index in {3, 4}
+        assert read(log.group(GROUP))[1:3] == list(entries_of_work(2, 4, 2))
+        append(log, GROUP, entries(log.group(GROUP).last_index + 1, 9, 2))
+
+
+def entries_of_work(start, stop, term):
+    return (entry(index, term, b"%d of %d" % (index, term)) for index in range(start, stop))
+
+
+@pytest.mark.parametrize("settles", [False, True])
+def test_a_full_disk_comes_back(library, tmp_path, settles):
+    """F07, H26: ENOSPC of the write-ahead log, or of LMDB's file while it settles, is `DiskFull`, the log reads on, and
+    the same turn succeeds when there is space.
+    """
+    ended = children.run(
+        (
+            WORK,
+            f"""
+            data = bytes({(1 << 20) if settles else 10})
+            turn = {{"journal": Persist(HardState(2), (*entries(2, 3, 2), Entry(3, 2, EntryKind.COMMAND, data)))}}
             break_from_now(WRITE, 28)
-            tell([code_of(lambda: log.append(turn)), group.last_index, len(group.entries(1, 9, 999)),
-                  code_of(lambda: log.append(turn)), group.last_index, len(group.entries(1, 9, 999))])
+            tell([code_of(lambda: log.append(turn)), group.last_index, len(group.entries(1, 9, 1 << 30)),
+                  code_of(lambda: log.append(turn)), group.last_index, len(group.entries(1, 9, 1 << 30))])
             """,
         ),
         tmp_path / "log",
         library=library,
+        track=TRACKED,
     )
     assert ended.told == ["DISK_FULL", 1, 1, None, 3, 3], ended.errors
-    assert open_group(tmp_path / "log")[0].damage is None
+    group, found = open_group(tmp_path / "log")
+    assert (group.damage, [item.index for item in found]) == (None, [1, 2, 3])
 
 
 @pytest.mark.requires_root
 def test_a_small_file_system_that_fills_up(tmp_path):
-    """F07, H26: on a small file system the log ends in `DiskFull`, and goes on when there is space."""
+    """F07, H26: on a small file system the log ends in `DiskFull`, and goes on when there is space; without room for
+    its write-ahead log does not begin, and leaves nothing that a smaller one would trip over.
+    """
     with children.small_file_system(tmp_path / "small") as mount:
         ballast = mount / "ballast"
         ballast.write_bytes(bytes(500_000))
-        with NodeLog.open(mount / "log") as log:
+        with pytest.raises(errors.DiskFull):
+            NodeLog.open(mount / "log")
+        with NodeLog.open(mount / "log", wal_bytes=1 << 18) as log:
             log.bootstrap(GROUP, FIRST)
             group = log.group(GROUP)
             with pytest.raises(errors.DiskFull):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from srengine.consensus import log_rows as rows
 from srengine.consensus.log import NodeLog
 from srengine.consensus.log_check import check_log
 from srengine.storage import verify_directory
-from tests.consensus.logs import Raw, append, entries, entry, filled
+from tests.consensus.logs import FIRST, Raw, append, entries, entry, filled
 
 GROUP = "journal"
 
@@ -98,3 +100,65 @@ def test_offline_and_at_start_find_the_same(directory):
     named = verify(directory).damages[0].detail
     with NodeLog.open(directory / "log") as log:
         assert log.group(GROUP).damage.detail == named
+
+
+@pytest.fixture
+def crashed(directory):
+    """Return a data directory whose process died: its newest turns are in the write-ahead log alone."""
+    root = directory.with_name("crashed")
+    with NodeLog.open(directory / "log") as log:
+        append(log, GROUP, [entry(11, data=bytes(2000))])
+        append(log, "tablet", entries(3, 7, term=2), term=2)
+        log.bootstrap("new", FIRST)
+        log.trim(GROUP, log.group(GROUP).floor_at(4))
+        shutil.copytree(directory, root)
+    return root
+
+
+def test_what_is_in_the_write_ahead_log_alone_is_sound(crashed):
+    """H28, F01: turns that were never settled are read with those that were; nothing is changed by looking."""
+    before = {path: path.read_bytes() for path in (crashed / "log").iterdir()}
+    report = verify(crashed)
+    assert report.clean, report.damages
+    assert {path: path.read_bytes() for path in (crashed / "log").iterdir()} == before
+    # Without the rows of the log it would not fit: they are what makes it whole.
+    with Raw(crashed / "log") as raw:
+        assert key_of(11) not in raw.stored("entries")
+        raw.delete("entries", key_of(10))
+    assert [(damage.kind, damage.key) for damage in verify(crashed).damages] == [("missing-entry", key_of(10))]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda content: content[:700] + b"damage" + content[706:],
+        lambda content: content[:512] + bytes(512) + content[1024:],
+        lambda content: content[:-512],
+        lambda content: b"",
+        None,
+    ],
+)
+def test_a_damaged_write_ahead_log_is_named(crashed, harm):
+    """H28, F10, F11: a flipped byte, a sector that is gone, a file that was cut, emptied or removed is one finding that
+    names the file: what the groups' logs are nobody knows then.
+    """
+    file = crashed / "log" / "wal"
+    if harm is None:
+        file.unlink()
+    else:
+        file.write_bytes(harm(file.read_bytes()))
+    [damage] = verify(crashed).damages
+    assert (damage.kind, damage.file) == ("log", "log/wal")
+    assert str(file) in damage.detail
+
+
+def test_a_log_without_a_write_ahead_log_is_read(directory):
+    """F44: a log that no release with a write-ahead log has opened yet is as sound as it was."""
+    with Raw(directory / "log") as raw:
+        raw.seal("log", b"format", b"1")
+        raw.delete("wal", b"place")
+    (directory / "log" / "wal").unlink()
+    assert verify(directory).clean
+    with Raw(directory / "log") as raw:
+        raw.delete("entries", key_of(5))
+    assert [damage.kind for damage in verify(directory).damages] == ["missing-entry"]

@@ -22,11 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Recording(NamedTuple):
-    """A finished workload: its directory, the events, and the number of the tablet's file in them."""
+    """A finished workload: its directory, the events, and the files that are rebuilt from them."""
 
     directory: Path
     events_path: Path
-    file: int
+    files: dict[int, str]
+    """The names of those that it wrote to, by their number in the events."""
     first: int
     count: int
 
@@ -39,16 +40,18 @@ def record_workload(scratch: Path, batches: int, kind: str = "batches") -> Recor
     with Path(os.devnull).open("wb") as sink:
         fd = sink.fileno()
         # Only the tablet's own files are followed, not those of the source that it is fed from.
-        # A log is built under another name and renamed; it is the only environment of its workload.
-        tracked = "data.mdb" if kind == workload.LOG else f"{workload.TABLET}/data.mdb"
+        # A log is built under another name and renamed, its write-ahead log, too; they are the only ones here.
+        tracked = "data.mdb:wal" if kind == workload.LOG else f"{workload.TABLET}/data.mdb"
         environment = record.recording_environment(library, record=events_path, ack_fd=fd, track=tracked)
         command = [sys.executable, "-m", "tests.crash.workload", kind, str(directory), str(batches), str(fd)]
         subprocess.run(command, check=True, cwd=ROOT, env=environment, pass_fds=[fd])
     events = record.read_events(events_path)
     # Before the first acknowledgement the tablet is not one that anybody was promised.
     first = next(number for number, event in enumerate(events) if event.kind == record.ACKNOWLEDGE)
-    file = next(event.file for event in events[first:] if event.kind == record.WRITE)
-    return Recording(directory, events_path, file, first, len(events))
+    written = {event.file for event in events[first:] if event.kind == record.WRITE}
+    names = {number: Path(path).name for number, path in record.paths(events).items() if number in written}
+    assert len(set(names.values())) == len(written), names
+    return Recording(directory, events_path, names, first, len(events))
 
 
 def choose(recording: Recording, count: int, seed: int) -> list[tuple[int, str]]:
@@ -90,7 +93,11 @@ def check_images(recording: Recording, chosen: list[tuple[int, str]], scratch: P
 
 def _child(recording: Recording, chosen: list[tuple[int, str]], scratch: Path, seed: int) -> Iterator[str]:
     plan = scratch / "plan.json"
-    plan.write_text(json.dumps([recording.file, str(recording.directory), str(recording.events_path), seed, chosen]))
+    plan.write_text(
+        json.dumps(
+            [sorted(recording.files.items()), str(recording.directory), str(recording.events_path), seed, chosen]
+        )
+    )
     command = [sys.executable, "-m", "tests.crash.images", str(plan), str(scratch)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -105,12 +112,14 @@ def _child(recording: Recording, chosen: list[tuple[int, str]], scratch: Path, s
 
 def _main() -> None:
     plan, scratch = Path(sys.argv[1]), Path(sys.argv[2])
-    file, directory, events_path, seed, chosen = json.loads(plan.read_text())
+    files, directory, events_path, seed, chosen = json.loads(plan.read_text())
+    names: dict[int, str] = dict(files)
     wanted = {(number, mode) for number, mode in chosen}
     worlds: dict[int, dict[bytes, bytes]] = {}
-    for image in record.images(record.read_events(Path(events_path)), file, wanted, seed):
+    for image in record.images(record.read_events(Path(events_path)), names, wanted, seed):
         _tell({"event": image.event, "mode": image.mode})
-        why = _check(image, Path(directory), scratch / "image", worlds)
+        left = {names[number]: content for number, content in image.contents.items()}
+        why = _check(image.acknowledged, left, Path(directory), scratch / "image", worlds)
         _tell({"event": image.event, "mode": image.mode, "why": why})
 
 
@@ -119,18 +128,21 @@ def _tell(what: dict[str, object]) -> None:
     sys.stdout.flush()
 
 
-def _check(image: record.Image, directory: Path, place: Path, worlds: dict[int, dict[bytes, bytes]]) -> str | None:
-    """Return what is wrong with an image, or None."""
+def _check(
+    acknowledged: int, left: dict[str, bytes], directory: Path, place: Path, worlds: dict[int, dict[bytes, bytes]]
+) -> str | None:
+    """Return what is wrong with what was left of the files, or None."""
     from srengine import errors, storage
 
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(directory, place)
-    acknowledged = image.acknowledged - 1  # the first says that the tablet or the log is there
-    if (place / workload.LOG).exists():
-        (place / workload.LOG / "data.mdb").write_bytes(image.content)
-        return _check_log(place / workload.LOG, acknowledged)
-    (data,) = place.glob("tablets/*/data.mdb")
-    data.write_bytes(image.content)
+    acknowledged -= 1  # the first says that the tablet or the log is there
+    (home,) = [place / workload.LOG] if (place / workload.LOG).exists() else place.glob("tablets/*")
+    for name, content in left.items():
+        assert (home / name).exists(), name
+        (home / name).write_bytes(content)
+    if home.name == workload.LOG:
+        return _check_log(home, acknowledged)
     chunks = directory / workload.CHUNKS
     try:
         with storage.Store(place) as store:
@@ -173,8 +185,16 @@ def _check_log(place: Path, acknowledged: int) -> str | None:
             for name in workload.GROUPS:
                 entries = tuple(workload.turn(done + 1, name, log.group(name).last_index))
                 log.append({name: Persist(HardState(done + 1), entries)})
-        with NodeLog.open(place) as log:
-            return workload.check_log(log, done + 1)
+            # As it is now, over what the first loss of power left: a process that dies here closes nothing.
+            again = place.with_name("again")
+            shutil.rmtree(again, ignore_errors=True)
+            shutil.copytree(place, again)
+        for path in (again, place):
+            with NodeLog.open(path) as log:
+                why = workload.check_log(log, done + 1)
+                if why is not None:
+                    return f"afterwards, {path.name}: {why}"
+        return None
     except errors.Error as error:
         return f"{type(error).__name__}: {error}"
 

@@ -1,7 +1,8 @@
 """Record the writes of a process and rebuild what a power loss could have left of its files.
 
-`Recorder` builds recorder.c and says which environment makes a process record, die or meet errors. `read_events` reads
-what it recorded; `images` walks through it and yields files as they may look after a loss of power::
+`build_recorder` compiles recorder.c, `recording_environment` says how it makes a process record, die or meet errors.
+`read_events` reads what it recorded; `images` walks through it and yields the followed files of one moment as they
+may look after a loss of power::
 
     write A   write B   sync   write C   write D   meta (O_DSYNC)   "acknowledged"   write E ...
                           |       '--------'----- may be there or not, each sector of 512 bytes for itself
@@ -20,18 +21,18 @@ import shutil
 import struct
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 SECTOR = 512
-WRITE, SYNC, TRUNCATE, ACKNOWLEDGE = 1, 2, 3, 4
+WRITE, SYNC, TRUNCATE, ACKNOWLEDGE, OPEN = 1, 2, 3, 4, 5
 BREAK_ANY, BREAK_WRITE, BREAK_SYNC, BREAK_META = 0, 1, 2, 3
 _EVENT = struct.Struct("<IIIIQQ")
 
 
 class Event(NamedTuple):
-    """One call on a followed file (or an acknowledgement): see recorder.c."""
+    """One call on a followed file (or an acknowledgement, or the path of one that was opened): see recorder.c."""
 
     kind: int
     file: int
@@ -47,7 +48,8 @@ class Image(NamedTuple):
     event: int
     mode: str
     acknowledged: int
-    content: bytes
+    contents: dict[int, bytes]
+    """By the number of the file."""
 
 
 def build_recorder(directory: Path) -> Path:
@@ -86,7 +88,7 @@ def read_events(path: Path) -> list[Event]:
     while at + _EVENT.size <= len(raw):
         kind, file, synchronous, error, offset, length = _EVENT.unpack_from(raw, at)
         at += _EVENT.size
-        has_bytes = kind in {WRITE, ACKNOWLEDGE}
+        has_bytes = kind in {WRITE, ACKNOWLEDGE, OPEN}
         data = raw[at : at + length] if has_bytes else b""
         at += len(data)
         events.append(Event(kind, file, bool(synchronous), error, offset, data))
@@ -165,20 +167,29 @@ def _apply(content: bytearray, event: Event, sectors: set[int] | None) -> None:
         content[start:stop] = event.data[start - event.offset : stop - event.offset]
 
 
-def images(events: list[Event], file: int, wanted: set[tuple[int, str]], seed: int) -> Iterator[Image]:
-    """Yield the wanted images, each named by (events before it, mode), in the order of the events."""
-    disk = Disk()
+def paths(events: list[Event]) -> dict[int, str]:
+    """Return the path with which each followed file was opened last, by its number."""
+    return {event.file: os.fsdecode(event.data) for event in events if event.kind == OPEN}
+
+
+def images(events: list[Event], files: Collection[int], wanted: set[tuple[int, str]], seed: int) -> Iterator[Image]:
+    """Yield the wanted images of some files, each named by (events before it, mode), in the order of the events."""
+    disks = {file: Disk() for file in sorted(files)}
     acknowledged = 0
     for number, event in enumerate(events):
+        flying = event if event.kind in {WRITE, TRUNCATE} and not event.error else None
         for mode in MODES:
             if (number, mode) in wanted:
-                flying = event if event.file == file and event.kind in {WRITE, TRUNCATE} and not event.error else None
                 random_ = random.Random(f"{seed}/{number}/{mode}")
-                yield Image(number, mode, acknowledged, disk.image(mode, random_, flying))
+                contents = {
+                    file: disk.image(mode, random_, flying if event.file == file else None)
+                    for file, disk in disks.items()
+                }
+                yield Image(number, mode, acknowledged, contents)
         if event.kind == ACKNOWLEDGE:
             acknowledged += 1
-        elif event.file == file:
-            disk.take(event)
+        elif event.file in disks:
+            disks[event.file].take(event)
 
 
 def write_events(path: Path, events: list[Event]) -> None:

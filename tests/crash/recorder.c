@@ -1,12 +1,14 @@
 /* Records, breaks and delays the writes of a process to its data files. Preloaded (LD_PRELOAD) by the crash and fault
  * tests; Linux only.
  *
- * Files are followed from the moment they are opened with a name that contains $SRENGINE_TRACK (say "data.mdb"). Each
- * call on one of them counts as an event: a write (pwrite, pwritev, write, writev), a sync (fsync, fdatasync) or a
+ * Files are followed from the moment they are opened for writing with a name that contains $SRENGINE_TRACK, one of
+ * several pieces separated by ':' (say "data.mdb:wal"); a piece without '/' is looked for in the last component alone.
+ * Each call on one of them counts as an event: a write (pwrite, pwritev, write, writev), a sync (fsync, fdatasync) or a
  * truncation. Events are numbered from 1 in the order in which they enter; calls are made under one lock, so that the
  * order of the record is the order in which they happened.
  *
- *   SRENGINE_RECORD=FILE       append every event with its bytes to FILE (see record.py for the layout)
+ *   SRENGINE_RECORD=FILE       append every event with its bytes to FILE (see record.py for the layout), and the path of
+ *                              a followed file whenever one is opened, which is no event to count
  *   SRENGINE_ACK_FD=N          writes to descriptor N are recorded too, as acknowledgements
  *   SRENGINE_KILL_AT=N         SIGKILL the process before its event N
  *   SRENGINE_BREAK=KIND        which events to break: write, sync, meta (a write through an O_DSYNC descriptor), any
@@ -32,7 +34,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { WRITE = 1, SYNC = 2, TRUNCATE = 3, ACKNOWLEDGE = 4 };
+enum { WRITE = 1, SYNC = 2, TRUNCATE = 3, ACKNOWLEDGE = 4, OPEN = 5 };
 enum { ANY = 0, KIND_WRITE = 1, KIND_SYNC = 2, KIND_META = 3 };
 enum { DESCRIPTORS = 4096 };
 
@@ -144,6 +146,19 @@ static int enter(int kind, int fd) {
     return 1;
 }
 
+/* Say whether a path contains one of the pieces of SRENGINE_TRACK. */
+static int is_tracked(const char *path) {
+    const char *piece = track, *slash = strrchr(path, '/');
+    const char *last = slash ? slash + 1 : path;
+    while (*piece) {
+        size_t length = strcspn(piece, ":");
+        const char *within = memchr(piece, '/', length) ? path : last;
+        if (length && memmem(within, strlen(within), piece, length)) return 1;
+        piece += length + (piece[length] == ':');
+    }
+    return 0;
+}
+
 static void follow(int fd, const char *path, int flags) {
     uint32_t i;
     uint64_t inode = 0;
@@ -151,7 +166,7 @@ static void follow(int fd, const char *path, int flags) {
     if (!ready) start();
     if (fd < 0 || fd >= DESCRIPTORS || !track || !*track) return;
     followed[fd] = 0;
-    if (!strstr(path, track) || (flags & O_ACCMODE) == O_RDONLY || (flags & O_DIRECTORY)) return;
+    if (!is_tracked(path) || (flags & O_ACCMODE) == O_RDONLY || (flags & O_DIRECTORY)) return;
     /* struct stat: device, then inode, on every 64-bit Linux. */
     if (syscall(SYS_newfstatat, fd, "", &status, 0x1000 /* AT_EMPTY_PATH */) == 0) inode = status.words[1];
     pthread_mutex_lock(&lock);
@@ -160,6 +175,8 @@ static void follow(int fd, const char *path, int flags) {
     if (i > files_known && files_known + 1 < DESCRIPTORS) inodes[++files_known] = inode;
     followed[fd] = i;
     synchronous[fd] = (flags & O_DSYNC) != 0;
+    record(OPEN, fd, 0, strlen(path), 0);
+    if (record_fd >= 0) put(path, strlen(path));
     pthread_mutex_unlock(&lock);
 }
 

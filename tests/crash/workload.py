@@ -148,6 +148,8 @@ def goes_on(tablet: Tablet, chunks: Path, acknowledged: int) -> str | None:
 LOG = "log"
 GROUPS = ("journal", "tablet")
 TRIM_EVERY = 4
+WAL_BYTES = 20 * 1024
+"""Some turns fit: the log is settled again and again; a large one goes past it."""
 
 
 def turn(number: int, group: str, last: int) -> list[Entry]:
@@ -179,13 +181,13 @@ def logs(turns: int) -> dict[str, dict[int, Entry]]:
 
 
 def write_log(directory: Path, count: int, acknowledge: Callable[[], None]) -> None:
-    """Write turns of two groups to one log, cut suffixes, and trim: a node."""
+    """Write turns of two groups to one log, cut suffixes, trim, and settle whenever its write-ahead log is full."""
     from srengine.consensus.effects import Persist
     from srengine.consensus.entries import HardState
     from srengine.consensus.log import NodeLog
 
     directory.mkdir(mode=0o700)
-    with NodeLog.open(directory / LOG, cache_bytes=5000) as log:
+    with NodeLog.open(directory / LOG, cache_bytes=5000, wal_bytes=WAL_BYTES) as log:
         for name in GROUPS:
             log.bootstrap(name)
         acknowledge()

@@ -56,7 +56,7 @@ from srengine.ha.backends.raft_state import COPIES_NAME, JournalState, StateCopi
 from srengine.ha.epochs import check_epochs, newest_epoch
 from srengine.ha.fencing import fence
 from srengine.ha.journal import Command, decode_command, encode_command
-from srengine.ha.membership import configuration_of
+from srengine.ha.membership import configuration_of, is_membership
 from srengine.ha.messages import (
     JOURNAL_GROUP,
     AppliedAt,
@@ -367,24 +367,31 @@ class RaftBackend:
             command = msgspec.structs.replace(command, request=secrets.token_bytes(16))
 
         async def ask(left_s: float) -> int:
-            if self._standing.leads:
-                return await self.leading.propose(command, acknowledge, left_s, force=force)
-            leader = self._standing.role.leader
-            if leader is None:
-                raise self._standing.no_leader()
-            message = Propose(
-                command.kind, command.body, left_s, command.epoch, command.request, force, acknowledge.value
-            )
-            reply, _ = await self._around.wire.request(leader, message, timeout_s=left_s)
-            if not isinstance(reply, Proposed):
-                raise errors.FrameError(f"a proposal was answered with {type(reply).__name__}")
-            await self._standing.wait_applied(reply.index, left_s)
-            return reply.index
+            if self.epoch and acknowledge is Acknowledge.MAJORITY and not is_membership(command.kind):
+                # Nothing but a proposal, which keeps its time itself.
+                return await self.leading.propose(command, acknowledge, left_s)
+            async with asyncio.timeout(left_s):
+                if self._standing.leads:
+                    return await self.leading.propose(command, acknowledge, left_s, force=force)
+                leader = self._standing.role.leader
+                if leader is None:
+                    raise self._standing.no_leader()
+                message = Propose(
+                    command.kind, command.body, left_s, command.epoch, command.request, force, acknowledge.value
+                )
+                reply, _ = await self._around.wire.request(leader, message, timeout_s=left_s)
+                if not isinstance(reply, Proposed):
+                    raise errors.FrameError(f"a proposal was answered with {type(reply).__name__}")
+                await self._standing.wait_applied(reply.index, left_s)
+                return reply.index
 
         return await self._again(ask, timeout_s, "the command")
 
     async def _again(self, ask: Callable[[float], Awaitable[_T]], timeout_s: float, what: str) -> _T:
-        """Ask until it is answered: over changes of leader and lost answers, within one deadline."""
+        """Ask until it is answered: over changes of leader and lost answers, within one deadline.
+
+        ``ask`` keeps the time that it is given: it ends with `TimedOut` or `TimeoutError`.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         unknown = False
@@ -393,8 +400,7 @@ class RaftBackend:
         while (left_s := deadline - loop.time()) > 0:
             self._standing.check_usable()
             try:
-                async with asyncio.timeout(min(left_s, attempt_s)):
-                    return await ask(min(left_s, attempt_s))
+                return await ask(min(left_s, attempt_s))
             except TimeoutError:
                 unknown = True
                 attempt_s *= 2

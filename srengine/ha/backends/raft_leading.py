@@ -68,6 +68,8 @@ class Leading:
         self._epoch = 0
         self._epoch_term = 0
         """The term for which ``_epoch`` was inserted: in another one it is worth nothing."""
+        self._tried_term = 0
+        """The last term in which an epoch was claimed, with whatever end."""
         self._membership = asyncio.Lock()
         self._membership_unsure = False
         """The last change may be in the log without being applied."""
@@ -83,33 +85,51 @@ class Leading:
         return self._epoch if self._standing.leads and self._standing.role.term == self._epoch_term else 0
 
     async def try_fence(self) -> Fencing:
-        """One try. NB: an earlier one whose answer was lost may have succeeded: then the newest record is ours."""
+        """One try.
+
+        The first of a term claims the epoch behind the newest one that is applied here, without waiting for what is in
+        the log: as a rule nothing is that matters, and the claim is decided together with the first entry of the term.
+        If the applier says that the number is taken, and whenever an earlier try may have succeeded, everything that
+        was committed is applied first, and what is found then is final.
+        """
         self._standing.check_usable()
         if not self._standing.leads:
             raise self._standing.no_leader()
         term = self._standing.role.term
-        await self._driver.read_index(JOURNAL_GROUP, timeout_s=ASK_S)
-        epoch, _ = newest_epoch(self._store)
-        newest = read_epoch(self._store, epoch)
-        if newest is None or (newest.node_id, newest.term) != (self._around.node_id, term):
-            command = msgspec.structs.replace(
-                claim(self._store, node_id=self._around.node_id, name=self._around.name, term=term),
-                request=secrets.token_bytes(16),
-            )
-            epoch += 1
-            await self._driver.propose(JOURNAL_GROUP, encode_command(command), timeout_s=ASK_S)
-            outcome = find_outcome(self._store, command.request)
-            assert outcome is not None, command
-            refusal = outcome.refusal
-            if isinstance(refusal, errors.EpochTaken):
-                return Fencing.KEYEXIST
-            if refusal is not None:
-                raise refusal
+        epoch = 0
+        if self._tried_term != term:
+            self._tried_term = term
+            epoch = await self._claim(term)
+        if epoch == 0:
+            await self._driver.read_index(JOURNAL_GROUP, timeout_s=ASK_S)
+            epoch, _ = newest_epoch(self._store)
+            newest = read_epoch(self._store, epoch)
+            if newest is None or (newest.node_id, newest.term) != (self._around.node_id, term):
+                epoch = await self._claim(term)
+                if epoch == 0:
+                    return Fencing.KEYEXIST
         if self._standing.role.term != term or not self._standing.leads:
             raise errors.NotLeader(f"the leadership of term {term} ended while it was fenced", leader="")
         self._epoch, self._epoch_term = epoch, term
         self._standing.notify()
         return Fencing.SUCCESS
+
+    async def _claim(self, term: int) -> int:
+        """Claim the epoch behind the newest one that is applied; return it, or 0 when somebody has it."""
+        epoch, _ = newest_epoch(self._store)
+        command = msgspec.structs.replace(
+            claim(self._store, node_id=self._around.node_id, name=self._around.name, term=term),
+            request=secrets.token_bytes(16),
+        )
+        await self._driver.propose(JOURNAL_GROUP, encode_command(command), timeout_s=ASK_S)
+        outcome = find_outcome(self._store, command.request)
+        assert outcome is not None, command
+        refusal = outcome.refusal
+        if isinstance(refusal, errors.EpochTaken):
+            return 0
+        if refusal is not None:
+            raise refusal
+        return epoch + 1
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
