@@ -9,7 +9,8 @@ It takes a line of JSON with all ports, then commands, one a line, each answered
 * ``["profile", count, bytes]`` where so many proposals spent their time, by file;
 * ``["end"]``.
 
-Its state machine puts each entry and the applied index into a metadata store, durably, as the node's does.
+Its state machine puts each entry and the applied index into a metadata store, durably and at once; a node's shows it
+first and writes it a little later.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from srengine.ha.protocol import Role
 from srengine.ha.register_service import GetJournal, GetRegister, PutRegister, RegisterService
 from srengine.ha.registers import RegistersApplier
 from srengine.metrics import Metrics
+from srengine.node.collector import collect_rarely
 from srengine.storage import MetadataStore
 from srengine.transport import Endpoint, Identity, Reply
 from srengine.types import NodeId
@@ -179,6 +180,7 @@ async def run(specification: dict[str, Any], directory: Path) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, node.give_up)
     await node.known.wait()
+    collect_rarely()
     say("ready")
     stopping = asyncio.create_task(asked.wait())
     await asyncio.wait({stopping, node.failed}, return_when=asyncio.FIRST_COMPLETED)

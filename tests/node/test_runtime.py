@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import pytest
 from srengine import errors, limits
 from srengine.client import messages
 from srengine.ha import leader_machine as lm
-from srengine.node import NodeOptions, parse_initial
+from srengine.node import Node, NodeOptions, parse_initial, run_node
+from srengine.node.collector import YOUNG_OBJECTS
 from srengine.node.logs import JsonFormatter
 from srengine.node.runtime import Runtime
 from srengine.node.supervisor import Supervisor
@@ -43,6 +47,29 @@ async def tablet(runtime: Runtime) -> TabletLeader:
 
 def run(work: Any) -> None:
     asyncio.run(work)
+
+
+def test_a_process_that_is_a_node_collects_garbage_rarely(tmp_path: Path) -> None:
+    """`run_node` sets the collector once the node serves; a node inside another program leaves it alone."""
+    port = free_ports()
+    address = f"tcp://127.0.0.1:{port}"
+    options = NodeOptions("n1", tmp_path / "data", address, cluster="test", initial=parse_initial(f"n1={address}"))
+    before = gc.get_threshold()
+    seen: list[tuple[int, bool]] = []
+
+    def ready(_: Any) -> None:
+        seen.append((gc.get_threshold()[0], gc.get_freeze_count() > 0))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with Node(options):
+            assert gc.get_threshold() == before
+            assert gc.get_freeze_count() == 0
+        run_node(options, ready)
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
+    assert seen == [(YOUNG_OBJECTS, True)]
 
 
 def test_writes_that_arrive_together_share_a_transaction(tmp_path: Path) -> None:
