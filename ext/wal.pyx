@@ -30,6 +30,7 @@ cdef extern from "pthread.h" nogil:
         SIG_SETMASK
     int pthread_create(pthread_t *thread, const void *attributes, void *(*start)(void *) noexcept nogil, void *given)
     int pthread_join(pthread_t thread, void **ended)
+    int pthread_detach(pthread_t thread)
     int pthread_sigmask(int how, const sigset_t *signals, sigset_t *before)
     int pthread_mutex_init(pthread_mutex_t *lock, const void *attributes)
     int pthread_mutex_lock(pthread_mutex_t *lock)
@@ -163,6 +164,7 @@ cdef struct Work:
     pthread_cond_t bell           # rung when `state` or `ends` changes
     int state
     bint ends
+    bint orphan                   # nobody waits for the thread: this is its own, and nobody is told
     int notify                    # gets a byte whenever something is done
     int fd
     uint8_t *sectors
@@ -176,6 +178,7 @@ cdef void *work_off(void *given) noexcept nogil:
     cdef Work *work = <Work *>given
     cdef sigset_t signals
     cdef int code
+    cdef bint orphan
     sigfillset(&signals)
     pthread_sigmask(SIG_SETMASK, &signals, NULL)
     pthread_mutex_lock(&work.lock)
@@ -192,8 +195,12 @@ cdef void *work_off(void *given) noexcept nogil:
         work.code = code
         work.state = DONE
         pthread_cond_broadcast(&work.bell)
-        write(work.notify, "!", 1)
+        if not work.orphan:
+            write(work.notify, "!", 1)
+    orphan = work.orphan
     pthread_mutex_unlock(&work.lock)
+    if orphan:
+        free(work)
     return NULL
 
 
@@ -203,42 +210,55 @@ cdef class Appender:
     For one event loop: nobody who works on a record needs the interpreter, so neither end waits for it.
     """
 
-    cdef Work work
+    cdef Work *work
     cdef pthread_t thread
-    cdef bint runs
     cdef int process
 
     def __cinit__(self, int notify):
+        cdef Work *work = <Work *>calloc(1, sizeof(Work))
         cdef int code
-        self.work.notify = notify
-        self.process = getpid()
-        pthread_mutex_init(&self.work.lock, NULL)
-        pthread_cond_init(&self.work.bell, NULL)
-        code = pthread_create(&self.thread, NULL, work_off, &self.work)
+        if work is NULL:
+            raise MemoryError
+        work.notify = notify
+        pthread_mutex_init(&work.lock, NULL)
+        pthread_cond_init(&work.bell, NULL)
+        code = pthread_create(&self.thread, NULL, work_off, work)
         if code != 0:
+            free(work)
             raise OSError(code, "cannot start a thread")
-        self.runs = True
+        self.process = getpid()
+        self.work = work
 
     def __dealloc__(self):
-        self.end()
+        # Whoever wants to wait for a disk closes it: a process whose disk hangs has to be able to end.
+        self.end(False)
 
-    cdef void end(self) noexcept:
+    cdef void end(self, bint waits) noexcept:
+        cdef Work *work = self.work
+        cdef bint orphan
         # A forked child has no such thread.
-        if self.runs and self.process == getpid():
-            self.runs = False
-            with nogil:
-                pthread_mutex_lock(&self.work.lock)
-                self.work.ends = True
-                pthread_cond_broadcast(&self.work.bell)
-                pthread_mutex_unlock(&self.work.lock)
+        if work is NULL or self.process != getpid():
+            return
+        self.work = NULL
+        with nogil:
+            pthread_mutex_lock(&work.lock)
+            work.ends = True
+            orphan = work.state == GIVEN and not waits
+            work.orphan = orphan
+            pthread_cond_broadcast(&work.bell)
+            pthread_mutex_unlock(&work.lock)
+            if orphan:
+                pthread_detach(self.thread)
+            else:
                 pthread_join(self.thread, NULL)
+                free(work)
 
     def begin(self, int fd, uint64_t first, uint64_t identity, uint32_t generation, uint32_t number,
               bytes record not None):
         """`append` in the thread; the one before was taken."""
         cdef size_t size
         cdef uint8_t *sectors
-        if not self.runs or self.work.state != IDLE:
+        if self.work is NULL or self.work.state != IDLE:
             raise ValueError("the thread has ended, or has something to do")
         sectors = sealed(record, first, identity, generation, number, &size)
         self.work.fd = fd
@@ -254,8 +274,10 @@ cdef class Appender:
     def take(self):
         """Wait for what was begun and return what `append` would have."""
         cdef int code
-        if self.work.state == IDLE:
+        if self.work is NULL or self.work.state == IDLE:
             raise ValueError("nothing was begun")
+        if self.process != getpid():
+            raise ValueError("the thread is that of another process")
         with nogil:
             pthread_mutex_lock(&self.work.lock)
             while self.work.state != DONE:
@@ -268,11 +290,11 @@ cdef class Appender:
     @property
     def busy(self):
         """Whether something was begun and not taken."""
-        return self.work.state != IDLE
+        return self.work is not NULL and self.work.state != IDLE
 
     def close(self):
         """End the thread after what was begun; a second call does nothing."""
-        self.end()
+        self.end(True)
 
 
 def heads(const uint8_t[::1] content not None, uint64_t identity):

@@ -596,6 +596,33 @@ def test_a_turn_is_begun_while_the_disk_does_not_answer(library, tmp_path):
     assert ended.told == [True, [0, 1, 1], [1, 2, 1], 3, 2], ended.errors
 
 
+def test_a_process_whose_disk_hangs_can_end(library, tmp_path):
+    """F17: a log that nobody closes does not keep its process from ending, though its thread waits for the disk (here
+    ten minutes); nobody was told anything, and what is there is sound.
+    """
+    path = tmp_path / "log"
+    ended = children.run(
+        (
+            WORK,
+            """
+            import gc
+            break_from_now(SYNC, 0, delay_ms=600_000)
+            assert log.begin({"journal": Persist(HardState(2), entries(2, 4, 2))})
+            del log, group
+            gc.collect()
+            tell("not closed")
+            """,
+        ),
+        path,
+        library=library,
+        track="wal",
+    )
+    assert (ended.code, ended.told) == (0, "not closed"), ended.errors
+    group, found = open_group(path)
+    assert group.damage is None
+    assert len(found) in {1, 3}
+
+
 # --- cut by rule -----------------------------------------------------------------------------------------------------
 
 
