@@ -119,6 +119,8 @@ class RaftBackend:
         self._standing = Standing(around)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._log: NodeLog | None = None
+        self._runs = False
+        """`start` has come so far that there is somebody to ask. Clients may be there earlier."""
         self._unwatch: Callable[[], None] = _nothing
 
     # --- start and stop ----------------------------------------------------------------------------------------------
@@ -190,6 +192,7 @@ class RaftBackend:
         wire.serve_stream(FetchState, copies.serve)
         self.driver.add(JOURNAL_GROUP, self.machine, self._journal, sink=copies, on_visible=self._standing.on_applied)
         self._unwatch = self.driver.watch_roles(JOURNAL_GROUP, self._standing.on_role)
+        self._runs = True
         self._spawn(self.leading.look_after(), "raft: unstable nodes and tickets")
         self._spawn(self.reconciling.run(), "raft: reconcile")
         self._spawn(self.currency.run(self._stands_still), "raft: currency")
@@ -213,7 +216,7 @@ class RaftBackend:
 
     def trust(self, *, trusted: bool, held: tuple[int, int] = (0, 0)) -> bool:
         """Tell whether this node may vote, when that is found out after the start; see `Driver.trust`."""
-        return self.driver.trust(JOURNAL_GROUP, trusted=trusted, held=held)
+        return self._runs and self.driver.trust(JOURNAL_GROUP, trusted=trusted, held=held)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = self._around.spawn(work, name)
@@ -265,7 +268,7 @@ class RaftBackend:
     @property
     def epoch(self) -> int:
         """See `HAProtocol.epoch`."""
-        return self.leading.epoch
+        return self.leading.epoch if self._runs else 0
 
     async def fencing(self) -> bool:
         """See `HAProtocol.fencing`."""
@@ -309,13 +312,14 @@ class RaftBackend:
     @property
     def applied_index(self) -> int:
         """See `Journal.applied_index`."""
-        return self._journal.visible_index
+        return self._journal.visible_index if self._runs else self._around.machine.applied_index
 
     @property
     def current(self) -> bool:
         """See `HAProtocol.current`."""
         return (
-            not self._standing.stopped
+            self._runs
+            and not self._standing.stopped
             and self._standing.removed is None
             and self._standing.role.leader is not None
             and self.currency.within(limits.STALENESS_S_MAX)
@@ -400,6 +404,8 @@ class RaftBackend:
         while (left_s := deadline - loop.time()) > 0:
             self._standing.check_usable()
             try:
+                if not self._runs:
+                    raise errors.NotReady(f"{self._around.name} has just started")
                 return await ask(min(left_s, attempt_s))
             except TimeoutError:
                 unknown = True

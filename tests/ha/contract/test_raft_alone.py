@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from srengine import errors
+from srengine.consensus.log import NodeLog
 from srengine.ha import members as m
 from srengine.ha.backends import find_backend, names
 from srengine.ha.backends.raft import first_entry, found
@@ -28,6 +29,51 @@ pytestmark = pytest.mark.backends("raft")
 
 def set_to(body: bytes, **more) -> Command:
     return Command("test.set", body, **more)
+
+
+# --- the start -------------------------------------------------------------------------------------------------------
+
+
+def test_who_asks_a_node_that_starts_waits(on, monkeypatch):
+    """H01, F53: a node that opens its log, however long that takes, is asked already: it owns no epoch and is current
+    for nothing, reads and commands wait until it has started and are answered then, or end with a typed error.
+    """
+
+    async def scenario(cluster):
+        leader = await cluster.leader()
+        await leader.protocol.propose(set_to(b"before"))
+        away = next(node.name for node in cluster.nodes.values() if node is not leader)
+        number = cluster[away].number
+        await cluster.stop_node(away)
+        opening, may_open = threading.Event(), threading.Event()
+        open_log = NodeLog.open
+
+        def slow(*args, **options):
+            opening.set()
+            assert may_open.wait(60)
+            return open_log(*args, **options)
+
+        monkeypatch.setattr(NodeLog, "open", slow)
+        starting = asyncio.ensure_future(cluster.start_node(away, number))
+        await asyncio.to_thread(opening.wait, 60)
+        protocol = cluster[away].protocol
+        assert (protocol.epoch, protocol.current, protocol.applied_index > 0) == (0, False, True)
+        assert not protocol.trust(trusted=True)
+        with pytest.raises(errors.NotReady):
+            await protocol.read_barrier(timeout_s=0.05)
+        with pytest.raises(errors.NotReady):
+            await protocol.propose(set_to(b"too soon"), timeout_s=0.05)
+        asked = [asyncio.ensure_future(protocol.read_barrier(timeout_s=60))]
+        asked.append(asyncio.ensure_future(protocol.propose(set_to(b"after"), timeout_s=60)))
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in asked)
+        may_open.set()
+        await starting
+        await asyncio.gather(*asked)
+        await cluster.equal()
+        assert leader.rows() == [b"before", b"after"]
+
+    on(scenario)
 
 
 # --- partitions ------------------------------------------------------------------------------------------------------
