@@ -1,7 +1,8 @@
 # cython: language_level=3
 """Rows of named tables in one LMDB environment, for the metadata store: what LMDB gives, in few calls.
 
-The interpreter is let go around everything that may take a disk's time, once a call and not once a row. Threads share an `Environment`; a `Writer` belongs to the thread that began it.
+The interpreter is let go around everything that may take a disk's time, once a call and not once a row. Threads share an
+`Environment`; a `Writer` belongs to the thread that began it.
 
 `srengine.storage.metadata` is its only caller, and sees to what LMDB asks for: one writer at a time, nobody reading while
 the map moves or the environment is closed, no call in a forked child.

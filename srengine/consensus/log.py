@@ -6,7 +6,7 @@
       log/wal           the newest turns, each durable by one write and one sync   (docs/formats-log.md)
       log/data.mdb      entries, hard states, floors and tails of every group      (log_rows.py)
 
-    loop thread                                log thread
+    loop thread                                a thread of the kernel (begin, finish), or the log thread (append)
       machines drain            Persist          one transaction of the logged store, one turn:
       of many groups  ------------------------->   cut suffixes (saved first), new entries, tails, hard states
       Persisted for each  <---------------------   durable
@@ -26,7 +26,7 @@
 * **Reading.** `GroupLog` is what a machine is given. Terms, configurations and the newest entries are in memory; older
   entries are read from the file.
 
-Writers call from one thread at a time (the driver's log thread); reading is safe beside it for every group that is not
+Writers call one at a time (turns.py sees to that); reading is safe beside it for every group that is not
 part of the write, which is the driver's duty anyway (effects.py).
 """
 

@@ -39,7 +39,7 @@ from srengine import errors, limits
 from srengine._native import wal as kernel
 from srengine.storage import fences, files, wal
 from srengine.storage.metadata import TABLES_MAX, TRANSACTION_ROWS_MAX, VALUE_BYTES_MAX, MetadataStore
-from srengine.storage.metadata_rows import Row, check_values, checked_key, read_offline, read_row
+from srengine.storage.metadata_rows import Row, check_values, checked_key, damaged, read_offline, read_row
 from srengine.storage.pages import DATA_NAME, PageFile
 from srengine.types import check_name
 
@@ -187,12 +187,7 @@ class LoggedStore:
             return
         for row in _covered(self._store.survey(table, start, stop), covering):
             if not row.sound:
-                raise errors.CorruptionError(
-                    f"the value of {row.key[:64]!r} in table {table} of {self.path} is damaged",
-                    file=str(self.path / DATA_NAME),
-                    table=table,
-                    key=row.key,
-                )
+                raise damaged(self.path, table, row.key)
             yield row.key, row.value
 
     def survey(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[Row]:

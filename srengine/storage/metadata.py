@@ -39,7 +39,7 @@ from srengine import errors, limits, types
 from srengine._native import rows as kernel
 from srengine._native.rows import RowsError
 from srengine.storage import fences, files, pages
-from srengine.storage.metadata_rows import Row, checked_key, is_sealed, read_row, sealed, value_of
+from srengine.storage.metadata_rows import Row, checked_key, damaged, is_sealed, read_row, sealed, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -234,12 +234,7 @@ class MetadataStore:
 
     def _unsealed(self, table: str, key: bytes, stored: bytes) -> bytes:
         if not is_sealed(table, key, stored):
-            raise errors.CorruptionError(
-                f"the value of {key[:64]!r} in table {table} of {self.path} is damaged",
-                file=str(self.path / pages.DATA_NAME),
-                table=table,
-                key=key,
-            )
+            raise damaged(self.path, table, key)
         return value_of(stored)
 
     # --- writing -----------------------------------------------------------------------------------------------------

@@ -58,6 +58,16 @@ def is_sealed(table: str, key: bytes, stored: bytes) -> bool:
     return len(stored) >= CHECK_BYTES and stored[-CHECK_BYTES:] == _check(table, key, stored[:-CHECK_BYTES])
 
 
+def damaged(path: Path, table: str, key: bytes) -> errors.CorruptionError:
+    """Return what is wrong with a value of the store ``path`` that is not sealed."""
+    return errors.CorruptionError(
+        f"the value of {key[:64]!r} in table {table} of {path} is damaged",
+        file=str(path / pages.DATA_NAME),
+        table=table,
+        key=key,
+    )
+
+
 def read_row(table: str, key: bytes, stored: bytes) -> Row:
     """Return a row of `table` from its stored bytes, sound or not."""
     if is_sealed(table, key, stored):
@@ -106,9 +116,4 @@ def check_values(path: Path) -> None:
         for table in sorted(file.tables()):
             for key, stored in file.items(table):
                 if not is_sealed(table, key, stored):
-                    raise errors.CorruptionError(
-                        f"the value of {key[:64]!r} in table {table} of {path} is damaged",
-                        file=str(path),
-                        table=table,
-                        key=key,
-                    )
+                    raise damaged(path.parent, table, key)
