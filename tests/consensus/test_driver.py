@@ -344,11 +344,12 @@ def test_a_node_that_starts_ends_the_back_off_of_the_others(tmp_path):
 class Disk:
     """The disk under one member's log, whichever way turns go to it: by the kernel's thread, or by the driver's.
 
-    While ``shut`` it does not answer; with ``errno`` set it fails.
+    While ``shut`` it does not answer; with ``errno`` set what begins then fails.
     """
 
     def __init__(self, member, monkeypatch, way):
         self.errno = 0
+        self._failing = 0
         self._open = threading.Event()
         self._open.set()
         self._held = None
@@ -382,13 +383,15 @@ class Disk:
     def begin(self, *given):
         if not self._open.is_set():
             self._held = given
-        elif self.errno:
+            return
+        self._failing = self.errno
+        if self._failing:
             os.write(self._store._notify, b"!")
         else:
             self._appender.begin(*given)
 
     def take(self):
-        return self.errno or self._appender.take()
+        return self._failing or self._appender.take()
 
     def close(self):
         self._appender.close()
