@@ -76,6 +76,7 @@ from srengine.consensus.turns import Batch, LogTurns, wait_for_end
 from srengine.consensus.waiting import PROPOSAL, READ, TRANSFER, WaitingRoom, no_leader
 from srengine.consensus.worker import Done, Job
 from srengine.metrics import Metrics
+from srengine.soon import Soon
 from srengine.transport import Peer
 from srengine.types import NodeId
 
@@ -119,6 +120,7 @@ class Driver:
         self._on_health = on_health
         self._on_group_failed = on_group_failed
         self._loop = asyncio.get_running_loop()
+        self._soon = Soon.of(self._loop)
         self._groups: dict[str, Group] = {}
         self._ready: dict[str, Group] = {}
         """Groups with something in their inbox, or whose deadline has passed."""
@@ -297,7 +299,7 @@ class Driver:
         self._ready[group.name] = group
         if not self._due and not self.stopped:
             self._due = True
-            self._loop.call_soon(self._turn)
+            self._soon.call(self._turn)
 
     # --- a turn ------------------------------------------------------------------------------------------------------
 
@@ -451,6 +453,9 @@ class Driver:
             self._carry_out(group, effects)
             group.inbox.appendleft(Persisted(group.log.last_index))
             self._ready[name] = group
+        if not self._held:
+            # Others wait for it: before the machines hear of it.
+            self._send()
         self._turn()
 
     def log_failed(self, error: BaseException) -> None:

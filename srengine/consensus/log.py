@@ -93,8 +93,12 @@ class GroupLog:
         """>= last index; greater only while rows beyond a damaged place are still there."""
         self._terms = found.terms
         self._configurations = found.configurations
-        self.bytes = found.bytes
+        self._sizes = found.sizes
+        """Bytes of the value of each entry behind the floor."""
+        self.bytes = sum(found.sizes)
         """Of the entries that are there."""
+        self._is_clear = False
+        """Whether nothing lies at or below the floor, where damage may have left rows."""
         self._cache: list[Entry] = []
         """The newest entries without a gap up to the last index; empty: none is held."""
         self._cache_bytes = 0
@@ -373,12 +377,13 @@ class NodeLog:
         assert group.term_at(floor.index) == floor.term, (group.name, floor, group.term_at(floor.index))
         prefix, _ = rows.group_range(group.name)
         chain = self._chain_at(group, floor.index)
-        stop = rows.entry_key(prefix, floor.index + 1)
+        if group._is_clear:
+            # Which rows there are is known: to read them would cost more than to write them did.
+            keys = [rows.entry_key(prefix, index) for index in range(group.floor.index + 1, floor.index + 1)]
+        else:
+            keys = [row.key for row in self._store.survey(rows.ENTRIES, prefix, rows.entry_key(prefix, floor.index + 1))]
         with self._store.transaction() as transaction:
-            dropped = 0
-            for row in self._store.survey(rows.ENTRIES, prefix, stop):
-                dropped += len(row.value)
-                transaction.discard(rows.ENTRIES, row.key)
+            transaction.discard(rows.ENTRIES, *keys)
             transaction.put(rows.GROUPS, rows.group_key(group.name, rows.FLOOR), rows.encode_floor(floor, chain))
         with self.cache_lock:
             keep = group._last.index - floor.index
@@ -386,12 +391,15 @@ class NodeLog:
                 dropped_entries = group._cache[: len(group._cache) - keep]
                 del group._cache[: len(dropped_entries)]
                 self._account(group, -sum(map(entry_bytes, dropped_entries)))
+            dropped = floor.index - group.floor.index
+            group.bytes -= sum(group._sizes[:dropped])
+            del group._sizes[:dropped]
+            group._is_clear = True
             group._floor, group._floor_chain = floor, chain
             group._terms = _from(group._terms, floor.index + 1)
             if group._terms and group._terms[0][0] <= floor.index:
                 group._terms[0] = (floor.index + 1, group._terms[0][1])
             group._configurations = [pair for pair in group._configurations if pair[0] > floor.index]
-            group.bytes = max(0, group.bytes - dropped)
 
     def install(self, name: str, floor: Floor) -> None:
         """Begin the log behind a state that is in place at ``floor``.
@@ -412,8 +420,7 @@ class NodeLog:
         with self._store.transaction() as transaction:
             if saving is not None:
                 saving.write(transaction)
-            for row in self._store.survey(rows.ENTRIES, prefix, stop):
-                transaction.discard(rows.ENTRIES, row.key)
+            transaction.discard(rows.ENTRIES, *(row.key for row in self._store.survey(rows.ENTRIES, prefix, stop)))
             transaction.put(rows.GROUPS, rows.group_key(name, rows.FLOOR), rows.encode_floor(floor, chain))
             transaction.put(rows.GROUPS, rows.group_key(name, rows.TAIL), rows.encode_place(last))
             failpoints.hit("log.install.written")
@@ -422,6 +429,8 @@ class NodeLog:
             group._floor, group._floor_chain, group._last = floor, chain, last
             group._highest = floor.index
             group._terms, group._configurations, group.bytes = [], [], 0
+            del group._sizes[:]
+            group._is_clear = True
 
     def heal(self, name: str) -> None:
         """Forget a damage: the node has caught up with a leader that led without it. Rows beyond the log are saved."""
@@ -539,8 +548,7 @@ class _Saving:
         """Save the rows."""
         if not self._keys:
             return
-        for key in self._drop:
-            transaction.discard(rows.SAVED, key)
+        transaction.discard(rows.SAVED, *self._drop)
         header = msgspec.msgpack.encode(self._header)
         transaction.put(rows.SAVED, rows.saved_key(self._prefix, self._number, 0), header)
         for key, value in self._kept:
@@ -549,14 +557,13 @@ class _Saving:
 
     def cut(self, transaction: LoggedTransaction) -> None:
         """Take the rows off the log."""
-        for key in self._keys:
-            transaction.discard(rows.ENTRIES, key)
+        transaction.discard(rows.ENTRIES, *self._keys)
 
 
 class _Change:
     """What one turn does to one group: `write` inside the transaction, `adopt` once it is durable."""
 
-    __slots__ = ("_bytes", "_entries", "_group", "_hard_state", "_last", "_log", "_saving", "_start")
+    __slots__ = ("_entries", "_group", "_hard_state", "_last", "_log", "_saving", "_sizes", "_start")
 
     def __init__(self, log: NodeLog, group: GroupLog, persist: Persist) -> None:
         self._log = log
@@ -565,7 +572,7 @@ class _Change:
         self._entries = persist.entries
         self._saving: _Saving | None = None
         self._last = group._last
-        self._bytes = 0
+        self._sizes: list[int] = []
         if persist.entries:
             first = persist.entries[0].index
             assert group.floor.index < first <= group.last_index + 1, (group.name, first, group.floor, group.last_index)
@@ -588,7 +595,7 @@ class _Change:
         chain = self._start
         for entry in self._entries:
             value, chain = rows.encode_entry(entry, chain)
-            self._bytes += len(value)
+            self._sizes.append(len(value))
             transaction.put(rows.ENTRIES, rows.entry_key(prefix, entry.index), value)
         self._last = rows.Place(entry.index, entry.term, chain)
         transaction.put(rows.GROUPS, rows.group_key(name, rows.TAIL), rows.encode_place(self._last))
@@ -605,7 +612,8 @@ class _Change:
             self._cut_memory(entries[0].index)
         group._last = self._last
         group._highest = self._last.index
-        group.bytes += self._bytes
+        group._sizes.extend(self._sizes)
+        group.bytes += sum(self._sizes)
         _adopt_terms(group, entries)
         group._cache.extend(entries)
         self._log._cached[group.name] = group
@@ -614,6 +622,9 @@ class _Change:
 
     def _cut_memory(self, first: int) -> None:
         group = self._group
+        keep = first - 1 - group.floor.index
+        group.bytes -= sum(group._sizes[keep:])
+        del group._sizes[keep:]
         group._terms = [pair for pair in group._terms if pair[0] < first]
         group._configurations = [pair for pair in group._configurations if pair[0] < first]
         keep = len(group._cache) - (group.last_index + 1 - first)

@@ -23,6 +23,7 @@ What it cannot show: a file that was put back whole as it was earlier. That is w
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -241,8 +242,8 @@ class Survey:
     terms: list[tuple[int, int]] = field(default_factory=list)
     """(first index, term) of each run of entries of one term."""
     configurations: list[tuple[int, Configuration]] = field(default_factory=list)
-    bytes: int = 0
-    """Of the entries' data and configurations."""
+    sizes: array[int] = field(default_factory=lambda: array("I"))
+    """Bytes of the value of each entry."""
     highest: int = 0
     """The last index that has a row, sound or not; the floor's when there is none."""
     tail: Place | None = None
@@ -354,7 +355,7 @@ def _read_entry(name: str, index: int, row: Row, chain: bytes | None, found: Sur
             found.note("replaced-entry", index, detail, broken_at=index)
     if found.broken_at is None or index < found.broken_at:
         found.last = Place(index, entry.term, carried)
-        found.bytes += len(row.value)
+        found.sizes.append(len(row.value))
         if not found.terms or found.terms[-1][1] != entry.term:
             found.terms.append((index, entry.term))
         if entry.configuration is not None:
@@ -385,5 +386,5 @@ def _cut_back(index: int, found: Survey) -> None:
         found.last = Place(found.floor.index, found.floor.term, found.floor_chain)
         found.terms.clear()
         found.configurations.clear()
-        found.bytes = 0
+        del found.sizes[:]
         found.broken_at = found.floor.index + 1

@@ -523,8 +523,13 @@ def read_events(rows: Readable) -> list[MemberEvent]:
 
 def read_membership(rows: Readable) -> Membership:
     """Return version and next number; zeros before the bootstrap."""
-    stored = rows.get(MEMBERSHIP_TABLE, _MEMBERSHIP)
+    stored = membership_row(rows)
     return Membership() if stored is None else msgspec.msgpack.decode(stored, type=Membership)
+
+
+def membership_row(rows: Readable) -> bytes | None:
+    """Return the row behind `read_membership`: another one after each change, and cheaper to compare."""
+    return rows.get(MEMBERSHIP_TABLE, _MEMBERSHIP)
 
 
 def membership_digest(rows: Readable) -> bytes:

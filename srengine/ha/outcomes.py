@@ -27,7 +27,7 @@ from typing import Any, Final
 import msgspec
 
 from srengine import errors, limits
-from srengine.ha.tables import Readable, Tables
+from srengine.ha.tables import Batch, Readable
 
 OUTCOME_TABLE: Final = "outcomes"
 OUTCOMES_KEPT: Final = 4096
@@ -64,14 +64,16 @@ def find_outcome(rows: Readable, request: bytes) -> Outcome | None:
     return None if stored is None else msgspec.msgpack.decode(stored, type=Outcome)
 
 
-def keep_outcome(tables: Tables, request: bytes, outcome: Outcome) -> None:
+def keep_outcome(tables: Batch, request: bytes, outcome: Outcome) -> None:
     """Keep an outcome, and forget the one that is `OUTCOMES_KEPT` older."""
     stored = tables.get(OUTCOME_TABLE, _COUNT)
     count = 0 if stored is None else int.from_bytes(stored, "little")
     slot = b"s" + (count % OUTCOMES_KEPT).to_bytes(2, "big")
+    changes: dict[tuple[str, bytes], bytes | None] = {}
     oldest = tables.get(OUTCOME_TABLE, slot)
     if oldest is not None:
-        tables.delete(OUTCOME_TABLE, b"r" + oldest)
-    tables.put(OUTCOME_TABLE, slot, request)
-    tables.put(OUTCOME_TABLE, b"r" + request, msgspec.msgpack.encode(outcome))
-    tables.put(OUTCOME_TABLE, _COUNT, (count + 1).to_bytes(8, "little"))
+        changes[OUTCOME_TABLE, b"r" + oldest] = None
+    changes[OUTCOME_TABLE, slot] = request
+    changes[OUTCOME_TABLE, b"r" + request] = msgspec.msgpack.encode(outcome)
+    changes[OUTCOME_TABLE, _COUNT] = (count + 1).to_bytes(8, "little")
+    tables.change(changes)

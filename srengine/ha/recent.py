@@ -223,17 +223,32 @@ class NotInMemoryError(Exception):
 
 
 class _Memory:
-    """Reads of a `RecentStore` that never wait for the store below."""
+    """Reads of a `RecentStore`, by whoever changes it, that never wait: neither for the store below nor for its lock.
+
+    The layers are those of the beginning. A flush that goes on or ends meanwhile moves rows to deeper ones and leaves
+    these as they are; what it adds to the rows that are kept is covered by them.
+    """
 
     def __init__(self, store: RecentStore) -> None:
-        self._store = store
+        with store._lock:
+            self._recent, self._flushing, self._kept = store._recent, store._flushing, store._kept
+            self._whole = store._whole
 
     def get(self, table: str, key: bytes) -> bytes | None:
-        with self._store._lock:
-            found, value = self._store._find(table, key)
-        if not found:
+        place = (table, key)
+        if place in self._recent:
+            return self._recent[place]
+        if place in self._flushing:
+            return self._flushing[place]
+        if table in self._whole:
+            rows = self._whole[table]
+            value = _LONG if rows is None else rows.get(key)
+            if value is _LONG:
+                raise NotInMemoryError
+            return value
+        if place not in self._kept:
             raise NotInMemoryError
-        return value
+        return self._kept[place]
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         del table, start, stop

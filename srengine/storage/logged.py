@@ -79,10 +79,10 @@ class LoggedTransaction:
             raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
         self._changes.append((table, checked_key(key), bytes(value)))
 
-    def discard(self, table: str, key: bytes) -> None:
-        """Delete ``key`` if it is there, without looking at its value, which may be damaged."""
+    def discard(self, table: str, *keys: bytes) -> None:
+        """Delete each of ``keys`` that is there, without looking at its value, which may be damaged."""
         self._check(table)
-        self._changes.append((table, checked_key(key), None))
+        self._changes.extend([(table, checked_key(key), None) for key in keys])
 
     def _check(self, table: str) -> None:
         if not self._is_open:

@@ -236,7 +236,8 @@ class Callee(Connection):
         if serving.reservation is not None:
             serving.reservation.release()
         inline = total <= limits.PART_BYTES_MAX
-        self.post(answer, attachments if inline else ())
+        send = self.say if len(self._serving) == 1 else self.post
+        send(answer, attachments if inline else ())
         if inline or self.closed is not None:
             del self._serving[number]
         else:

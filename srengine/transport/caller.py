@@ -116,7 +116,8 @@ class Caller(Connection):
         inline = total <= limits.PART_BYTES_MAX
         if not inline:
             pending.outgoing = Outgoing(number, attachments)
-        self.post(Ask(number, kind, body, sizes, int(timeout_s * 1000)), attachments if inline else ())
+        send = self.say if len(self._pending) == 1 else self.post
+        send(Ask(number, kind, body, sizes, int(timeout_s * 1000)), attachments if inline else ())
         timer = self.loop.call_at(deadline, self._time_out, number, timeout_s)
         try:
             return await pending.future
@@ -175,10 +176,9 @@ class Caller(Connection):
             return False
         self._posted_bytes += len(body)
         if len(body) <= limits.ENVELOPES_BYTES_TARGET:
-            self.post(Post(kind, msgspec.Raw(body), self._posted_bytes))
+            self.say(Post(kind, msgspec.Raw(body), self._posted_bytes))
         else:
-            self.post(Post(kind, NOTHING, self._posted_bytes, len(body)), (body,))
-        self.flush()
+            self.say(Post(kind, NOTHING, self._posted_bytes, len(body)), (body,))
         return True
 
     # --- streams -----------------------------------------------------------------------------------------------------

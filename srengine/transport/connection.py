@@ -4,7 +4,8 @@
 the end. `srengine.transport.caller.Caller` asks, `srengine.transport.callee.Callee` answers. A `Wire` carries frames: a
 ZeroMQ socket, or memory in tests. Everything runs on one event loop.
 
-Coalescing: whatever is posted in one turn of the loop leaves together, in as few frames as the bounds allow.
+Coalescing: whatever is posted in one turn of the loop leaves together, in as few frames as the bounds allow. A question
+or an answer that is the only one under way leaves at once: nothing is there that could join it.
 
 Ends: any frame that cannot be trusted ends the connection (`fail`): the wire is cut, every waiting caller gets a typed
 error, nothing of the frame has an effect.
@@ -75,6 +76,14 @@ class Connection:
         if not self._flush_due:
             self._flush_due = True
             self.loop.call_soon(self.flush)
+
+    def say(self, envelope: Envelope, chunks: Sequence[Buffer] = ()) -> None:
+        """`post` for what nothing else will join: send it now, unless something waits to leave anyway."""
+        if self.closed is not None:
+            return
+        self._out.append((envelope, chunks))
+        if not self._flush_due:
+            self.flush()
 
     def flush(self) -> None:
         """Send what is queued, in as few frames as the bounds allow."""

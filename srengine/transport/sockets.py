@@ -23,6 +23,7 @@ from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
 from srengine import errors, limits
+from srengine.soon import Soon
 from srengine.transport import addresses
 from srengine.transport.peers import Buffer, KeyPair
 
@@ -174,6 +175,7 @@ class Pump:
         self._handed_on = False
         self._due = False
         self._loop = asyncio.get_running_loop()
+        self._soon = Soon.of(self._loop)
         self._descriptor = int(socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._descriptor, self.drain)
         self._schedule()
@@ -195,8 +197,12 @@ class Pump:
         return True
 
     def drain(self) -> None:
-        """Read what is there, at most a turn's worth."""
+        """Read what is there, at most a turn's worth; what is put off meanwhile (`Soon`) is called then."""
         self._due = False
+        with self._soon:
+            self._read()
+
+    def _read(self) -> None:
         socket = self.socket
         more = bool(self._parts)
         for _ in range(_TURN_FRAMES):

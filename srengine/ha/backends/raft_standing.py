@@ -44,8 +44,8 @@ class Standing:
         """Rings after every change of role and every applied batch."""
         self.stopped = False
         self._applied: Callable[[], int] = _nothing_applied
-        self._version = -1
-        """Of the membership that ``members`` shows."""
+        self._membership: bytes | None = b""
+        """Row of the membership that ``members`` shows; not one of any before the first look."""
         self._heard = False
         """Whether a leader was ever known in this run."""
         self._watchers: list[_Watcher] = []
@@ -74,21 +74,23 @@ class Standing:
     def on_applied(self, index: int) -> None:
         """Take note that a batch was applied up to ``index``."""
         del index
-        self.read_rows()
-        self._look("membership")
+        if self.read_rows():
+            self._look("membership")
         self.notify()
 
     def notify(self) -> None:
         """Wake whoever waits for a change."""
         self.changed.ring()
 
-    def read_rows(self) -> None:
-        """Learn what was applied of members: names and addresses, and whether this node is one."""
+    def read_rows(self) -> bool:
+        """Learn what was applied of members: names and addresses, and whether this node is one; return whether that is
+        another membership than at the last look.
+        """
         around = self._around
-        version = m.read_membership(self._store).version
-        if version == self._version:
-            return
-        self._version = version
+        membership = m.membership_row(self._store)
+        if membership == self._membership:
+            return False
+        self._membership = membership
         before, self.members = self.members, {}
         for member in m.read_members(self._store):
             if not member.node_id:
@@ -105,10 +107,11 @@ class Standing:
             removed = m.find_removed(self._store, around.node_id)
             if removed is not None:
                 self.become_removed(removed)
+        return True
 
     def read_again(self) -> None:
         """Read the rows whatever their version says: they were replaced."""
-        self._version = -1
+        self._membership = b""
         self.on_applied(self._applied())
 
     def _measure(self) -> None:

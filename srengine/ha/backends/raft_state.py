@@ -22,7 +22,7 @@ from srengine import errors, failpoints
 from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor
 from srengine.ha import state
 from srengine.ha.journal import Command, decode_command
-from srengine.ha.members import read_members, read_membership
+from srengine.ha.members import read_members, membership_row
 from srengine.ha.membership import configuration_of
 from srengine.ha.messages import FetchState
 from srengine.ha.metadata import Applying, MetadataMachine
@@ -46,8 +46,8 @@ class JournalState:
 
     def __init__(self, machine: MetadataMachine) -> None:
         self.machine = machine
-        self._membership = -1
-        """Version of the table of members that ``_configuration`` is made of."""
+        self._membership: bytes | None = b""
+        """Row of the membership that ``_configuration`` is made of; not one of any before the first look."""
         self._configuration = Configuration()
         self._visible = self._applied = self._floor(*self.machine.applied)
         self._changing = threading.Lock()
@@ -56,10 +56,10 @@ class JournalState:
         """Held by whoever flushes or replaces it; after ``_changing``."""
 
     def _floor(self, index: int, term: int) -> Floor:
-        version = read_membership(self.machine.store).version
-        if version != self._membership:
+        membership = membership_row(self.machine.store)
+        if membership != self._membership:
             self._configuration = configuration_of(read_members(self.machine.store))
-            self._membership = version
+            self._membership = membership
         return Floor(index, term, self._configuration)
 
     @property
