@@ -11,7 +11,7 @@ import shutil
 import signal
 import statistics
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,17 +109,29 @@ def compared(name: str, target: Target | None, ours: float, theirs: float, note:
     return Row(name, target, ours / theirs, milliseconds(ours), milliseconds(theirs), note)
 
 
+def report_times(report: Report, what: str, theirs: Sequence[list[float]], ours: Sequence[list[float]]) -> None:
+    """Report median and p99 of the times of writes, each the median over the rounds."""
+    for name, share in (("median", 0.5), ("p99", 0.99)):
+        mine = [percentile(taken, share) for taken in ours]
+        other = [percentile(taken, share) for taken in theirs]
+        ratio = statistics.median(a / b for a, b in zip(mine, other, strict=True))
+        values = milliseconds(statistics.median(mine)), milliseconds(statistics.median(other))
+        report(Row(f"journal: {what}, {name} / etcd", at_most(1.0), ratio, *values))
+
+
+def report_rates(report: Report, what: str, theirs: Sequence[float], ours: Sequence[float]) -> None:
+    """Report writes a second, the median over the rounds."""
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    values = f"{statistics.median(ours):.0f}/s", f"{statistics.median(theirs):.0f}/s"
+    report(Row(f"journal: {what} / etcd", at_least(1.0), ratio, *values))
+
+
 def bench_sequential_writes(benchmark: Any, report: Report, pair: Pair, effort: Effort) -> None:
     """One client at the leader writes 128 bytes, one write after the other."""
     theirs, ours = alternate(
         benchmark, pair, lambda cluster: coordination.sequential(cluster, effort.writes), effort.rounds
     )
-    for what, share in (("median", 0.5), ("p99", 0.99)):
-        mine = [percentile(taken, share) for taken in ours]
-        other = [percentile(taken, share) for taken in theirs]
-        ratio = statistics.median(a / b for a, b in zip(mine, other, strict=True))
-        values = milliseconds(statistics.median(mine)), milliseconds(statistics.median(other))
-        report(Row(f"journal: one sequential write, {what} / etcd", at_most(1.0), ratio, *values))
+    report_times(report, "one sequential write over a connection", theirs, ours)
 
 
 def bench_concurrent_writes(benchmark: Any, report: Report, pair: Pair, effort: Effort) -> None:
@@ -127,9 +139,42 @@ def bench_concurrent_writes(benchmark: Any, report: Report, pair: Pair, effort: 
     theirs, ours = alternate(
         benchmark, pair, lambda cluster: coordination.concurrent(cluster, CLIENTS, effort.seconds), effort.rounds
     )
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    values = f"{statistics.median(ours):.0f}/s", f"{statistics.median(theirs):.0f}/s"
-    report(Row(f"journal: writes a second, {CLIENTS} clients / etcd", at_least(1.0), ratio, *values))
+    report_rates(report, f"writes a second, {CLIENTS} connections", theirs, ours)
+
+
+def bench_embedded_writes(benchmark: Any, report: Report, pair: Pair, place: Path, effort: Effort) -> None:
+    """The same from the process that a leading node is embedded in, as a service has it; etcd from the same process,
+    over its gateway.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="embedded-", dir=place))
+    cluster = JournalCluster(directory)
+
+    async def rounds() -> list[tuple[Any, ...]]:
+        found = []
+        leader = await coordination.find_leader(pair.etcd)
+        async with (
+            cluster.embedded() as ours,
+            coordination.writers(pair.etcd, [leader]) as (theirs,),
+            coordination.writers(pair.etcd, [leader] * CLIENTS) as many,
+        ):
+            for _ in range(effort.rounds):
+                found.append(
+                    (
+                        await coordination.one_by_one(theirs, effort.writes),
+                        await coordination.one_by_one(ours, effort.writes),
+                        await coordination.side_by_side(many, effort.seconds),
+                        await coordination.side_by_side([ours] * CLIENTS, effort.seconds),
+                    )
+                )
+        return found
+
+    try:
+        measured = benchmark.pedantic(lambda: asyncio.run(rounds()), rounds=1, iterations=1)
+    finally:
+        cluster.stop()
+    theirs, ours, their_rates, our_rates = zip(*measured, strict=True)
+    report_times(report, "one sequential write, embedded", theirs, ours)
+    report_rates(report, f"writes a second, {CLIENTS} embedded callers", their_rates, our_rates)
 
 
 def bench_discovery(benchmark: Any, report: Report, pair: Pair, effort: Effort) -> None:

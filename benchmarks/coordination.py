@@ -184,6 +184,27 @@ class RegisterWriter:
         await self._closed()
 
 
+class EmbeddedWriter:
+    """The process that a node is embedded in, and which leads: it writes to the journal without a connection."""
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+
+    async def put(self, key: str, value: bytes) -> None:
+        from srengine.ha.registers import put_register
+
+        await self._node.protocol.propose(put_register(key, value), timeout_s=ATTEMPT_S)
+
+    async def leader(self) -> int | None:
+        return 0 if self._node.protocol.epoch else None
+
+    async def applied(self) -> int:
+        return int(self._node.protocol.applied_index)
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
 class JournalCluster:
     """Three processes that are nothing but a node's journal (tests/journal_node.py)."""
 
@@ -235,6 +256,36 @@ class JournalCluster:
         if not self._writers:
             await self._endpoint.close()
 
+    @contextlib.asynccontextmanager
+    async def embedded(self) -> AsyncIterator[EmbeddedWriter]:
+        """Run the first node in this process, the others in theirs, and yield a writer as soon as it leads.
+
+        Instead of `start`; the loop has to go on while the node lives.
+        """
+        from srengine.node.collector import collect_rarely
+        from tests.journal_node import JournalNode, prepare
+
+        own, *others = self._nodes
+        for node in others:
+            node.start()
+        specification = own.specification
+        embedded = JournalNode(specification, prepare(specification))
+        await embedded.start()
+        try:
+            for node in others:
+                await asyncio.to_thread(node.wait_ready)
+            await embedded.known.wait()
+            deadline = time.monotonic() + OUTAGE_S_MAX
+            while not embedded.protocol.epoch:
+                assert time.monotonic() < deadline, "the embedded node does not get to lead"
+                for node in others:  # whoever leads gives it up, to one or the other
+                    node.signal(signal.SIGUSR1)
+                await asyncio.sleep(0.5)
+            collect_rarely()
+            yield EmbeddedWriter(embedded)
+        finally:
+            await embedded.stop()
+
 
 # --- what is measured ------------------------------------------------------------------------------------------------
 
@@ -270,18 +321,30 @@ async def find_leader(cluster: Cluster) -> int:
 async def sequential(cluster: Cluster, count: int) -> list[float]:
     """Return the seconds of each of ``count`` writes, one after the other, at the leader."""
     async with writers(cluster, [await find_leader(cluster)]) as (writer,):
-        for number in range(20):
-            await writer.put(f"warm{number}", VALUE)
-        taken = []
-        for number in range(count):
-            start = time.perf_counter()
-            await writer.put(f"k{number % 100}", VALUE)
-            taken.append(time.perf_counter() - start)
+        return await one_by_one(writer, count)
+
+
+async def one_by_one(writer: Writer, count: int) -> list[float]:
+    """Return the seconds of each of ``count`` writes, one after the other."""
+    for number in range(20):
+        await writer.put(f"warm{number}", VALUE)
+    taken = []
+    for number in range(count):
+        start = time.perf_counter()
+        await writer.put(f"k{number % 100}", VALUE)
+        taken.append(time.perf_counter() - start)
     return taken
 
 
 async def concurrent(cluster: Cluster, clients: int, seconds: float) -> float:
     """Return the acknowledged writes a second of ``clients`` connections to the leader."""
+    leader = await find_leader(cluster)
+    async with writers(cluster, [leader] * clients) as everybody:
+        return await side_by_side(everybody, seconds)
+
+
+async def side_by_side(everybody: Sequence[Writer], seconds: float) -> float:
+    """Return the acknowledged writes a second of writers that each write one after the other."""
     done = 0
 
     async def work(number: int, writer: Writer, deadline: float) -> None:
@@ -292,13 +355,11 @@ async def concurrent(cluster: Cluster, clients: int, seconds: float) -> float:
             turn += 1
             done += 1
 
-    leader = await find_leader(cluster)
-    async with writers(cluster, [leader] * clients) as everybody:
-        await asyncio.gather(*(work(number, each, time.perf_counter() + 0.3) for number, each in enumerate(everybody)))
-        done = 0
-        start = time.perf_counter()
-        await asyncio.gather(*(work(number, each, start + seconds) for number, each in enumerate(everybody)))
-        return done / (time.perf_counter() - start)
+    await asyncio.gather(*(work(number, each, time.perf_counter() + 0.3) for number, each in enumerate(everybody)))
+    done = 0
+    start = time.perf_counter()
+    await asyncio.gather(*(work(number, each, start + seconds) for number, each in enumerate(everybody)))
+    return done / (time.perf_counter() - start)
 
 
 async def discovery(cluster: Cluster, count: int) -> list[float]:

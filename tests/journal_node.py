@@ -16,6 +16,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,11 @@ def prepare(specification: dict[str, Any]) -> Path:
 class JournalNode:
     """One process's node."""
 
-    def __init__(self, specification: dict[str, Any], directory: Path) -> None:
+    def __init__(
+        self, specification: dict[str, Any], directory: Path, tell: Callable[[str, float], None] | None = None
+    ) -> None:
+        """``tell(event, seconds)``: told what a process says on stdout."""
+        self._tell = tell
         self.number: int = specification["number"]
         self.ports: list[int] = specification["ports"]
         name = f"node-{self.number + 1}"
@@ -150,7 +155,8 @@ class JournalNode:
     async def _fence(self) -> None:
         began = time.perf_counter()
         if await self.protocol.fencing():
-            say("fenced", seconds=time.perf_counter() - began)
+            if self._tell is not None:
+                self._tell("fenced", time.perf_counter() - began)
         else:
             await self.protocol.resign("fencing failed")
 
@@ -174,7 +180,7 @@ def say(event: str, **facts: object) -> None:
 
 
 async def run(specification: dict[str, Any], directory: Path) -> None:
-    node = JournalNode(specification, directory)
+    node = JournalNode(specification, directory, lambda event, seconds: say(event, seconds=seconds))
     await node.start()
     asked = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)

@@ -15,7 +15,7 @@ class JournalProcess(NodeProcess):
 
     def __init__(self, data: Path, number: int, ports: list[int], backend: str, settings: dict[str, Any]) -> None:
         super().__init__(f"node-{number + 1}", data, ports[number])
-        self._specification = {
+        self.specification: dict[str, Any] = {
             "directory": str(data),
             "number": number,
             "ports": ports,
@@ -24,4 +24,4 @@ class JournalProcess(NodeProcess):
         }
 
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "tests.journal_node", json.dumps(self._specification)]
+        return [sys.executable, "-m", "tests.journal_node", json.dumps(self.specification)]
