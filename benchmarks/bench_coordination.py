@@ -143,9 +143,7 @@ def bench_concurrent_writes(benchmark: Any, report: Report, pair: Pair, effort: 
 
 
 def bench_embedded_writes(benchmark: Any, report: Report, pair: Pair, place: Path, effort: Effort) -> None:
-    """The same from the process that a leading node is embedded in, as a service has it; etcd from the same process,
-    over its gateway.
-    """
+    """Write from the process that the leading node is embedded in, as a service does; to etcd over its gateway."""
     directory = Path(tempfile.mkdtemp(prefix="embedded-", dir=place))
     cluster = JournalCluster(directory)
 
@@ -158,14 +156,9 @@ def bench_embedded_writes(benchmark: Any, report: Report, pair: Pair, place: Pat
             coordination.writers(pair.etcd, [leader] * CLIENTS) as many,
         ):
             for _ in range(effort.rounds):
-                found.append(
-                    (
-                        await coordination.one_by_one(theirs, effort.writes),
-                        await coordination.one_by_one(ours, effort.writes),
-                        await coordination.side_by_side(many, effort.seconds),
-                        await coordination.side_by_side([ours] * CLIENTS, effort.seconds),
-                    )
-                )
+                times = [await coordination.one_by_one(writer, effort.writes) for writer in (theirs, ours)]
+                rates = [await coordination.side_by_side(all_, effort.seconds) for all_ in (many, [ours] * CLIENTS)]
+                found.append((*times, *rates))
         return found
 
     try:

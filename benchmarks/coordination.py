@@ -262,7 +262,7 @@ class JournalCluster:
 
         Instead of `start`; the loop has to go on while the node lives.
         """
-        from srengine.node.collector import collect_rarely
+        from srengine.node.interpreter import take_over_interpreter
         from tests.journal_node import JournalNode, prepare
 
         own, *others = self._nodes
@@ -281,7 +281,7 @@ class JournalCluster:
                 for node in others:  # whoever leads gives it up, to one or the other
                     node.signal(signal.SIGUSR1)
                 await asyncio.sleep(0.5)
-            collect_rarely()
+            take_over_interpreter()
             yield EmbeddedWriter(embedded)
         finally:
             await embedded.stop()

@@ -1,8 +1,8 @@
 """Calls that wait for the end of what is being read, on one event loop.
 
-A callback that has to see everything that arrives together is put off with ``call_soon``: that costs a turn of the loop,
-a look at the selector and one more way through the scheduler, on every hop of every message. Whoever reads a socket
-knows better when everything was read: at its end. So it *gathers*, and what was put off meanwhile is called there::
+A callback that has to see everything that arrives together is put off with ``call_soon``: that costs a turn of the
+loop and a look at the selector, on every hop of every message. Whoever reads a socket knows better when everything was
+read: at its end. What was put off while it read is called there::
 
     soon = Soon.of(loop)
     with soon:                    # the reader

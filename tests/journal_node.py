@@ -34,7 +34,7 @@ from srengine.ha.protocol import Role
 from srengine.ha.register_service import GetJournal, GetRegister, PutRegister, RegisterService
 from srengine.ha.registers import RegistersApplier
 from srengine.metrics import Metrics
-from srengine.node.collector import collect_rarely
+from srengine.node.interpreter import take_over_interpreter
 from srengine.storage import MetadataStore
 from srengine.transport import Endpoint, Identity, Reply
 from srengine.types import NodeId
@@ -186,7 +186,7 @@ async def run(specification: dict[str, Any], directory: Path) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, node.give_up)
     await node.known.wait()
-    collect_rarely()
+    take_over_interpreter()
     say("ready")
     stopping = asyncio.create_task(asked.wait())
     await asyncio.wait({stopping, node.failed}, return_when=asyncio.FIRST_COMPLETED)

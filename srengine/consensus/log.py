@@ -377,11 +377,12 @@ class NodeLog:
         assert group.term_at(floor.index) == floor.term, (group.name, floor, group.term_at(floor.index))
         prefix, _ = rows.group_range(group.name)
         chain = self._chain_at(group, floor.index)
+        stop = floor.index + 1
         if group._is_clear:
             # Which rows there are is known: to read them would cost more than to write them did.
-            keys = [rows.entry_key(prefix, index) for index in range(group.floor.index + 1, floor.index + 1)]
+            keys = [rows.entry_key(prefix, index) for index in range(group.floor.index + 1, stop)]
         else:
-            keys = [row.key for row in self._store.survey(rows.ENTRIES, prefix, rows.entry_key(prefix, floor.index + 1))]
+            keys = [row.key for row in self._store.survey(rows.ENTRIES, prefix, rows.entry_key(prefix, stop))]
         with self._store.transaction() as transaction:
             transaction.discard(rows.ENTRIES, *keys)
             transaction.put(rows.GROUPS, rows.group_key(group.name, rows.FLOOR), rows.encode_floor(floor, chain))

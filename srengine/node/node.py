@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from srengine import errors
-from srengine.node.collector import collect_rarely
+from srengine.node.interpreter import take_over_interpreter
 from srengine.node.options import NodeOptions
 from srengine.node.runtime import Runtime
 
@@ -22,7 +22,7 @@ START_TIMEOUT_S = 60.0
 
 
 def run_node(options: NodeOptions, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """Run a node until SIGTERM or SIGINT, then drain and return. The process is the node's: signals, garbage collector.
+    """Run a node until SIGTERM or SIGINT, then drain and return. The process is the node's: signals, interpreter.
 
     ``on_ready`` gets the ready event once the node can serve. Raises why the node could not start or had to stop; must
     be called on the main thread.
@@ -46,7 +46,7 @@ async def _run(options: NodeOptions, on_ready: Callable[[dict[str, Any]], None] 
                 await starting
             return
         starting.result()
-        collect_rarely()
+        take_over_interpreter()
         if on_ready is not None:
             on_ready(node.ready_event())
         ends: set[asyncio.Future[Any]] = {stopping, node.supervisor.failed}

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from srengine import errors, limits
 from srengine.client import messages
 from srengine.ha import leader_machine as lm
 from srengine.node import Node, NodeOptions, parse_initial, run_node
-from srengine.node.collector import YOUNG_OBJECTS
+from srengine.node.interpreter import SWITCH_S, YOUNG_OBJECTS
 from srengine.node.logs import JsonFormatter
 from srengine.node.runtime import Runtime
 from srengine.node.supervisor import Supervisor
@@ -49,27 +50,29 @@ def run(work: Any) -> None:
     asyncio.run(work)
 
 
-def test_a_process_that_is_a_node_collects_garbage_rarely(tmp_path: Path) -> None:
-    """`run_node` sets the collector once the node serves; a node inside another program leaves it alone."""
+def test_a_process_that_is_a_node_has_the_interpreter_to_itself(tmp_path: Path) -> None:
+    """`run_node` sets collector and threads once the node serves; a node inside another program leaves them alone."""
     port = free_ports()
     address = f"tcp://127.0.0.1:{port}"
     options = NodeOptions("n1", tmp_path / "data", address, cluster="test", initial=parse_initial(f"n1={address}"))
-    before = gc.get_threshold()
-    seen: list[tuple[int, bool]] = []
+    before, interval = gc.get_threshold(), sys.getswitchinterval()
+    seen: list[tuple[int, bool, float]] = []
 
     def ready(_: Any) -> None:
-        seen.append((gc.get_threshold()[0], gc.get_freeze_count() > 0))
+        seen.append((gc.get_threshold()[0], gc.get_freeze_count() > 0, sys.getswitchinterval()))
         os.kill(os.getpid(), signal.SIGTERM)
 
     try:
         with Node(options):
             assert gc.get_threshold() == before
             assert gc.get_freeze_count() == 0
+            assert sys.getswitchinterval() == interval
         run_node(options, ready)
     finally:
         gc.unfreeze()
         gc.set_threshold(*before)
-    assert seen == [(YOUNG_OBJECTS, True)]
+        sys.setswitchinterval(interval)
+    assert seen == [(YOUNG_OBJECTS, True, pytest.approx(SWITCH_S))]
 
 
 def test_writes_that_arrive_together_share_a_transaction(tmp_path: Path) -> None:

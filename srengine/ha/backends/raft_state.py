@@ -22,7 +22,7 @@ from srengine import errors, failpoints
 from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor
 from srengine.ha import state
 from srengine.ha.journal import Command, decode_command
-from srengine.ha.members import read_members, membership_row
+from srengine.ha.members import membership_row, read_members
 from srengine.ha.membership import configuration_of
 from srengine.ha.messages import FetchState
 from srengine.ha.metadata import Applying, MetadataMachine
