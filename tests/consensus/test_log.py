@@ -699,6 +699,45 @@ def test_a_trim_leaves_a_floor(path):
         assert len(raw.stored("entries")) == 499
 
 
+def test_a_trim_reads_no_entries(path, monkeypatch):
+    """What goes is known without reading it: entries cost a trim next to nothing. The first one after an opening looks,
+    for what a damage may have left below the floor.
+    """
+    filled(path, last=99)
+    with NodeLog.open(path) as log:
+        group = log.group(GROUP)
+        surveyed = []
+        survey = log._store.survey
+        monkeypatch.setattr(log._store, "survey", lambda *given: surveyed.append(given) or survey(*given))
+        log.trim(GROUP, group.floor_at(10))
+        assert len(surveyed) == 1
+        log.trim(GROUP, group.floor_at(90))
+        assert len(surveyed) == 1
+        assert [item.index for item in read(group)] == list(range(91, 100))
+    with Raw(path) as raw:
+        assert len(raw.stored("entries")) == 9
+
+
+def test_a_trim_takes_what_a_damage_left_below_the_floor(path):
+    """A row at or below the floor is found, believed by nobody, and goes with the first trim."""
+    filled(path, last=9)
+    with Raw(path) as raw:
+        left = dict(list(raw.stored("entries").items())[:2])
+    with NodeLog.open(path) as log:
+        log.trim(GROUP, log.group(GROUP).floor_at(4))
+    with Raw(path) as raw:
+        for key, stored in left.items():
+            raw.put("entries", key, stored)
+    with NodeLog.open(path) as log:
+        group = log.group(GROUP)
+        before = group.bytes
+        log.trim(GROUP, group.floor_at(6))
+        assert [item.index for item in read(group)] == [7, 8, 9]
+        assert 0 < group.bytes < before
+    with Raw(path) as raw:
+        assert len(raw.stored("entries")) == 3
+
+
 def test_a_trim_to_the_last_entry_leaves_nothing_but_the_floor(path):
     """A log that is trimmed whole goes on behind its floor."""
     filled(path, last=5, floor=5)
@@ -1094,6 +1133,9 @@ def check_equal(log, model):
         model.term_at(index) if index >= model.floor.index else None for index in range(model.last + 2)
     ]
     assert group.configuration == model.configuration_at(model.last)
+    stored = list(log._store.survey(rows.ENTRIES, *rows.group_range(GROUP)))
+    assert [int.from_bytes(row.key[-8:], "big") for row in stored] == sorted(model.entries)
+    assert group.bytes == sum(len(row.value) for row in stored)
 
 
 @settings(max_examples=60)

@@ -251,6 +251,67 @@ def test_changes_from_memory_never_ask_the_store(below):
     assert store.get("t", b"a") == b"2"
 
 
+@pytest.mark.parametrize("moment", ["before", "while", "after"])
+def test_changes_from_memory_beside_a_flush_read_what_is_newest(below, moment):
+    """Whoever changes rows from memory sees them as they are, wherever a flush that runs beside it has them; rows of
+    tables that are held whole, rows that were kept, new and deleted ones.
+    """
+    below.rows |= {("whole", b"a"): b"old", ("whole", b"gone"): b"old", ("t", b"a"): b"old", ("t", b"gone"): b"old"}
+    store = RecentStore(below, whole=["whole"])
+    for table in ("whole", "t"):
+        assert [store.get(table, key) for key in (b"a", b"gone", b"new")] == [b"old", b"old", None]
+    with store.show() as tables:
+        for table in ("whole", "t"):
+            tables.put(table, b"a", b"1")
+            tables.put(table, b"new", b"1")
+            tables.delete(table, b"gone")
+    reads = below.reads
+
+    def look(tables):
+        for table in ("whole", "t"):
+            assert [tables.get(table, key) for key in (b"a", b"gone", b"new")] == [b"1", None, b"1"]
+
+    def flush_in_between():
+        with store.show(from_memory=True) as tables:
+            look(tables)
+            change = below.change
+
+            def changing(rows):
+                change(rows)
+                look(tables)
+
+            below.change = changing
+            assert store.flush()
+            look(tables)
+            tables.put("t", b"a", b"2")
+
+    def show_in_a_flush():
+        change = below.change
+
+        def changing(rows):
+            change(rows)
+            with store.show(from_memory=True) as tables:
+                look(tables)
+                tables.put("t", b"a", b"2")
+
+        below.change = changing
+        assert store.flush()
+
+    match moment:
+        case "before":
+            flush_in_between()
+        case "while":
+            show_in_a_flush()
+        case "after":
+            assert store.flush()
+            with store.show(from_memory=True) as tables:
+                look(tables)
+                tables.put("t", b"a", b"2")
+    assert below.reads == reads
+    assert store.get("t", b"a") == b"2"
+    assert below.rows["t", b"a"] == b"1"
+
+
 @pytest.mark.parametrize("fault", [None, errors.DiskFull("no space")], ids=str)
 def test_changes_beside_a_flush_are_kept(below, fault):
     """What is shown while a flush runs is visible, and durable with the next one; also when the flush fails."""
