@@ -6,6 +6,8 @@ applied everywhere in the order of indexes by the appliers of `metadata`. Backen
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Final, Protocol
 
@@ -14,6 +16,23 @@ import msgspec
 from srengine import errors
 
 REQUEST_BYTES: Final = 16
+_REQUESTS_DRAWN: Final = 256
+"""Request ids drawn from the system at a time: to ask it for each costs more than to send the command."""
+
+_requests: Final[deque[bytes]] = deque()
+# A forked child would propose under the ids of its parent.
+os.register_at_fork(after_in_child=_requests.clear)
+
+
+def new_request() -> bytes:
+    """Return a request id that nobody else has: random bytes. In any thread."""
+    try:
+        return _requests.pop()
+    except IndexError:
+        drawn = os.urandom(_REQUESTS_DRAWN * REQUEST_BYTES)
+        ids = [drawn[start : start + REQUEST_BYTES] for start in range(0, len(drawn), REQUEST_BYTES)]
+        _requests.extend(ids[1:])
+        return ids[0]
 
 
 class Command(msgspec.Struct, frozen=True):

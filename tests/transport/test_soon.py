@@ -89,7 +89,7 @@ def test_no_loop_is_kept_by_its_calls():
 
 
 def test_what_hears_of_posts_has_its_turn_when_all_are_read():
-    """Posts that arrive together are all handed on before what they put off runs, and no turn of the loop is between."""
+    """Posts that arrive together are all handed on before what they put off runs, with no turn of the loop between."""
 
     async def run():
         async with world("zmq") as w:

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Final
 
@@ -49,7 +48,7 @@ from srengine.ha.backends.etcd_roster import EtcdRoster
 from srengine.ha.backends.etcd_session import TRANSIENT, EtcdSession
 from srengine.ha.backends.etcd_settings import EtcdSettings
 from srengine.ha.epochs import newest_epoch
-from srengine.ha.journal import REQUEST_BYTES, Command
+from srengine.ha.journal import REQUEST_BYTES, Command, new_request
 from srengine.ha.members import (
     ADD,
     REMOVE,
@@ -318,7 +317,7 @@ class EtcdBackend:
         if len(command.body) > limits.JOURNAL_ENTRY_BYTES_MAX:
             raise errors.InvalidValue(f"a command of {len(command.body)} bytes is too large", bytes=len(command.body))
         if not command.request:
-            command = msgspec.structs.replace(command, request=secrets.token_bytes(REQUEST_BYTES))
+            command = msgspec.structs.replace(command, request=new_request())
         last: errors.Error | None = None
         try:
             async with asyncio.timeout(timeout_s):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,7 +31,7 @@ from srengine.ha.backends.etcd_session import TRANSIENT, EtcdSession
 from srengine.ha.backends.etcd_settings import EtcdSettings
 from srengine.ha.backends.etcd_writer import EtcdWriter
 from srengine.ha.epochs import claim, newest_epoch, read_epoch
-from srengine.ha.journal import REQUEST_BYTES, Command, encode_command
+from srengine.ha.journal import Command, encode_command, new_request
 from srengine.ha.members import SET_STABLE, Member, SetStable, read_tickets
 from srengine.ha.messages import AppliedAt, AwaitApplied
 from srengine.ha.outcomes import Outcome, find_outcome
@@ -153,7 +152,7 @@ class EtcdLeading:
         return Fencing.SUCCESS
 
     async def _append_claim(self, command: Command, term: int, index: int, epoch: int) -> Outcome:
-        stamped = msgspec.structs.replace(command, request=secrets.token_bytes(REQUEST_BYTES))
+        stamped = msgspec.structs.replace(command, request=new_request())
         expected = self._applying.expect(index)
         key = self._keys.epoch(epoch)
         owner = msgspec.json.encode({"node_id": self._node_id, "name": self._name, "term": term, "index": index})

@@ -55,7 +55,7 @@ from srengine.ha.backends.raft_standing import Standing, whom_to_ask
 from srengine.ha.backends.raft_state import COPIES_NAME, JournalState, StateCopies
 from srengine.ha.epochs import check_epochs, newest_epoch
 from srengine.ha.fencing import fence
-from srengine.ha.journal import Command, decode_command, encode_command
+from srengine.ha.journal import Command, decode_command, encode_command, new_request
 from srengine.ha.membership import configuration_of, is_membership
 from srengine.ha.messages import (
     JOURNAL_GROUP,
@@ -368,7 +368,7 @@ class RaftBackend:
         if len(command.body) > limits.JOURNAL_ENTRY_BYTES_MAX:
             raise errors.InvalidValue(f"a command of {len(command.body)} bytes is too large", bytes=len(command.body))
         if not command.request:
-            command = msgspec.structs.replace(command, request=secrets.token_bytes(16))
+            command = msgspec.structs.replace(command, request=new_request())
 
         async def ask(left_s: float) -> int:
             if self.epoch and acknowledge is Acknowledge.MAJORITY and not is_membership(command.kind):
@@ -532,7 +532,7 @@ class RaftBackend:
         self._check_sender(node)
         if not self._standing.leads:
             raise self._standing.no_leader()
-        command = Command(message.kind, message.body, message.epoch, message.request or secrets.token_bytes(16))
+        command = Command(message.kind, message.body, message.epoch, message.request or new_request())
         if len(command.body) > limits.JOURNAL_ENTRY_BYTES_MAX or len(command.request) != 16 or command.epoch < 0:
             raise errors.InvalidValue("a proposal with values that cannot be meant")
         try:

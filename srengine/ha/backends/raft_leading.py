@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -29,7 +28,7 @@ from srengine.ha.backends.raft_options import RaftOptions
 from srengine.ha.backends.raft_standing import Standing
 from srengine.ha.backends.raft_state import JournalState
 from srengine.ha.epochs import claim, newest_epoch, read_epoch
-from srengine.ha.journal import Command, encode_command
+from srengine.ha.journal import Command, encode_command, new_request
 from srengine.ha.membership import TicketKeeper, is_membership, plan
 from srengine.ha.messages import JOURNAL_GROUP, AppliedAt, AwaitApplied
 from srengine.ha.outcomes import find_outcome
@@ -119,7 +118,7 @@ class Leading:
         epoch, _ = newest_epoch(self._store)
         command = msgspec.structs.replace(
             claim(self._store, node_id=self._around.node_id, name=self._around.name, term=term),
-            request=secrets.token_bytes(16),
+            request=new_request(),
         )
         await self._driver.propose(JOURNAL_GROUP, encode_command(command), timeout_s=ASK_S)
         outcome = find_outcome(self._store, command.request)
@@ -338,5 +337,5 @@ class Leading:
                 await self._propose_own(Command(m.SET_STABLE, msgspec.msgpack.encode(change)))
 
     async def _propose_own(self, command: Command) -> None:
-        stamped = msgspec.structs.replace(command, request=secrets.token_bytes(16))
+        stamped = msgspec.structs.replace(command, request=new_request())
         await self.propose(stamped, Acknowledge.MAJORITY, ASK_S)
