@@ -50,11 +50,13 @@ def bench_rejoin_after_kill(
 
         numbers = order.sample(range(count), max(LOAD_BATCH * 4, count // 100))
         written_at_kill = 0
-        under_load = threading.Event()
+        under_load, killed = threading.Event(), threading.Event()
 
         def load() -> None:
             nonlocal written_at_kill
             for turn, start in enumerate(range(0, len(numbers), LOAD_BATCH)):
+                if start + LOAD_BATCH >= len(numbers):
+                    killed.wait(CATCH_UP_S)  # something is missed, however fast the writes were
                 table.put_many(data.changed(numbers[start : start + LOAD_BATCH], seed=turn))
                 if not under_load.is_set() and start >= len(numbers) // 4:
                     under_load.set()
@@ -65,6 +67,7 @@ def bench_rejoin_after_kill(
         thread.start()
         under_load.wait(CATCH_UP_S)
         nodes[AWAY].kill()
+        killed.set()
         thread.join()
         missed = len(numbers) - written_at_kill
 

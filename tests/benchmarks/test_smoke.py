@@ -46,9 +46,12 @@ TARGETED = (
 
 
 COORDINATION = (
-    "journal: one sequential write, median / etcd",
-    "journal: one sequential write, p99 / etcd",
-    "journal: writes a second, 32 clients / etcd",
+    "journal: one sequential write over a connection, median / etcd",
+    "journal: one sequential write over a connection, p99 / etcd",
+    "journal: writes a second, 32 connections / etcd",
+    "journal: one sequential write, embedded, median / etcd",
+    "journal: one sequential write, embedded, p99 / etcd",
+    "journal: writes a second, 32 embedded callers / etcd",
     "journal: leader discovery, p99 / 100 ms",
     "journal: outage by SIGKILL of the leader / etcd",
     "journal: outage by SIGTERM of the leader / allowed",
