@@ -58,8 +58,8 @@ class Host(Protocol):
         """Run a job of a group on the log, in its turn."""
         ...
 
-    def set_health(self, health: Health, error: errors.Error | None) -> None:
-        """Say how the disk is."""
+    def set_health(self, health: Health, error: errors.Error | None, *, of: str) -> None:
+        """Say how the disk is under the state of the group ``of``."""
         ...
 
     def fail_group(self, group: Group, error: errors.Error) -> None:
@@ -118,7 +118,7 @@ class Applying:
         if self._host.stopped or group.failed is not None:
             return
         if isinstance(error, errors.DiskFull):
-            self._host.set_health(Health.FULL, error)
+            self._host.set_health(Health.FULL, error, of=group.name)
             self._loop.call_later(RETRY_S, self._submit_apply, group, entries)
             return
         if error is not None:
@@ -133,7 +133,7 @@ class Applying:
         if group.on_visible is not None:
             group.on_visible(group.visible)
         if group.state.applied.index == group.visible:
-            self._durable(group)
+            self._durable(group, advanced=True)
         else:
             self._plan_flush(group)
         self.apply(group)
@@ -151,32 +151,35 @@ class Applying:
         if group.flush_timer is not None:
             group.flush_timer.cancel()
             group.flush_timer = None
-        behind = group.state.applied.index < group.visible
-        if behind and not self._host.stopped and group.failed is None:
+        before = group.state.applied.index
+        if before < group.visible and not self._host.stopped and group.failed is None:
             group.flushing = True
             group.unflushed_bytes = 0
-            self.worker.submit(group.state.flush, lambda error: self._flushed(group, error))
+            self.worker.submit(group.state.flush, lambda error: self._flushed(group, before, error))
 
-    def _flushed(self, group: Group, error: BaseException | None) -> None:
+    def _flushed(self, group: Group, before: int, error: BaseException | None) -> None:
         group.flushing = False
         if self._host.stopped or group.failed is not None:
             return
         if isinstance(error, errors.DiskFull):
-            self._host.set_health(Health.FULL, error)
+            self._host.set_health(Health.FULL, error, of=group.name)
             group.flush_timer = self._loop.call_later(RETRY_S, self._flush, group)
             return
         if error is not None:
             self._host.fail_group(group, typed(error, f"the state of {group.name} cannot be written"))
             return
-        self._durable(group)
+        self._durable(group, advanced=group.state.applied.index > before)
         if group.state.applied.index < group.visible:
             self._plan_flush(group)
 
-    def _durable(self, group: Group) -> None:
+    def _durable(self, group: Group, *, advanced: bool) -> None:
         """Tell the machine how far the state is durable, and let the log go that is not needed for it any more.
+        ``advanced``: the disk has just taken something.
 
         NB: a state that was put in place right after a flush may be there already; the machine hears of it later.
         """
+        if advanced:
+            self._host.set_health(Health.OK, None, of=group.name)
         self._host.step(group, Applied(min(group.state.applied.index, group.visible)))
         self._maybe_trim(group)
 
@@ -249,7 +252,7 @@ class Applying:
             return
         group.applying = False
         if isinstance(error, errors.DiskFull):
-            self._host.set_health(Health.FULL, error)
+            self._host.set_health(Health.FULL, error, of=group.name)
             self._loop.call_later(RETRY_S, self._install_failed, group, install)
             return
         if error is not None:
@@ -268,10 +271,11 @@ class Applying:
         def installed(failure: BaseException | None) -> None:
             if failure is not None:
                 # The state is in place already; the log follows when there is space.
-                self._host.set_health(Health.FULL, typed(failure, "the log"))
+                self._host.set_health(Health.FULL, typed(failure, "the log"), of=group.name)
                 self._loop.call_later(RETRY_S, self._reset_log, group, floor, installed)
                 return
             group.installing = False
+            self._host.set_health(Health.OK, None, of=group.name)
             group.inbox.extendleft((group.trimmed, Installed(floor)))
 
         self._reset_log(group, floor, installed)

@@ -87,6 +87,10 @@ NEWS_S: Final = 0.01
 INBOX_MESSAGES_MAX: Final = 4096
 """Messages of peers that wait for a busy group; later ones are dropped, as a network may."""
 INBOX_BYTES_MAX: Final = 64 * limits.MIB
+LOG: Final = ""
+"""Of whose disk health is told, beside those of the groups' states, which have names."""
+_HEALTHS: Final = list(Health)
+"""From well to worst."""
 HELD_TURNS: Final = 3
 """Turns of the loop that a new leader's first entry is held back: whoever hears of the election in these adds to it."""
 
@@ -113,6 +117,9 @@ class Driver:
         self.node = node
         self.log = log
         self.health = Health.OK
+        """The worst of the log's and of what each group's state met last."""
+        self._healths: dict[str, Health] = {}
+        """What is not well: the log under `LOG`, a state under its group's name."""
         self.metrics = metrics if metrics is not None else Metrics()
         self._peers = peers
         self._clock = clock
@@ -467,13 +474,18 @@ class Driver:
         for group in self._groups.values():
             self.fail_group(group, typed)
 
-    def set_health(self, health: Health, error: errors.Error | None) -> None:
-        """Say how the disk is; what is fenced stays so."""
-        if health is self.health or self.health is Health.FENCED:
+    def set_health(self, health: Health, error: errors.Error | None, *, of: str = LOG) -> None:
+        """Say how the disk is under the log, or under the state of the group ``of``; what is fenced stays so."""
+        if health is not Health.OK:
+            self._healths[of] = health
+        elif self._healths.pop(of, None) is None:
             return
-        self.health = health
+        worst = max(self._healths.values(), key=_HEALTHS.index, default=Health.OK)
+        if worst is self.health or self.health is Health.FENCED:
+            return
+        self.health = worst
         if self._on_health is not None:
-            self._on_health(health, error)
+            self._on_health(worst, error)
 
     def fail_group(self, group: Group, error: errors.Error) -> None:
         """End a group on this node, for this process."""
@@ -485,6 +497,7 @@ class Driver:
         group.inbox.clear()
         group.to_apply.clear()
         self._turns.drop(group)
+        self.set_health(Health.OK, None, of=group.name)
         self._publish(group, RoleChanged(Role.FOLLOWER, group.role.term, None, error.message))
         group.waiting.end_all(lambda: _again(error))
         if self._on_group_failed is not None:

@@ -1002,7 +1002,9 @@ def test_a_flush_that_fails(tmp_path, monkeypatch):
             state.flush_fault = errors.DiskFull("no space")
             index, _ = await leader.propose(b"p0")
             await until(lambda: state.applied.index >= index)
-            assert Health.FULL in leader.health
+            # There is space again, and that is told when the state is written, not when somebody writes next.
+            await until(lambda: leader.health == [Health.FULL, Health.OK])
+            assert leader.driver.health is Health.OK
             state.not_now = 3
             index, _ = await leader.propose(b"p1")
             await until(lambda: state.applied.index >= index)
@@ -1012,6 +1014,37 @@ def test_a_flush_that_fails(tmp_path, monkeypatch):
             await until(lambda: leader.failed)
             assert leader.failed == [(GROUP, "CORRUPTION")]
             await c.leader(followers(c, leader))
+
+    run(main())
+
+
+def test_health_is_the_worst_of_the_log_and_of_each_state(tmp_path, monkeypatch):
+    """H26, F07: a log that writes again says nothing about a state that cannot, nor one state about another; what is
+    full is so until it was written itself, or takes part no more. A disk that failed stays failed.
+    """
+    monkeypatch.setattr("srengine.consensus.applying.FLUSH_S", 1000)
+
+    async def main():
+        async with cluster(tmp_path, state_type=LateState) as c:
+            leader = await c.leader()
+            driver = leader.driver
+            full = errors.DiskFull("no space")
+            driver.set_health(Health.FULL, full, of=GROUP)
+            driver.set_health(Health.SLOW, None)
+            await leader.propose(b"p0")  # a turn of the log, which is well after it
+            assert driver.health is Health.FULL
+            driver.set_health(Health.FULL, full, of="other")
+            driver.set_health(Health.OK, None, of="other")
+            assert driver.health is Health.FULL
+            driver.set_health(Health.OK, None, of=GROUP)
+            assert driver.health is Health.OK
+            driver.set_health(Health.FULL, full, of=GROUP)
+            driver.fail_group(driver._group(GROUP), errors.CorruptionError("a row is damaged"))
+            assert driver.health is Health.OK
+            assert leader.health == [Health.FULL, Health.OK, Health.FULL, Health.OK]
+            driver.set_health(Health.FENCED, errors.TabletFenced("io", reason="io-error"))
+            driver.set_health(Health.OK, None)
+            assert driver.health is Health.FENCED
 
     run(main())
 
