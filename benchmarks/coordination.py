@@ -262,10 +262,14 @@ class JournalCluster:
 
         Instead of `start`; the loop has to go on while the node lives.
         """
+        import gc
+        import sys
+
         from srengine.node.interpreter import take_over_interpreter
         from tests.journal_node import JournalNode, prepare
 
         own, *others = self._nodes
+        before = gc.get_threshold(), sys.getswitchinterval()
         for node in others:
             node.start()
         specification = own.specification
@@ -285,6 +289,9 @@ class JournalCluster:
             yield EmbeddedWriter(embedded)
         finally:
             await embedded.stop()
+            gc.unfreeze()
+            gc.set_threshold(*before[0])
+            sys.setswitchinterval(before[1])
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def take_over_interpreter() -> None:
     processor time.
 
     *Threads.* The event loop does not wait for the length of a message's whole way while a thread prepares rows for the
-    disk: a tenth off the median of a write, a third off its 99th percentile.
+    disk: a tenth off the median of a write, a fifth off its 99th percentile.
     """
     gc.collect()
     gc.freeze()

@@ -236,8 +236,7 @@ class Callee(Connection):
         if serving.reservation is not None:
             serving.reservation.release()
         inline = total <= limits.PART_BYTES_MAX
-        send = self.say if len(self._serving) == 1 else self.post
-        send(answer, attachments if inline else ())
+        self.post(answer, attachments if inline else (), alone=len(self._serving) == 1)
         if inline or self.closed is not None:
             del self._serving[number]
         else:

@@ -116,8 +116,8 @@ class Caller(Connection):
         inline = total <= limits.PART_BYTES_MAX
         if not inline:
             pending.outgoing = Outgoing(number, attachments)
-        send = self.say if len(self._pending) == 1 else self.post
-        send(Ask(number, kind, body, sizes, int(timeout_s * 1000)), attachments if inline else ())
+        ask = Ask(number, kind, body, sizes, int(timeout_s * 1000))
+        self.post(ask, attachments if inline else (), alone=len(self._pending) == 1)
         timer = self.loop.call_at(deadline, self._time_out, number, timeout_s)
         try:
             return await pending.future
@@ -176,9 +176,9 @@ class Caller(Connection):
             return False
         self._posted_bytes += len(body)
         if len(body) <= limits.ENVELOPES_BYTES_TARGET:
-            self.say(Post(kind, msgspec.Raw(body), self._posted_bytes))
+            self.post(Post(kind, msgspec.Raw(body), self._posted_bytes), alone=True)
         else:
-            self.say(Post(kind, NOTHING, self._posted_bytes, len(body)), (body,))
+            self.post(Post(kind, NOTHING, self._posted_bytes, len(body)), (body,), alone=True)
         return True
 
     # --- streams -----------------------------------------------------------------------------------------------------

@@ -68,22 +68,21 @@ class Connection:
 
     # --- leaving -----------------------------------------------------------------------------------------------------
 
-    def post(self, envelope: Envelope, chunks: Sequence[Buffer] = ()) -> None:
-        """Send an envelope with its data in this turn of the loop; dropped when the connection has ended."""
+    def post(self, envelope: Envelope, chunks: Sequence[Buffer] = (), *, alone: bool = False) -> None:
+        """Send an envelope with its data in this turn of the loop; dropped when the connection has ended.
+
+        ``alone``: nothing will join it, so it leaves now, unless something waits to leave before it.
+        """
         if self.closed is not None:
             return
         self._out.append((envelope, chunks))
-        if not self._flush_due:
+        if self._flush_due:
+            return
+        if alone:
+            self.flush()
+        else:
             self._flush_due = True
             self.loop.call_soon(self.flush)
-
-    def say(self, envelope: Envelope, chunks: Sequence[Buffer] = ()) -> None:
-        """`post` for what nothing else will join: send it now, unless something waits to leave anyway."""
-        if self.closed is not None:
-            return
-        self._out.append((envelope, chunks))
-        if not self._flush_due:
-            self.flush()
 
     def flush(self) -> None:
         """Send what is queued, in as few frames as the bounds allow."""

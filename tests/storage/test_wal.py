@@ -22,6 +22,7 @@ from srengine._native import wal as kernel
 from srengine.storage import wal
 from srengine.storage.wal import Place, WriteAheadLog
 from tests.reference import wal as reference
+from tests.storage.logged.stores import writing_to
 
 SECTOR, ROOM = reference.SECTOR, reference.ROOM
 identities = st.integers(0, (1 << 64) - 1)
@@ -543,17 +544,9 @@ def test_what_a_loss_of_power_leaves_is_read_as_described(tmp_path_factory, data
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
 def full_disk(log):
     """Let every write of an open log meet a full disk."""
-    kept, full = os.dup(log._fd), os.open("/dev/full", os.O_RDWR)
-    os.dup2(full, log._fd)
-    try:
-        yield
-    finally:
-        os.dup2(kept, log._fd)
-        os.close(kept)
-        os.close(full)
+    return writing_to(log, "/dev/full", os.O_RDWR)
 
 
 @pytest.mark.parametrize("left", range(6))

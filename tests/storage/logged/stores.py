@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from srengine import errors
-from srengine.storage import wal
+from srengine.storage import fences, wal
 from srengine.storage.logged import LoggedStore
 from srengine.storage.metadata import MetadataStore
 
@@ -140,9 +140,8 @@ def both(store):
 
 
 @contextlib.contextmanager
-def log_on(store, path, flags):
-    """Let an open store write its log to another file."""
-    log = store._log
+def writing_to(log, path, flags):
+    """Let an open write-ahead log write to another file."""
     kept, other = os.dup(log._fd), os.open(path, flags)
     os.dup2(other, log._fd)
     try:
@@ -151,6 +150,19 @@ def log_on(store, path, flags):
         os.dup2(kept, log._fd)
         os.close(kept)
         os.close(other)
+
+
+def log_on(store, path, flags):
+    """Let an open store write its log to another file."""
+    return writing_to(store._log, path, flags)
+
+
+def check_fenced_for_good(store):
+    """Close a store that fenced itself: it does not open any more, and says why."""
+    store.close()
+    assert fences.read_fence(store.path).reason == "io-error"
+    with pytest.raises(errors.TabletFenced):
+        LoggedStore.open(store.path)
 
 
 def fenced(store):

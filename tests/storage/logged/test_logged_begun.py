@@ -12,7 +12,7 @@ import pytest
 
 from srengine import errors
 from srengine.storage import fences, logged, wal
-from srengine.storage.logged import LoggedStore, recover_logged
+from srengine.storage.logged import recover_logged
 from srengine.storage.metadata_rows import read_offline
 from tests.storage.logged.stores import (
     SMALL,
@@ -21,6 +21,7 @@ from tests.storage.logged.stores import (
     both,
     calls,
     changing,
+    check_fenced_for_good,
     crashed,
     fill,
     fill_log,
@@ -290,10 +291,7 @@ def test_an_input_output_error_at_the_finish_fences(store):
     for call in (*calls(store), lambda: store.begin(changing("t", {b"k": b"v"}))):
         with pytest.raises(errors.TabletFenced):
             call()
-    store.close()
-    assert fences.read_fence(store.path).reason == "io-error"
-    with pytest.raises(errors.TabletFenced):
-        LoggedStore.open(store.path)
+    check_fenced_for_good(store)
     recover_logged(store.path)
     with opened(store.path) as again:
         assert [key for key, _ in again.scan("t")] == [b"pending", b"settled"]

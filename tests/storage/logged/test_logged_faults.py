@@ -11,7 +11,7 @@ import pytest
 
 from srengine import errors
 from srengine.storage import fences, logged, metadata, wal
-from srengine.storage.logged import LoggedStore, recover_logged
+from srengine.storage.logged import recover_logged
 from srengine.storage.metadata import MetadataStore
 from tests.storage.logged.stores import (
     Disk,
@@ -20,6 +20,7 @@ from tests.storage.logged.stores import (
     calls,
     change,
     changing,
+    check_fenced_for_good,
     crashed,
     damage_place,
     damage_wal,
@@ -292,10 +293,7 @@ def test_a_log_that_cannot_be_written_fences(store):
     for call in calls(store):
         with pytest.raises(errors.TabletFenced):
             call()
-    store.close()
-    assert fences.read_fence(store.path).reason == "io-error"
-    with pytest.raises(errors.TabletFenced):
-        LoggedStore.open(store.path)
+    check_fenced_for_good(store)
     recover_logged(store.path)
     assert fences.read_fence(store.path) is None
     recover_logged(store.path)
