@@ -32,18 +32,18 @@ class Metrics:
             series = self._series(name)
             series[key] = series.get(key, 0) + amount
 
-    def counter(self, name: str, **labels: str) -> Callable[[], None]:
-        """Return what adds 1 to this counter: `add` for a place that counts with every frame."""
+    def counter(self, name: str, **labels: str) -> Callable[..., None]:
+        """Return what adds to this counter, 1 unless said: `add` for a place that counts with every frame."""
         key = tuple(sorted(labels.items()))
         lock = self._lock
         with lock:
             series = self._series(name)
 
-        def add_one() -> None:
+        def add(amount: float = 1) -> None:
             with lock:
-                series[key] = series.get(key, 0) + 1
+                series[key] = series.get(key, 0) + amount
 
-        return add_one
+        return add
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""

@@ -64,7 +64,7 @@ def is_sound_configuration(configuration: Configuration) -> bool:
 
 
 def _are_numbers(*values: int) -> bool:
-    return all(0 <= value <= NUMBER_MAX for value in values)
+    return min(values) >= 0 and max(values) <= NUMBER_MAX
 
 
 def _is_place(index: int, term: int) -> bool:

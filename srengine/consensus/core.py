@@ -25,7 +25,7 @@ from srengine.consensus.effects import (
 from srengine.consensus.entries import Configuration, HardState
 from srengine.consensus.messages import Install, Message
 from srengine.consensus.roles import Candidate, Follower, Inquiry, Leader, PreCandidate, State
-from srengine.consensus.view import LogView
+from srengine.consensus.view import Handed, LogView
 from srengine.types import NodeId
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ class Core:
         self._reads: list[ReadReady] = []
         self._install: InstallState | None = None
         self._roles: list[RoleChanged] = []
-        self._handed: list[tuple[int, int]] = []
-        """(index, bytes) of entries handed out and not applied yet."""
+        self._handed = Handed()
         self._inquiry: Inquiry | None = None
         """What the leader was asked."""
         self._unasked: deque[tuple[int, float]] = deque()

@@ -43,6 +43,7 @@ from srengine import errors, limits
 from srengine.clock import Clock
 from srengine.consensus.applying import Applying
 from srengine.consensus.effects import (
+    NOTHING,
     Effects,
     Hint,
     Input,
@@ -350,7 +351,7 @@ class Driver:
                 if group.name in self._fresh:
                     break
                 effects = machine.drain()
-                if not effects:
+                if effects is NOTHING:
                     break
                 if effects.persist is not None:
                     assert not group.busy, group.name
@@ -523,19 +524,20 @@ class Driver:
     # --- sending -----------------------------------------------------------------------------------------------------
 
     def _send(self) -> None:
-        for target, messages in self._outbox.take():
-            channel = self._channel(target)
-            if channel is None:
-                self.metrics.add("srengine_consensus_messages_unroutable_total", len(messages))
-                continue
-            self._greet.discard(target)
-            for bundle in bundles(messages):
-                channel.post(bundle)
+        if self._outbox.messages:
+            for target, messages in self._outbox.take():
+                channel = self._channel(target)
+                if channel is None:
+                    self.metrics.add("srengine_consensus_messages_unroutable_total", len(messages))
+                    continue
+                self._greet.discard(target)
+                for bundle in bundles(messages):
+                    channel.post(bundle)
         while self._greet:
             channel = self._channel(self._greet.pop())
             if channel is not None:
                 channel.post(_GREETING)
-        if self._outbox.holds and self._news_timer is None:
+        if self._outbox.news and self._news_timer is None:
             self._news_timer = self._loop.call_later(NEWS_S, self._send_news)
 
     def _send_news(self) -> None:

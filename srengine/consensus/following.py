@@ -23,23 +23,25 @@ class Following(Election):
         if self._is_over(message):
             self._refuse_term(message)
             return False
-        if message.term == self.term and self.leader not in {None, message.sender}:
+        if message.term == self.hard_state.term and self.leader not in {None, message.sender}:
             # Two leaders in one term, or a member that lies.
             self._drop("second leader")
             return False
-        if message.term > self.term or not isinstance(self.state, Follower):
+        term = self.hard_state.term
+        if message.term > term or not isinstance(self.state, Follower):
             self._become_follower(message.term, message.sender, "a leader was heard")
         state = self.state
         assert isinstance(state, Follower), state
         if not self.trusted and not self.hard_state.vote:
             # So that its forgotten vote of this term is not given a second time: see `machine`, "Trust".
             self.hard_state = HardState(self.term, message.sender)
-        state.leader = message.sender
         state.round = max(state.round, message.round)
         state.campaign_at = self.now + state.timeout_s
         state.early_campaigns = 0
         self._promise()
-        self._announce("a leader was heard")
+        if state.leader is None:
+            state.leader = message.sender
+            self._announce("a leader was heard")
         return True
 
     def _is_over(self, message: Append | Install) -> bool:
@@ -111,10 +113,12 @@ class Following(Election):
             self._drop("contradicts committed")
             return
         if fresh:
+            before = self.view.configuration
             self.view.append(fresh)
+            if self.view.configuration is not before:
+                self._announce("the configuration changed")
         self._learn_commit(min(message.commit_index, match_index))
         self._regain_trust(message, match_index)
-        self._announce("the configuration changed")
         self._reply(message, success=True, match_index=match_index)
 
     def _fits(self, index: int, term: int) -> bool:
@@ -176,7 +180,7 @@ class Following(Election):
         self._learn_commit(floor.index)
         self.handed_index = max(self.handed_index, floor.index)
         self.applied_index = max(self.applied_index, floor.index)
-        self._handed = [(index, size) for index, size in self._handed if index > floor.index]
+        self._handed.drop(floor.index)
         self._announce("the configuration changed")
         state = self.state
         if isinstance(state, Follower) and state.leader is not None:

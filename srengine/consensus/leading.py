@@ -135,13 +135,15 @@ class Leading(Replication):
     # --- calling committed -------------------------------------------------------------------------------------------
 
     def _advance(self, leader: Leader) -> None:
-        self._count_contact(leader)
         self._maybe_commit(leader)
         if self.state is not leader:
             return
-        self._answer_reads(leader)
-        self._go_on_with_transfer(leader)
-        self._bid_farewell(leader)
+        if leader.reads:
+            self._answer_reads(leader)
+        if leader.transfer is not None:
+            self._go_on_with_transfer(leader)
+        if leader.departing:
+            self._bid_farewell(leader)
 
     def _maybe_commit(self, leader: Leader) -> bool:
         """Move the commit index on if a majority holds more; return whether it did."""
@@ -158,12 +160,10 @@ class Leading(Replication):
 
     def _may_commit(self, index: int) -> bool:
         """Whether what a majority holds at ``index`` is decided: only if the entry is of the own term."""
-        return self.view.term_at(index) == self.term
+        return self.view.term_at(index) == self.hard_state.term
 
     def _bid_farewell(self, leader: Leader) -> None:
         """Forget removed nodes that know it, or that could not be told for long enough."""
-        if not leader.departing:
-            return
         for node, departing in sorted(leader.departing.items()):
             peer = leader.peers[node]
             if (
@@ -208,8 +208,7 @@ class Leading(Replication):
     def _go_on_with_transfer(self, leader: Leader) -> None:
         """Tell the target to campaign once it holds everything; the lease is given up before."""
         transfer = leader.transfer
-        if transfer is None:
-            return
+        assert transfer is not None, "nothing is handed over"
         peer = leader.peers.get(transfer.target)
         if peer is not None and leader.leases and peer.match_index == self.view.last_index:
             self._send_timeout_now(leader, transfer.target)
@@ -265,7 +264,7 @@ class Leading(Replication):
         return None
 
     def _contact_deadline(self, leader: Leader) -> float:
-        if len(self.configuration.voters) == 1:
+        if len(self.view.configuration.voters) == 1:
             # Nobody else is asked: the time alone moves it. Else answers do, and each is counted when it comes.
             self._count_contact(leader)
         return max(leader.contact_at, leader.elected_at) + self.timing.election_s_min
@@ -275,7 +274,5 @@ class Leading(Replication):
         return float("inf") if since is None else since + self.timing.election_s_min
 
     def _leader_deadline(self, leader: Leader) -> float:
-        times = [leader.heartbeat_at, self._contact_deadline(leader), self._disk_deadline()]
-        if leader.transfer is not None:
-            times.append(leader.transfer.until)
-        return min(times)
+        deadline = min(leader.heartbeat_at, self._contact_deadline(leader), self._disk_deadline())
+        return deadline if leader.transfer is None else min(deadline, leader.transfer.until)

@@ -107,7 +107,6 @@ from srengine.consensus.messages import (
 )
 from srengine.consensus.progress import Progress
 from srengine.consensus.roles import Candidate, Follower, Leader, PreCandidate
-from srengine.consensus.view import size_of
 from srengine.limits import APPLY_BYTES_MAX
 from srengine.types import NodeId
 
@@ -197,7 +196,7 @@ class RaftMachine(Following):
         """Whether an answer or question tells that its sender has moved on to a later term."""
         match message:
             case AppendReply() | ReadIndex():
-                return message.term > self.term
+                return message.term > self.hard_state.term
             case VoteReply():
                 return message.term > self.term and not (message.pre and message.granted)
             case _:
@@ -223,7 +222,7 @@ class RaftMachine(Following):
     def _on_applied(self, index: int) -> None:
         assert self.applied_index <= index <= self.handed_index, (self.applied_index, index, self.handed_index)
         self.applied_index = index
-        self._handed = [(handed, size) for handed, size in self._handed if handed > index]
+        self._handed.drop(index)
 
     def _on_trimmed(self, trimmed: Trimmed) -> None:
         assert trimmed.floor.index <= self.applied_index, (trimmed.floor.index, self.applied_index)
@@ -234,19 +233,23 @@ class RaftMachine(Following):
     # --- out ---------------------------------------------------------------------------------------------------------
 
     def drain(self) -> Effects:
-        """Return what there is to do now, once."""
-        if isinstance(self.state, Leader):
-            self._begin_reads(self.state)
+        """Return what there is to do now, once; `effects.NOTHING` itself when there is nothing."""
+        leader = self.state
+        if isinstance(leader, Leader):
+            if leader.reads:
+                self._begin_reads(leader)
             if self.persisting_since is None:
-                self._replicate(self.state)
-        else:
+                self._replicate(leader)
+        elif self._unasked or self._inquiry is not None:
             self._ask_leader()
         apply = self._take_apply()
         effects = NOTHING
+        if self._state_on_way:
+            # Only a group of one voter leads before its term is durable; its learners hear of it when it is.
+            self._send.clear()
         if self._send or apply or self._refused or self._reads or self._roles or self._install is not None:
             effects = Effects(
-                # Only a group of one voter leads before its term is durable; its learners hear of it when it is.
-                send=() if self._state_on_way else tuple(self._send),
+                send=tuple(self._send),
                 apply=apply,
                 refused=tuple(self._refused),
                 reads=tuple(self._reads),
@@ -255,7 +258,7 @@ class RaftMachine(Following):
             )
             self._send, self._refused, self._reads, self._roles = [], [], [], []
             self._install = None
-            if effects and self._is_free_of_persist():
+            if self._is_free_of_persist():
                 return effects
         accepted, self._accepted = tuple(self._accepted), []
         persist = self._take_persist()
@@ -289,11 +292,11 @@ class RaftMachine(Following):
         stop = min(self.commit_index, held) + 1
         if self.installing is not None or self.persisting_since is not None or self.handed_index + 1 >= stop:
             return ()
-        room = APPLY_BYTES_MAX - sum(size for _, size in self._handed)
+        room = APPLY_BYTES_MAX - self._handed.bytes
         if room <= 0:
             return ()
         entries = self.view.entries(self.handed_index + 1, stop, room)
-        self._handed += [(entry.index, size_of(entry)) for entry in entries]
+        self._handed.add(entries)
         self.handed_index = entries[-1].index
         return entries
 
@@ -305,7 +308,9 @@ class RaftMachine(Following):
                 own = self._leader_deadline(self.state)
             case Follower() | PreCandidate() | Candidate():
                 own = float("inf") if self.persisting_since is not None else self.state.campaign_at
-        return min(own, self._reads_deadline())
+        if self._unasked or self._inquiry is not None:
+            own = min(own, self._reads_deadline())
+        return own
 
     # --- what everybody may ask --------------------------------------------------------------------------------------
 

@@ -27,42 +27,38 @@ class Outbox:
     """Messages of all groups that leave at the end of the turn, and news that is held back."""
 
     def __init__(self) -> None:
-        self._messages: dict[NodeId, list[Message]] = {}
-        self._news: dict[tuple[NodeId, str], Append] = {}
-        """At most one a node and group."""
+        self.messages: dict[NodeId, list[Message]] = {}
+        """To be sent; see `take`."""
+        self.news: dict[tuple[NodeId, str], Append] = {}
+        """Held back, at most one a node and group; see `release`."""
         self._rounds: dict[tuple[NodeId, str], tuple[int, int]] = {}
         """(term, round) of the last `Append` to a node in a group: another one that asks nothing new is news."""
-
-    @property
-    def holds(self) -> bool:
-        """Whether news is held back."""
-        return bool(self._news)
 
     def post(self, target: NodeId, message: Message) -> None:
         """Have a message sent, or held back."""
         if isinstance(message, Append):
             key = (target, message.group)
-            self._news.pop(key, None)
+            self.news.pop(key, None)
             asked = (message.term, message.round)
             if not message.entries and self._rounds.get(key) == asked:
-                self._news[key] = message
+                self.news[key] = message
                 return
             self._rounds[key] = asked
         elif isinstance(message, ReadIndexReply):
-            news = self._news.pop((target, message.group), None)
+            news = self.news.pop((target, message.group), None)
             if news is not None:
-                self._messages.setdefault(target, []).append(news)
-        self._messages.setdefault(target, []).append(message)
+                self.messages.setdefault(target, []).append(news)
+        self.messages.setdefault(target, []).append(message)
 
     def release(self) -> None:
         """Have everything sent that was held back."""
-        news, self._news = self._news, {}
+        news, self.news = self.news, {}
         for (target, _), message in news.items():
-            self._messages.setdefault(target, []).append(message)
+            self.messages.setdefault(target, []).append(message)
 
     def take(self) -> list[tuple[NodeId, list[Message]]]:
         """Return what is to be sent now, and forget it."""
-        messages, self._messages = self._messages, {}
+        messages, self.messages = self.messages, {}
         return list(messages.items())
 
 

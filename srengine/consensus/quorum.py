@@ -3,7 +3,7 @@
 Any two majorities of one configuration have a voter in common, and so have a majority of one configuration and a
 majority of another that differs by one voter: all of Raft's safety is built on that.
 
->>> agreed(("a", "b", "c"), {"a": 7, "b": 3, "c": 5}.__getitem__)
+>>> agreed([7, 3, 5])
 5
 >>> vote(("a", "b", "c"), {"a": True, "b": True}), vote(("a", "b", "c"), {"a": True, "b": False})
 (<Outcome.WON: 'won'>, <Outcome.OPEN: 'open'>)
@@ -12,7 +12,7 @@ majority of another that differs by one voter: all of Raft's safety is built on 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from srengine.types import NodeId
@@ -33,10 +33,10 @@ def majority(voters: int) -> int:
     return voters // 2 + 1
 
 
-def agreed(voters: Sequence[NodeId], value_of: Callable[[NodeId], Value]) -> Value:
-    """Return the largest value that a majority of the voters has reached, each having reached ``value_of`` it."""
-    assert voters, "a group without voters agrees on nothing"
-    return sorted([value_of(voter) for voter in voters])[len(voters) - majority(len(voters))]
+def agreed(reached: Sequence[Value]) -> Value:
+    """Return the largest value that a majority has reached, of what each of the voters has ``reached``."""
+    assert reached, "a group without voters agrees on nothing"
+    return sorted(reached)[(len(reached) - 1) // 2]
 
 
 def vote(voters: Sequence[NodeId], votes: Mapping[NodeId, bool]) -> Outcome:

@@ -80,8 +80,8 @@ class Reading(Core):
         return until
 
     def _begin_reads(self, leader: Leader) -> None:
-        """Begin a round for the reads that have none, unless one is open."""
-        if leader.reads and leader.reads[0].round == 0 and self._term_settled(leader):
+        """Begin a round for the reads that have none, unless one is open; there are reads."""
+        if leader.reads[0].round == 0 and self._term_settled(leader):
             self._begin_round(leader)
             self._answer_reads(leader)
 
@@ -96,8 +96,6 @@ class Reading(Core):
 
     def _answer_reads(self, leader: Leader) -> None:
         """Answer the reads whose round a majority has answered."""
-        if not leader.reads:
-            return
         confirmed = self._confirmed_round(leader)
         while leader.reads and 0 < leader.reads[0].round <= confirmed:
             read = leader.reads.popleft()
@@ -105,11 +103,10 @@ class Reading(Core):
 
     def _confirmed_round(self, leader: Leader) -> int:
         """Return the newest round after whose beginning a majority of the voters still followed."""
-
-        def acked(voter: NodeId) -> int:
-            return leader.round if voter == self.node_id else leader.peers[voter].acked_round
-
-        return quorum.agreed(self.configuration.voters, acked)
+        own, peers = self.node_id, leader.peers
+        return quorum.agreed(
+            [leader.round if voter == own else peers[voter].acked_round for voter in self.configuration.voters]
+        )
 
     def _fail_reads(self, leader: Leader) -> None:
         for read in leader.reads:

@@ -48,15 +48,18 @@ class Replication(Reading):
     def _replicate(self, leader: Leader) -> None:
         """Send to everybody what may be sent."""
         last_index, commit_index = self.view.last_index, self.commit_index
-        if all(peer.next_index > last_index and peer.commit_sent >= commit_index for peer in leader.peers.values()):
+        for peer in leader.peers.values():
+            if peer.next_index <= last_index or peer.commit_sent < commit_index:
+                break
+        else:
             return
         for target, peer in sorted(leader.peers.items()):
-            while peer.next_index <= self.view.last_index and peer.may_send():
+            while peer.next_index <= last_index and peer.may_send():
                 if self._needs_state(peer):
                     self._offer_state(leader, target, peer)
                     break
                 self._send_append(leader, target, peer, bytes_max=limits.APPEND_BYTES_MAX)
-            if peer.flow is Flow.REPLICATE and peer.commit_sent < self.commit_index and not self._needs_state(peer):
+            if peer.commit_sent < commit_index and peer.flow is Flow.REPLICATE and not self._needs_state(peer):
                 # Nothing to send but the news that more is committed: followers answer reads, too. (A peer whose window
                 # is full may need what was trimmed meanwhile: the next heartbeat offers the state.)
                 self._send_append(leader, target, peer, bytes_max=0)
@@ -67,18 +70,18 @@ class Replication(Reading):
 
     def _send_append(self, leader: Leader, target: NodeId, peer: Progress, *, bytes_max: int) -> None:
         """Send one message with entries up to ``bytes_max``; 0: none."""
-        previous_index = peer.next_index - 1
+        previous_index, last_index = peer.next_index - 1, self.view.last_index
         previous_term = self.view.term_at(previous_index)
-        assert previous_term is not None, (previous_index, self.view.floor, self.view.last_index)
+        assert previous_term is not None, (previous_index, self.view.floor, last_index)
         entries = (
-            self.view.entries(peer.next_index, self.view.last_index + 1, bytes_max)
-            if bytes_max and peer.next_index <= self.view.last_index
+            self.view.entries(previous_index + 1, last_index + 1, bytes_max)
+            if bytes_max and previous_index < last_index
             else ()
         )
         confirmed = peer.barrier if 0 < peer.barrier <= self.commit_index else 0
         message = Append(
             group=self.group,
-            term=self.term,
+            term=self.hard_state.term,
             sender=self.node_id,
             previous_index=previous_index,
             previous_term=previous_term,
@@ -113,7 +116,7 @@ class Replication(Reading):
 
     def _on_append_reply(self, message: AppendReply) -> None:
         leader = self.state
-        if message.term != self.term or message.round == 0 or not isinstance(leader, Leader):
+        if message.term != self.hard_state.term or message.round == 0 or not isinstance(leader, Leader):
             self._drop("late")
             return
         peer = leader.peers.get(message.sender)
@@ -124,7 +127,10 @@ class Replication(Reading):
             self._drop("malformed")
             return
         peer.heard_at = self.now
+        known_round = peer.acked_round
         self._hear_trust(leader, peer, message)
+        if peer.acked_round != known_round:
+            self._count_contact(leader)
         if message.success:
             self._hear_match(peer, message)
         else:
@@ -170,16 +176,13 @@ class Replication(Reading):
 
     def _count_contact(self, leader: Leader) -> None:
         """Find the newest moment after which a majority is known to have followed."""
-
-        def acked(voter: NodeId) -> float:
-            return self.now if voter == self.node_id else leader.peers[voter].acked_at
-
-        leader.contact_at = max(leader.contact_at, quorum.agreed(self.configuration.voters, acked))
+        own, peers = self.node_id, leader.peers
+        acked = [self.now if voter == own else peers[voter].acked_at for voter in self.view.configuration.voters]
+        leader.contact_at = max(leader.contact_at, quorum.agreed(acked))
 
     def _held_by_majority(self, leader: Leader) -> int:
         """Return the highest index that a majority of voters holds durably."""
-
-        def held(voter: NodeId) -> int:
-            return self.view.durable_index if voter == self.node_id else leader.peers[voter].counted_index
-
-        return quorum.agreed(self.configuration.voters, held)
+        own, peers, durable_index = self.node_id, leader.peers, self.view.durable_index
+        return quorum.agreed(
+            [durable_index if voter == own else peers[voter].counted_index for voter in self.view.configuration.voters]
+        )

@@ -43,7 +43,7 @@ class Machine(Protocol):
         ...
 
     def drain(self) -> Effects:
-        """Return what is to be done; false when there is nothing."""
+        """Return what is to be done; `effects.NOTHING` itself when there is nothing."""
         ...
 
 

@@ -15,6 +15,7 @@ ones, ``durable_index`` goes back to before them at once: what is being replaced
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 
 from srengine.consensus.effects import LogReader
@@ -30,6 +31,28 @@ def size_of(entry: Entry) -> int:
     return len(entry.data) + ENTRY_OVERHEAD_BYTES
 
 
+class Handed:
+    """Entries that were handed out to be applied, and that the state machine does not hold durably yet."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        """Of all of them."""
+        self._sizes: deque[tuple[int, int]] = deque()
+        """(index, bytes), in order."""
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Take note of what was handed out, behind all that was before."""
+        for entry in entries:
+            size = size_of(entry)
+            self._sizes.append((entry.index, size))
+            self.bytes += size
+
+    def drop(self, index: int) -> None:
+        """Take note that everything up to ``index`` is durable."""
+        while self._sizes and self._sizes[0][0] <= index:
+            self.bytes -= self._sizes.popleft()[1]
+
+
 class LogView:
     """One group's log. The driver changes what `LogReader` shows only as `Effects.persist` and trimming say."""
 
@@ -37,6 +60,10 @@ class LogView:
         self._log = log
         self.floor: Floor = log.floor
         self.durable_index: int = log.last_index
+        self.last_index: int = log.last_index
+        """Index of the last entry, durable or not."""
+        self.configuration: Configuration = log.floor.configuration
+        """The configuration in force: the last one in the log, committed or not."""
         self._pending: list[Entry] = []
         self._starts: list[int] = []
         """First index of each run of equal terms; the first one is the floor's."""
@@ -47,7 +74,8 @@ class LogView:
 
     def _load(self) -> None:
         self.floor = self._log.floor
-        self.durable_index = self._log.last_index
+        self.durable_index = self.last_index = self._log.last_index
+        self.configuration = self.floor.configuration
         self._pending = []
         self._starts, self._terms = [self.floor.index], [self.floor.term]
         self._configurations = [(self.floor.index, self.floor.configuration)]
@@ -65,13 +93,9 @@ class LogView:
             self._terms.append(entry.term)
         if entry.configuration is not None:
             self._configurations.append((entry.index, entry.configuration))
+            self.configuration = entry.configuration
 
     # --- looking -----------------------------------------------------------------------------------------------------
-
-    @property
-    def last_index(self) -> int:
-        """Index of the last entry, durable or not."""
-        return self._pending[-1].index if self._pending else self.durable_index
 
     @property
     def last_term(self) -> int:
@@ -87,11 +111,6 @@ class LogView:
     def pending(self) -> tuple[Entry, ...]:
         """What is not durable."""
         return tuple(self._pending)
-
-    @property
-    def configuration(self) -> Configuration:
-        """The configuration in force: the last one in the log, committed or not."""
-        return self._configurations[-1][1]
 
     @property
     def configuration_index(self) -> int:
@@ -162,9 +181,11 @@ class LogView:
                 del self._starts[-1], self._terms[-1]
             while len(self._configurations) > 1 and self._configurations[-1][0] >= first:
                 del self._configurations[-1]
+            self.configuration = self._configurations[-1][1]
         for entry in entries:
             self._note(entry)
         self._pending.extend(entries)
+        self.last_index = entries[-1].index
 
     def persisted(self, last_index: int) -> None:
         """Take note that all of it is durable, as the driver says."""

@@ -67,6 +67,8 @@ class MetadataMachine:
         self.store = RecentStore(store, whole=[OUTCOME_TABLE])
         """Where the state is read from."""
         self._lock = threading.RLock()
+        self._applied: tuple[int, int] | None = None
+        """See `applied`; None: not read yet."""
         self._whole: set[object] = set()
         """One for each that reads or replaces the whole state now."""
         self._appliers: dict[str, Applier] = {}
@@ -100,7 +102,8 @@ class MetadataMachine:
     @property
     def applied(self) -> tuple[int, int]:
         """Index and term of the last applied entry, (0, 0) before the first."""
-        return _applied(self.store)
+        known = self._applied
+        return known if known is not None else _applied(self.store)
 
     def apply(self, index: int, term: int, command: Command | None) -> Outcome:
         """Apply the next entry durably; return what it came to."""
@@ -137,13 +140,18 @@ class MetadataMachine:
     def _apply_in(self, target: AbstractContextManager[Batch], entries: Sequence[Applying]) -> list[Outcome]:
         if not entries:
             return []
-        with _faults_of_the_disk(), target as transaction:
-            applied, _ = _applied(transaction)
-            outcomes = []
-            for applied, entry in enumerate(entries, applied + 1):  # noqa: B020  (it is the applied index)
-                assert entry.index == applied, (entry.index, applied)
-                outcomes.append(self._apply(transaction, entry))
-            transaction.put(STATE_TABLE, _APPLIED, _encode_applied(entries[-1].index, entries[-1].term))
+        last = entries[-1]
+        try:
+            with target as transaction:
+                applied, _ = self._applied if self._applied is not None else _applied(transaction)
+                outcomes = []
+                for applied, entry in enumerate(entries, applied + 1):  # noqa: B020  (it is the applied index)
+                    assert entry.index == applied, (entry.index, applied)
+                    outcomes.append(self._apply(transaction, entry))
+                transaction.put(STATE_TABLE, _APPLIED, _encode_applied(last.index, last.term))
+        except _LocalFaultError as fault:
+            raise fault.error from None
+        self._applied = last.index, last.term
         return outcomes
 
     def _apply(self, transaction: Batch, entry: Applying) -> Outcome:
@@ -240,7 +248,9 @@ class MetadataMachine:
                         yield table, key, value
                 yield STATE_TABLE, _APPLIED, _encode_applied(header.index, header.term)
 
+            self._applied = None
             self.store.replace_tables(self._tables, rows, bytes_expected=header.row_bytes)
+            self._applied = header.index, header.term
             return state.Described(header.index, header.term, digest.value(), header.rows)
 
     @contextlib.contextmanager
@@ -284,14 +294,6 @@ class _LocalFaultError(Exception):
     def __init__(self, error: errors.Error) -> None:
         super().__init__(error.message)
         self.error = error
-
-
-@contextlib.contextmanager
-def _faults_of_the_disk() -> Iterator[None]:
-    try:
-        yield
-    except _LocalFaultError as fault:
-        raise fault.error from None
 
 
 class _Guarded:

@@ -23,6 +23,7 @@ import contextlib
 import heapq
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 from srengine import errors
@@ -147,16 +148,12 @@ class RecentStore:
                 self._keep(changes.changes)
                 self._flushes += 1
 
-    @contextlib.contextmanager
-    def show(self, *, from_memory: bool = False) -> Iterator[Batch]:
+    def show(self, *, from_memory: bool = False) -> AbstractContextManager[Batch]:
         """Change rows: visible together at the end of the with-block, durable after `flush`; nothing if it fails.
 
         ``from_memory``: a read that would take a look at the store is `NotInMemoryError` instead.
         """
-        changes = Overlay(_Memory(self) if from_memory else self)
-        yield changes
-        with self._lock:
-            self._recent.update(changes.changes)
+        return _Showing(self, Overlay(_Memory(self) if from_memory else self))
 
     def flush(self, *, wait: bool = True) -> bool:
         """Make everything that is visible durable; return whether it is. Without ``wait`` nothing happens while
@@ -216,6 +213,22 @@ class RecentStore:
                     self._kept = {}
                     self._whole = dict.fromkeys(self._whole)
                     self._flushes += 1
+
+
+class _Showing:
+    """See `RecentStore.show`."""
+
+    def __init__(self, store: RecentStore, overlay: Overlay) -> None:
+        self._store = store
+        self._overlay = overlay
+
+    def __enter__(self) -> Batch:
+        return self._overlay
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            with self._store._lock:
+                self._store._recent.update(self._overlay.changes)
 
 
 class NotInMemoryError(Exception):

@@ -44,7 +44,7 @@ from srengine.storage.pages import DATA_NAME, PageFile
 from srengine.types import check_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator
     from types import TracebackType
 
 _TABLE: Final = "wal"
@@ -66,10 +66,12 @@ _decode: Final = msgspec.msgpack.Decoder(list[tuple[str, bytes, bytes | None]]).
 class LoggedTransaction:
     """Changes inside `LoggedStore.transaction`."""
 
-    __slots__ = ("_changes", "_is_open")
+    __slots__ = ("_changes", "_is_open", "_named")
 
-    def __init__(self, changes: list[_Change]) -> None:
+    def __init__(self, changes: list[_Change], named: Container[str]) -> None:
+        """``named``: tables whose names were looked at before."""
         self._changes = changes
+        self._named = named
         self._is_open = True
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
@@ -87,7 +89,8 @@ class LoggedTransaction:
     def _check(self, table: str) -> None:
         if not self._is_open:
             raise errors.Closed("this transaction of the metadata store is over")
-        check_name(table, "table")
+        if table not in self._named:
+            check_name(table, "table")
 
 
 class LoggedStore:
@@ -221,7 +224,7 @@ class LoggedStore:
                 raise errors.InvalidValue("a transaction of the metadata store is open in this thread already")
             self._store.check_usable()
             changes: list[_Change] = []
-            transaction = LoggedTransaction(changes)
+            transaction = LoggedTransaction(changes, self._pending)
             self._in_transaction = True
             try:
                 yield transaction
@@ -238,8 +241,10 @@ class LoggedStore:
         if record is None:
             self._settle(changes)
             return
-        with self._translated():
+        try:
             self._log.append(record)
+        except OSError as error:
+            raise self._fault(error) from error
         self._adopt(changes)
 
     def _record_of(self, changes: list[_Change]) -> bytes | None:
@@ -257,18 +262,15 @@ class LoggedStore:
         record = _encode(changes)
         return record if len(record) <= _RECORD_BYTES_MAX and self._log.fits(record) else None
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                raise files.from_os_error(error, "cannot write") from error
-            if error.errno == errno.ENOMEM:
-                raise MemoryError(str(error)) from error
-            text = f"cannot write the write-ahead log: {error}"
-            self._store.fence(text)
-            raise errors.TabletFenced(text, path=str(self.path), reason="io-error") from error
+    def _fault(self, error: OSError) -> errors.Error | MemoryError:
+        """Return what a failed write of the log is to the caller; the store is fenced if nobody knows what is there."""
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return files.from_os_error(error, "cannot write")
+        if error.errno == errno.ENOMEM:
+            return MemoryError(str(error))
+        text = f"cannot write the write-ahead log: {error}"
+        self._store.fence(text)
+        return errors.TabletFenced(text, path=str(self.path), reason="io-error")
 
     @property
     def done(self) -> int:
@@ -284,7 +286,7 @@ class LoggedStore:
         try:
             self._store.check_usable()
             changes: list[_Change] = []
-            transaction = LoggedTransaction(changes)
+            transaction = LoggedTransaction(changes, self._pending)
             try:
                 change(transaction)
             finally:
@@ -307,9 +309,10 @@ class LoggedStore:
         assert self._begun is not None
         (changes, record), self._begun = self._begun, None
         try:
-            with self._translated():
-                self._log.finish(self._appender, record)
+            self._log.finish(self._appender, record)
             self._adopt(changes)
+        except OSError as error:
+            raise self._fault(error) from error
         finally:
             os.read(self._done, 1)
             self._in_transaction = False

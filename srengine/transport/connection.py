@@ -112,6 +112,9 @@ class Connection:
         return False
 
     def _next_frame(self) -> Sequence[Buffer]:
+        if len(self._out) == 1:
+            envelope, attached = self._out.popleft()
+            return frames.pack((envelope,), [chunk for chunk in attached if len(chunk)] if attached else ())
         envelopes: list[Envelope] = []
         chunks: list[Buffer] = []
         body_bytes = data_bytes = 0

@@ -126,6 +126,7 @@ class _Accepted:
     inode: int | None
     since: float
     callee: Callee | None = None
+    """Who speaks on it, once it has said hello."""
 
 
 class _RouterWire:
@@ -137,6 +138,8 @@ class _RouterWire:
         self.descriptor = descriptor
         self.inode = sockets.inode_of(descriptor)
         self.callee: Callee | None = None
+        self.has_met = False
+        """Whether its hello was said, and the listener knows."""
         self.bytes_delivered = 0
         """Bytes of frames that have come to us."""
         self._listener = listener
@@ -184,12 +187,13 @@ class _Listener:
         assert isinstance(wire, _RouterWire), wire
         wire.bytes_delivered += sum(map(len, frames))
         callee.receive(frames[1:])
-        if callee.peer is None and callee.closed is None:
+        if wire.has_met or (callee.peer is None and callee.closed is None):
             return
         # NB: looked up again: receiving may have ended it.
-        accepted = self.accepted.get(_descriptor_of(callee))
+        accepted = self.accepted.get(wire.descriptor)
         if accepted is not None:
             accepted.callee = callee
+            wire.has_met = True
 
     def _meet(self, routing_id: bytes, frame: sockets.Frame) -> Callee | None:
         """Return a new connection's callee; it still has to say hello."""
@@ -234,7 +238,9 @@ class _Listener:
     def _event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
             inode = sockets.inode_of(value)
-            self.accepted[value] = _Accepted(inode, self._loop.time())
+            known = self.accepted.get(value)
+            if known is None or inode is None or known.inode != inode:  # else its first frame was quicker
+                self.accepted[value] = _Accepted(inode, self._loop.time())
             if len(self.accepted) > self._endpoint.connections_max:
                 self._metrics.add("srengine_transport_connections_shed_total", port=self.port)
                 sockets.cut_connection(value, inode)

@@ -28,7 +28,7 @@ from srengine.consensus.entries import Configuration, Entry, EntryKind, HardStat
 from srengine.consensus.machine import RaftMachine
 from srengine.consensus.messages import Append, Message
 from srengine.consensus.roles import Follower, Leader
-from srengine.consensus.view import LogView
+from srengine.consensus.view import Handed, LogView
 from tests.consensus.groups import GROUP, MemoryLog
 
 NAMES = ("a", "b", "c")
@@ -104,7 +104,8 @@ def clone(machine: RaftMachine) -> RaftMachine:
         made.state = replace(state)
     else:
         made.state = replace(state, votes=dict(state.votes))
-    made.dropped, made._handed, made._roles, made._send = {}, [], [], []
+    made.dropped, made._roles, made._send = {}, [], []
+    made._handed = Handed()
     made._accepted, made._refused, made._reads = [], [], []
     made._random = random.Random(0)
     return made

@@ -21,11 +21,11 @@ def test_news_is_held_and_goes_with_the_next_append():
     outbox.post(B, first)
     assert outbox.take() == [(B, [first])]
     outbox.post(B, append(1, 1))
-    assert outbox.holds
+    assert outbox.news
     assert outbox.take() == []
     second = append(1, 1, [entry(2)])
     outbox.post(B, second)
-    assert not outbox.holds
+    assert not outbox.news
     assert outbox.take() == [(B, [second])]
     outbox.release()
     assert outbox.take() == []
@@ -44,7 +44,7 @@ def test_news_is_sent_when_nothing_else_comes():
     assert dict(outbox.take()) == {
         target: [append(1, 2, group="journal"), append(1, 2, group="tablet")] for target in (B, C)
     }
-    assert not outbox.holds
+    assert not outbox.news
 
 
 def test_a_heartbeat_is_never_held():
@@ -54,7 +54,7 @@ def test_a_heartbeat_is_never_held():
     for beat in beats:
         outbox.post(B, beat)
     assert outbox.take() == [(B, beats)]
-    assert not outbox.holds
+    assert not outbox.news
 
 
 def test_an_answer_to_a_read_brings_the_news():
