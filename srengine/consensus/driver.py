@@ -83,8 +83,6 @@ from srengine.types import NodeId
 
 _logger = logging.getLogger(__name__)
 
-NEWS_S: Final = 0.01
-"""How long the news that more is committed may wait for a message to go with; see outbox.py."""
 INBOX_MESSAGES_MAX: Final = 4096
 """Messages of peers that wait for a busy group; later ones are dropped, as a network may."""
 INBOX_BYTES_MAX: Final = 64 * limits.MIB
@@ -143,8 +141,7 @@ class Driver:
         self._timer_at = 0.0
         self._to_apply: dict[str, Group] = {}
         """Groups that were given entries to apply in this turn."""
-        self._outbox = Outbox()
-        self._news_timer: asyncio.TimerHandle | None = None
+        self._outbox: Outbox = {}
         self._watched: dict[NodeId, PostChannel] = {}
         self._greet: set[NodeId] = set()
         """Nodes to be told that this one is here: they may be waiting out a back-off."""
@@ -390,7 +387,7 @@ class Driver:
         for read in effects.reads:
             waiting.read_ready(read, group.visible, group.role.leader)
         for outgoing in effects.send:
-            self._outbox.post(outgoing.target, outgoing.message)
+            self._outbox.setdefault(outgoing.target, []).append(outgoing.message)
         if effects.apply:
             group.to_apply.extend(effects.apply)
             self._to_apply[group.name] = group
@@ -524,8 +521,9 @@ class Driver:
     # --- sending -----------------------------------------------------------------------------------------------------
 
     def _send(self) -> None:
-        if self._outbox.messages:
-            for target, messages in self._outbox.take():
+        if self._outbox:
+            outbox, self._outbox = self._outbox, {}
+            for target, messages in outbox.items():
                 channel = self._channel(target)
                 if channel is None:
                     self.metrics.add("srengine_consensus_messages_unroutable_total", len(messages))
@@ -537,13 +535,6 @@ class Driver:
             channel = self._channel(self._greet.pop())
             if channel is not None:
                 channel.post(_GREETING)
-        if self._outbox.news and self._news_timer is None:
-            self._news_timer = self._loop.call_later(NEWS_S, self._send_news)
-
-    def _send_news(self) -> None:
-        self._news_timer = None
-        self._outbox.release()
-        self._send()
 
     def _channel(self, node: NodeId) -> PostChannel | None:
         channel = self._peers.channel(node)
@@ -563,9 +554,8 @@ class Driver:
         if self.stopped:
             return
         self.stopped = True
-        for timer in (self._timer, self._news_timer):
-            if timer is not None:
-                timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         for channel in self._watched.values():
             channel.on_down = None
         for group in self._groups.values():

@@ -284,6 +284,7 @@ class Timing:
     ``lease_s``: a voter promises, with every answer to a heartbeat, to vote for nobody for so long from receipt; the
     leader counts it from sending, less ``drift`` (a fraction). A voter that has just started promises it to whoever may
     have had its word. ``lease_reads``: whether a leader with a lease answers reads without asking the others.
+    ``news_s``: how long the news that more is committed may wait for a message to go with.
     """
 
     heartbeat_s: float = 0.1
@@ -292,7 +293,9 @@ class Timing:
     election_s_max: float = 2.0
     drift: float = 0.01
     lease_reads: bool = False
+    news_s: float = 0.0
 
     def __post_init__(self) -> None:
         assert 0 < self.heartbeat_s < self.lease_s <= self.election_s_min < self.election_s_max, self
         assert 0 <= self.drift < 1, self.drift
+        assert 0 <= self.news_s <= self.heartbeat_s, self.news_s

@@ -52,7 +52,9 @@ class Leading(Replication):
         nodes = self.configuration.nodes
         removals = {node: index for index, node in self._removals() if node in to_be_told}
         for node in sorted({*nodes, *removals} - {self.node_id}):
-            leader.peers.setdefault(node, Progress(next_index=self.view.durable_index + 1))
+            if node not in leader.peers:
+                leader.peers[node] = Progress(next_index=self.view.durable_index + 1)
+                leader.news_at = self.now
         for node in nodes:
             leader.departing.pop(node, None)
         for node, index in sorted(removals.items()):
@@ -151,9 +153,11 @@ class Leading(Replication):
         if index <= self.commit_index or not self._may_commit(index):
             return False
         self.commit_index = index
+        self._plan_news(leader)
         while leader.uncommitted and leader.uncommitted[0][0] <= index:
             leader.uncommitted_bytes -= leader.uncommitted.popleft()[1]
         if not self.is_voter and self.view.configuration_index <= index:
+            leader.news_at = self.now  # the last that they hear of it
             self._replicate(leader)
             self._abdicate(leader, "this node was removed")
         return True
@@ -275,4 +279,6 @@ class Leading(Replication):
 
     def _leader_deadline(self, leader: Leader) -> float:
         deadline = min(leader.heartbeat_at, self._contact_deadline(leader), self._disk_deadline())
+        if self.persisting_since is None and leader.news_at < deadline:
+            deadline = leader.news_at
         return deadline if leader.transfer is None else min(deadline, leader.transfer.until)

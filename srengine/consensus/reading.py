@@ -62,8 +62,14 @@ class Reading(Core):
     def _answer_read(self, origin: NodeId | None, token: int, index: int) -> None:
         if origin is None:
             self._reads.append(ReadReady(token, index))
-        else:
-            self._say(origin, ReadIndexReply(self.group, self.term, self.node_id, token, index))
+            return
+        if index and isinstance(self.state, Leader):
+            self._tell_asker(self.state, origin)
+        self._say(origin, ReadIndexReply(self.group, self.term, self.node_id, token, index))
+
+    def _tell_asker(self, leader: Leader, target: NodeId) -> None:
+        """Tell who asked what is committed, before the answer: it waits until it has applied that."""
+        raise NotImplementedError
 
     def _term_settled(self, leader: Leader) -> bool:
         """Whether an entry of the own term is committed: before that the commit index may be behind the truth."""

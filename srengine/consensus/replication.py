@@ -48,8 +48,11 @@ class Replication(Reading):
     def _replicate(self, leader: Leader) -> None:
         """Send to everybody what may be sent."""
         last_index, commit_index = self.view.last_index, self.commit_index
+        tell = self.now >= leader.news_at
+        if tell:
+            leader.news_at = float("inf")
         for peer in leader.peers.values():
-            if peer.next_index <= last_index or peer.commit_sent < commit_index:
+            if peer.next_index <= last_index or (tell and peer.commit_sent < commit_index):
                 break
         else:
             return
@@ -59,10 +62,27 @@ class Replication(Reading):
                     self._offer_state(leader, target, peer)
                     break
                 self._send_append(leader, target, peer, bytes_max=limits.APPEND_BYTES_MAX)
-            if peer.commit_sent < commit_index and peer.flow is Flow.REPLICATE and not self._needs_state(peer):
-                # Nothing to send but the news that more is committed: followers answer reads, too. (A peer whose window
-                # is full may need what was trimmed meanwhile: the next heartbeat offers the state.)
-                self._send_append(leader, target, peer, bytes_max=0)
+            if tell:
+                self._tell(leader, target, peer)
+
+    def _plan_news(self, leader: Leader) -> None:
+        """See to it that others hear before long that more is committed: they answer reads, too. As a rule it goes with
+        the next entries or the next heartbeat, which spares a message and its answer.
+        """
+        leader.news_at = min(leader.news_at, self.now + self.timing.news_s)
+
+    def _tell(self, leader: Leader, target: NodeId, peer: Progress) -> None:
+        """Send the news that more is committed, unless it was sent, or is to go with something else.
+
+        A peer whose window is full may need what was trimmed meanwhile: the next heartbeat offers the state.
+        """
+        if peer.commit_sent < self.commit_index and peer.flow is Flow.REPLICATE and not self._needs_state(peer):
+            self._send_append(leader, target, peer, bytes_max=0)
+
+    def _tell_asker(self, leader: Leader, target: NodeId) -> None:
+        peer = leader.peers.get(target)
+        if peer is not None:
+            self._tell(leader, target, peer)
 
     def _needs_state(self, peer: Progress) -> bool:
         """Whether the entries that the peer needs are gone here."""
@@ -135,6 +155,8 @@ class Replication(Reading):
             self._hear_match(peer, message)
         else:
             peer.refused(message.previous_index, self._next_to_try(message))
+        if peer.commit_sent < self.commit_index:
+            self._plan_news(leader)
         self._advance(leader)
 
     def _hear_trust(self, leader: Leader, peer: Progress, message: AppendReply) -> None:

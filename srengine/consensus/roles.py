@@ -110,6 +110,8 @@ class Leader:
     """Everybody else of the configuration, and those that are departing."""
     heartbeat_at: float
     """When the next heartbeat round is due."""
+    news_at: float = float("inf")
+    """When those hear that more is committed who were not told yet; infinite when nobody waits for it."""
     round: int = 0
     """The newest heartbeat round; counts from 1."""
     rounds: deque[tuple[int, float]] = field(default_factory=deque)

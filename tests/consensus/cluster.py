@@ -22,7 +22,7 @@ from srengine.transport.memory import Network
 from tests.consensus.logs import FIRST, NODES
 
 GROUP = "journal"
-TIMING = Timing(heartbeat_s=0.05, lease_s=0.4, election_s_min=0.8, election_s_max=1.6)
+TIMING = Timing(heartbeat_s=0.05, lease_s=0.4, election_s_min=0.8, election_s_max=1.6, news_s=0.01)
 
 
 class State:

@@ -917,6 +917,7 @@ def test_what_is_proposed_on_the_news_of_an_election_is_written_with_its_first_e
             await until(lambda: proposals)
             member, term, proposal = proposals[0]
             await proposal
+            await c.settled()  # the third one, too
             for node in c.members:
                 first = next(entries for entries in writes[node.id] if entries[0][0] == term)
                 assert [data for _, data in first] == [b"", b"p"], (turns, writes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from srengine import limits
 from srengine.consensus.effects import Timing
@@ -130,7 +130,7 @@ def draw(source: random.Random) -> Regime:
         delay_s_max=source.choice((0.001, 0.005, 0.04, lease_s * 0.4)),
         in_order=source.random() < 0.6,
     )
-    return Regime(
+    regime = Regime(
         hosts=hosts,
         voters=voters,
         groups=groups,
@@ -156,3 +156,6 @@ def draw(source: random.Random) -> Regime:
         ),
         weights=tuple(weights),
     )
+    # Drawn last, so that a seed's other dice are what they were before there was such a thing.
+    news_s = source.choice((0.0, 0.01, timing.heartbeat_s))
+    return replace(regime, timing=replace(timing, news_s=news_s))

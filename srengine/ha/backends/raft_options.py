@@ -11,6 +11,9 @@ from srengine import errors
 from srengine.consensus.effects import Timing
 from srengine.consensus.services import Bounds
 
+NEWS_S = 0.01
+"""See `effects.Timing`."""
+
 
 class RaftOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``heartbeat_s`` to ``drift``: see `effects.Timing`. ``entries_kept``: of the log, for nodes that lag a little;
@@ -33,7 +36,14 @@ class RaftOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def timing(self) -> Timing:
         """For the group's machine."""
-        return Timing(self.heartbeat_s, self.lease_s, self.election_s_min, self.election_s_max, self.drift)
+        return Timing(
+            self.heartbeat_s,
+            self.lease_s,
+            self.election_s_min,
+            self.election_s_max,
+            self.drift,
+            news_s=min(NEWS_S, self.heartbeat_s),
+        )
 
     @property
     def bounds(self) -> Bounds:
