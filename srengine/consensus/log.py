@@ -85,6 +85,9 @@ class GroupLog:
         self.damage: rows.Damage | None = found.damage
         """Set: this node may promise nothing in the group until it has caught up; see `NodeLog.heal`."""
         self.hard_state = found.hard_state if found.hard_state is not None else HardState()
+        self.prefix, _ = rows.group_range(name)
+        """Of the keys of its entries."""
+        self.tail_key = rows.group_key(name, rows.TAIL)
         self._log = log
         self._floor = found.floor
         self._floor_chain = found.floor_chain
@@ -295,9 +298,10 @@ class NodeLog:
         """
         if failpoints.planned("log.append.written") or failpoints.planned("log.append.committed"):
             return False
-        if any(self._cuts(name, persist) for name, persist in turn.items()):
-            return False
         changes = self._changes(turn)
+        for change in changes:
+            if change.cuts:
+                return False
 
         def write(transaction: LoggedTransaction) -> None:
             for change in changes:
@@ -318,9 +322,6 @@ class NodeLog:
         changes, self._begun = self._begun, []
         self._store.finish()
         self._adopt(changes)
-
-    def _cuts(self, name: str, persist: Persist) -> bool:
-        return bool(persist.entries) and persist.entries[0].index <= self._groups[name]._highest
 
     def _changes(self, turn: Mapping[str, Persist]) -> list[_Change]:
         return [_Change(self, self._groups[name], persist) for name, persist in sorted(turn.items())]
@@ -564,42 +565,41 @@ class _Saving:
 class _Change:
     """What one turn does to one group: `write` inside the transaction, `adopt` once it is durable."""
 
-    __slots__ = ("_entries", "_group", "_hard_state", "_last", "_log", "_saving", "_sizes", "_start")
+    __slots__ = ("_entries", "_group", "_hard_state", "_last", "_log", "_sizes", "_start", "cuts")
 
     def __init__(self, log: NodeLog, group: GroupLog, persist: Persist) -> None:
         self._log = log
         self._group = group
         self._hard_state = persist.hard_state
         self._entries = persist.entries
-        self._saving: _Saving | None = None
+        self.cuts = False
+        """Whether entries are replaced, which are saved first."""
         self._last = group._last
         self._sizes: list[int] = []
         if persist.entries:
             first = persist.entries[0].index
-            assert group.floor.index < first <= group.last_index + 1, (group.name, first, group.floor, group.last_index)
+            assert group._floor.index < first <= self._last.index + 1, (group.name, first, group._floor, self._last)
             self._start = log._chain_at(group, first - 1)
-            if first <= group._highest:
-                self._saving = _Saving(log._store, group, first)
+            self.cuts = first <= group._highest
 
     def write(self, transaction: LoggedTransaction) -> None:
         """Put the rows into the turn's transaction."""
-        name = self._group.name
+        group = self._group
         if self._hard_state is not None:
             value = rows.encode_hard_state(self._hard_state)
-            transaction.put(rows.GROUPS, rows.group_key(name, rows.HARD_STATE), value)
+            transaction.put(rows.GROUPS, rows.group_key(group.name, rows.HARD_STATE), value)
         if not self._entries:
             return
-        if self._saving is not None:
-            self._saving.write(transaction)
-            self._saving.cut(transaction)
-        prefix, _ = rows.group_range(name)
-        chain = self._start
-        for entry in self._entries:
-            value, chain = rows.encode_entry(entry, chain)
-            self._sizes.append(len(value))
-            transaction.put(rows.ENTRIES, rows.entry_key(prefix, entry.index), value)
-        self._last = rows.Place(entry.index, entry.term, chain)
-        transaction.put(rows.GROUPS, rows.group_key(name, rows.TAIL), rows.encode_place(self._last))
+        if self.cuts:
+            saving = _Saving(self._log._store, group, self._entries[0].index)
+            saving.write(transaction)
+            saving.cut(transaction)
+        made, chain = rows.encode_entries(group.prefix, self._entries, self._start)
+        self._sizes = [len(value) for _, value in made]
+        last = self._entries[-1]
+        self._last = rows.Place(last.index, last.term, chain)
+        transaction.put_all(rows.ENTRIES, made)
+        transaction.put(rows.GROUPS, group.tail_key, rows.encode_place(self._last))
 
     def adopt(self) -> None:
         """Take over into memory what is durable now; the cache is locked."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -129,11 +129,16 @@ def first_chain(name: str, floor: Floor) -> bytes:
     )
 
 
-def encode_entry(entry: Entry, chain: bytes) -> tuple[bytes, bytes]:
-    """Return the value of an entry behind ``chain``, and the chain with it."""
-    configuration = _encode(entry.configuration) if entry.configuration is not None else b""
-    after = _next_chain(chain, entry.index, entry.term, entry.kind, configuration, entry.data)
-    return _ENTRY.pack(entry.term, entry.kind, len(configuration), after) + configuration + entry.data, after
+def encode_entries(prefix: bytes, entries: Sequence[Entry], chain: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Return the rows of entries behind ``chain``, and the chain with the last; ``prefix`` as for `entry_key`."""
+    made = []
+    for entry in entries:
+        index, term, kind, data = entry.index, entry.term, entry.kind, entry.data
+        configuration = _encode(entry.configuration) if entry.configuration is not None else b""
+        chain = _next_chain(chain, index, term, kind, configuration, data)
+        value = _ENTRY.pack(term, kind, len(configuration), chain) + configuration + data
+        made.append((prefix + index.to_bytes(8, "big"), value))
+    return made, chain
 
 
 def _next_chain(chain: bytes, index: int, term: int, kind: int, configuration: bytes, data: bytes) -> bytes:

@@ -56,6 +56,7 @@ class Replication(Reading):
                 break
         else:
             return
+        waiting = False
         for target, peer in sorted(leader.peers.items()):
             while peer.next_index <= last_index and peer.may_send():
                 if self._needs_state(peer):
@@ -64,6 +65,10 @@ class Replication(Reading):
                 self._send_append(leader, target, peer, bytes_max=limits.APPEND_BYTES_MAX)
             if tell:
                 self._tell(leader, target, peer)
+            elif peer.commit_sent < commit_index:
+                waiting = True
+        if not waiting:
+            leader.news_at = float("inf")
 
     def _plan_news(self, leader: Leader) -> None:
         """See to it that others hear before long that more is committed: they answer reads, too. As a rule it goes with

@@ -75,8 +75,8 @@ class LogTurns:
         self._works = False
         self._begun: Batch | None = None
         """What the log works on without the thread."""
-        self._nothing_begun = asyncio.Event()
-        self._nothing_begun.set()
+        self._ended: asyncio.Future[None] | None = None
+        """Who stops waits here for the end of what was begun."""
         self._persisting_since: float | None = None
         """Since when the turn is persisted that was given last, in the loop's time; None: none is."""
         self._alarm: asyncio.TimerHandle | None = None
@@ -139,7 +139,6 @@ class LogTurns:
             return
         if begun:
             self._begun = batch
-            self._nothing_begun.clear()
         else:
             self.worker.submit(lambda: self._log.append(turn), lambda error: self._persisted(batch, error))
 
@@ -147,7 +146,8 @@ class LogTurns:
         """Take the end of what the log has begun."""
         batch, self._begun = self._begun, None
         assert batch is not None, "nothing was begun"
-        self._nothing_begun.set()
+        if self._ended is not None:
+            self._ended.set_result(None)
         failure: BaseException | None = None
         try:
             self._log.finish()
@@ -190,8 +190,10 @@ class LogTurns:
             self._alarm.cancel()
         self.worker.stop()
         try:
-            async with asyncio.timeout(STOP_S):
-                await self._nothing_begun.wait()
+            if self._begun is not None:
+                self._ended = self._loop.create_future()
+                async with asyncio.timeout(STOP_S):
+                    await self._ended
         except TimeoutError:
             raise no_answer() from None
         finally:

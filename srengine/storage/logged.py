@@ -76,10 +76,15 @@ class LoggedTransaction:
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
         """Set the value of ``key`` in ``table``. `InvalidValue` as `metadata.Transaction.put`."""
+        self.put_all(table, ((key, value),))
+
+    def put_all(self, table: str, rows: Iterable[tuple[bytes, bytes]]) -> None:
+        """`put` of each (key, value)."""
         self._check(table)
-        if len(value) > VALUE_BYTES_MAX:
-            raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
-        self._changes.append((table, checked_key(key), bytes(value)))
+        for key, value in rows:
+            if len(value) > VALUE_BYTES_MAX:
+                raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
+            self._changes.append((table, checked_key(key), bytes(value)))
 
     def discard(self, table: str, *keys: bytes) -> None:
         """Delete each of ``keys`` that is there, without looking at its value, which may be damaged."""

@@ -75,12 +75,11 @@ class Connection:
         """
         if self.closed is not None:
             return
-        self._out.append((envelope, chunks))
-        if self._flush_due:
+        if alone and not self._flush_due and not self._out:
+            self._offer(frames.pack((envelope,), chunks))
             return
-        if alone:
-            self.flush()
-        else:
+        self._out.append((envelope, chunks))
+        if not self._flush_due:
             self._flush_due = True
             self.loop.call_soon(self.flush)
 
@@ -112,9 +111,6 @@ class Connection:
         return False
 
     def _next_frame(self) -> Sequence[Buffer]:
-        if len(self._out) == 1:
-            envelope, attached = self._out.popleft()
-            return frames.pack((envelope,), [chunk for chunk in attached if len(chunk)] if attached else ())
         envelopes: list[Envelope] = []
         chunks: list[Buffer] = []
         body_bytes = data_bytes = 0

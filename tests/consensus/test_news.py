@@ -45,6 +45,7 @@ def test_news_goes_with_the_next_entries(group):
     told = {out.target: out.message for out in group.on_way}
     assert {message.commit_index for message in told.values()} == {3}
     assert {len(message.entries) for message in told.values()} == {1}
+    assert group["a"].next_deadline == group["a"].state.heartbeat_at, "nobody waits for news any more"
     group.flow()
     assert {group[name].commit_index for name in "bc"} == {3}
 
