@@ -24,9 +24,9 @@ from typing import Final, Protocol
 
 from srengine import errors, limits
 from srengine.consensus.effects import Applied, Input, Installed, InstallFailed, InstallState
-from srengine.consensus.entries import Entry, Floor
+from srengine.consensus.entries import Entry, Floor, entry_bytes
 from srengine.consensus.hosting import Group, typed
-from srengine.consensus.log import NodeLog, entry_bytes
+from srengine.consensus.log import NodeLog
 from srengine.consensus.services import Bounds, Health
 from srengine.consensus.worker import Done, Job, Worker
 from srengine.metrics import Metrics

@@ -8,6 +8,9 @@ is another node.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Final
 
 import msgspec
 
@@ -46,6 +49,28 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     data: bytes = b""
     configuration: Configuration | None = None
     """Set exactly when ``kind`` is CONFIGURATION."""
+
+
+ENTRY_OVERHEAD_BYTES: Final = 64
+"""What an entry counts beyond its data, so that empty ones are bounded, too."""
+_NODE_BYTES: Final = 40
+_data_of: Final = attrgetter("data")
+_configuration_of: Final = attrgetter("configuration")
+
+
+def entry_bytes(entry: Entry) -> int:
+    """Return the bytes that an entry counts for in every bound."""
+    size = len(entry.data) + ENTRY_OVERHEAD_BYTES
+    if entry.configuration is not None:
+        size += _NODE_BYTES * len(entry.configuration.nodes)
+    return size
+
+
+def bytes_of(entries: Sequence[Entry]) -> int:
+    """Return the `entry_bytes` of all of them, without a call for each."""
+    if any(map(_configuration_of, entries)):
+        return sum(map(entry_bytes, entries))
+    return sum(map(len, map(_data_of, entries))) + ENTRY_OVERHEAD_BYTES * len(entries)
 
 
 class HardState(msgspec.Struct, frozen=True):

@@ -18,12 +18,11 @@ from itertools import pairwise
 
 from srengine import limits
 from srengine.consensus.effects import Accepted, Propose, Transfer, Why
-from srengine.consensus.entries import Configuration, Entry, EntryKind
+from srengine.consensus.entries import Configuration, Entry, EntryKind, entry_bytes
 from srengine.consensus.messages import TimeoutNow
 from srengine.consensus.progress import Progress
 from srengine.consensus.replication import Replication
 from srengine.consensus.roles import Departing, Leader, Transferring
-from srengine.consensus.view import size_of
 from srengine.types import NodeId
 
 
@@ -128,8 +127,9 @@ class Leading(Replication):
     ) -> int:
         entry = Entry(self.view.last_index + 1, self.term, kind, data, configuration)
         self.view.append((entry,))
-        leader.uncommitted.append((entry.index, size_of(entry)))
-        leader.uncommitted_bytes += size_of(entry)
+        size = entry_bytes(entry)
+        leader.uncommitted.append((entry.index, size))
+        leader.uncommitted_bytes += size
         if configuration is not None:
             self._meet_peers(leader, list(leader.peers))
         return entry.index

@@ -45,7 +45,7 @@ import msgspec
 from srengine import errors, failpoints, limits, types
 from srengine.consensus import log_rows as rows
 from srengine.consensus.effects import Persist
-from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor, HardState
+from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor, HardState, bytes_of, entry_bytes
 from srengine.storage import wal
 from srengine.storage.logged import LoggedStore, LoggedTransaction
 from srengine.storage.metadata import MetadataStore
@@ -61,20 +61,10 @@ SAVED_SUFFIXES_MAX: Final = 16
 SAVED_BYTES_MAX: Final = 16 * limits.MIB
 TRIM_ROWS: Final = 1000
 """Entries deleted in one transaction, so that a turn never waits long behind a trim."""
-ENTRY_OVERHEAD: Final = 64
-"""What an entry counts beyond its data."""
 
 _OWN_TABLE: Final = "log"
 _FORMAT_KEY: Final = b"format"
 _BOOT_KEY: Final = b"boot"
-
-
-def entry_bytes(entry: Entry) -> int:
-    """Return what an entry counts against bounds in bytes."""
-    size = len(entry.data) + ENTRY_OVERHEAD
-    if entry.configuration is not None:
-        size += 40 * len(entry.configuration.nodes)
-    return size
 
 
 class GroupLog:
@@ -392,7 +382,7 @@ class NodeLog:
             if len(group._cache) > keep:
                 dropped_entries = group._cache[: len(group._cache) - keep]
                 del group._cache[: len(dropped_entries)]
-                self._account(group, -sum(map(entry_bytes, dropped_entries)))
+                self._account(group, -bytes_of(dropped_entries))
             dropped = floor.index - group.floor.index
             group.bytes -= sum(group._sizes[:dropped])
             del group._sizes[:dropped]
@@ -496,7 +486,7 @@ class NodeLog:
             group = next(iter(self._cached.values()))
             dropped = group._cache[: (len(group._cache) + 1) // 2]
             del group._cache[: len(dropped)]
-            self._account(group, -sum(map(entry_bytes, dropped)))
+            self._account(group, -bytes_of(dropped))
 
 
 _SOUND: Final = b"\0"
@@ -619,7 +609,7 @@ class _Change:
         group._cache.extend(entries)
         self._log._cached[group.name] = group
         self._log._cached.move_to_end(group.name)
-        self._log._account(group, sum(map(entry_bytes, entries)))
+        self._log._account(group, bytes_of(entries))
 
     def _cut_memory(self, first: int) -> None:
         group = self._group
@@ -632,7 +622,7 @@ class _Change:
         if keep > 0:
             dropped = group._cache[keep:]
             del group._cache[keep:]
-            self._log._account(group, -sum(map(entry_bytes, dropped)))
+            self._log._account(group, -bytes_of(dropped))
         else:
             self._log._drop_cache(group)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from srengine import limits
-from srengine.consensus.log import entry_bytes
+from srengine.consensus.entries import bytes_of
 from srengine.consensus.messages import Append, Bundle, Message
 from srengine.types import NodeId
 
@@ -18,7 +18,7 @@ Outbox = dict[NodeId, list[Message]]
 def message_bytes(message: Message) -> int:
     """Return what a message counts against bounds in bytes."""
     if isinstance(message, Append) and message.entries:
-        return 256 + sum(map(entry_bytes, message.entries))
+        return 256 + bytes_of(message.entries)
     return 256
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from srengine import limits
 from srengine.consensus import quorum
-from srengine.consensus.entries import EntryKind
+from srengine.consensus.entries import EntryKind, bytes_of
 from srengine.consensus.messages import Append, AppendReply, Install
 from srengine.consensus.progress import Flow, Progress
 from srengine.consensus.reading import Reading
 from srengine.consensus.roles import Leader
-from srengine.consensus.view import size_of
 from srengine.types import NodeId
 
 
@@ -119,7 +118,7 @@ class Replication(Reading):
         self._say(target, message)
         peer.commit_sent = self.commit_index
         if entries:
-            peer.sent(entries[-1].index, sum(map(size_of, entries)))
+            peer.sent(entries[-1].index, bytes_of(entries))
 
     def _offer_state(self, leader: Leader, target: NodeId, peer: Progress) -> None:
         floor = self.view.floor

@@ -19,16 +19,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from srengine.consensus.effects import LogReader
-from srengine.consensus.entries import Configuration, Entry, Floor
+from srengine.consensus.entries import Configuration, Entry, Floor, bytes_of, entry_bytes
 from srengine.limits import APPLY_BYTES_MAX
-
-ENTRY_OVERHEAD_BYTES = 64
-"""Counted for each entry beside its data, so that empty ones are bounded, too."""
-
-
-def size_of(entry: Entry) -> int:
-    """Return the bytes that an entry counts for in every bound."""
-    return len(entry.data) + ENTRY_OVERHEAD_BYTES
 
 
 class Handed:
@@ -43,7 +35,7 @@ class Handed:
     def add(self, entries: Sequence[Entry]) -> None:
         """Take note of what was handed out, behind all that was before."""
         for entry in entries:
-            size = size_of(entry)
+            size = entry_bytes(entry)
             self._sizes.append((entry.index, size))
             self.bytes += size
 
@@ -65,6 +57,7 @@ class LogView:
         self.configuration: Configuration = log.floor.configuration
         """The configuration in force: the last one in the log, committed or not."""
         self._pending: list[Entry] = []
+        self._pending_bytes = 0
         self._starts: list[int] = []
         """First index of each run of equal terms; the first one is the floor's."""
         self._terms: list[int] = []
@@ -76,7 +69,7 @@ class LogView:
         self.floor = self._log.floor
         self.durable_index = self.last_index = self._log.last_index
         self.configuration = self.floor.configuration
-        self._pending = []
+        self._pending, self._pending_bytes = [], 0
         self._starts, self._terms = [self.floor.index], [self.floor.term]
         self._configurations = [(self.floor.index, self.floor.configuration)]
         index = self.floor.index + 1
@@ -152,17 +145,21 @@ class LogView:
     def entries(self, start: int, stop: int, bytes_max: int) -> tuple[Entry, ...]:
         """Return entries in [start, stop), at least one if there is one, then up to ``bytes_max``."""
         assert self.floor.index < start, (self.floor.index, start)
+        if start > self.durable_index and self._pending_bytes <= bytes_max:
+            first = self.durable_index + 1
+            return tuple(self._pending[start - first : stop - first])
         found: list[Entry] = []
         used = 0
         if start <= self.durable_index:
-            found = list(self._log.entries(start, min(stop, self.durable_index + 1), bytes_max))
-            used = sum(map(size_of, found))
-            if start + len(found) <= min(stop - 1, self.durable_index):
-                return tuple(found)
+            held = self._log.entries(start, min(stop, self.durable_index + 1), bytes_max)
+            if stop <= self.durable_index + 1 or start + len(held) <= self.durable_index:
+                return held
+            found = list(held)
+            used = bytes_of(found)
         for entry in self._pending:
             if not start <= entry.index < stop:
                 continue
-            used += size_of(entry)
+            used += entry_bytes(entry)
             if found and used > bytes_max:
                 break
             found.append(entry)
@@ -176,6 +173,7 @@ class LogView:
         assert self.floor.index < first <= self.last_index + 1, (self.floor.index, first, self.last_index)
         if first <= self.last_index:
             self._pending = [entry for entry in self._pending if entry.index < first]
+            self._pending_bytes = bytes_of(self._pending)
             self.durable_index = min(self.durable_index, first - 1)
             while self._starts[-1] >= first:
                 del self._starts[-1], self._terms[-1]
@@ -185,6 +183,7 @@ class LogView:
         for entry in entries:
             self._note(entry)
         self._pending.extend(entries)
+        self._pending_bytes += bytes_of(entries)
         self.last_index = entries[-1].index
 
     def persisted(self, last_index: int) -> None:
@@ -195,7 +194,7 @@ class LogView:
             self._log.last_index,
         )
         self.durable_index = last_index
-        self._pending = []
+        self._pending, self._pending_bytes = [], 0
 
     def trimmed(self, floor: Floor) -> None:
         """Take note that the log begins behind ``floor`` now."""

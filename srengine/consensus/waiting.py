@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final, assert_never
 
 from srengine import errors
+from srengine.alarm import Alarm
 from srengine.consensus.effects import Accepted, ReadReady, Refused, Why
 from srengine.consensus.entries import Entry
 from srengine.types import NodeId
@@ -52,9 +53,7 @@ class WaitingRoom:
         """Tokens of accepted proposals by index."""
         self._reads: set[int] = set()
         """Tokens of reads that know their index."""
-        self._timer: asyncio.TimerHandle | None = None
-        """One for all: most end long before their time-out. Not later than the earliest of them."""
-        self._timer_at = 0.0
+        self._alarm = Alarm(loop, self._look)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -71,25 +70,16 @@ class WaitingRoom:
         future: asyncio.Future[Any] = self._loop.create_future()
         deadline = self._loop.time() + timeout_s
         self._waiting[token] = _Waiting(future, what, deadline, timeout_s)
-        if self._timer is None or deadline < self._timer_at:
-            self._arm(deadline)
+        self._alarm.at(deadline)
         return token, future
 
-    def _arm(self, deadline: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = deadline
-        self._timer = self._loop.call_at(deadline, self._time_out)
-
-    def _time_out(self) -> None:
-        self._timer = None
-        now = self._loop.time()
+    def _look(self, now: float) -> float:
+        """Let those go whose time is over; return when the next one's is."""
         for token, waiting in list(self._waiting.items()):
             if waiting.deadline <= now:
                 message = f"a {waiting.what} in {self._group} did not end in {waiting.timeout_s:.3g} s"
                 self.end(token, errors.TimedOut(message, group=self._group))
-        if self._waiting:
-            self._arm(min(waiting.deadline for waiting in self._waiting.values()))
+        return min((waiting.deadline for waiting in self._waiting.values()), default=float("inf"))
 
     def end(self, token: int, result: object) -> None:
         """Let one go, with a value or an error; nothing happens when it has gone already."""
@@ -109,9 +99,7 @@ class WaitingRoom:
         for token in list(self._waiting):
             self.end(token, error())
         self._proposed.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._alarm.cancel()
 
     def accepted(self, accepted: Accepted) -> None:
         """Note where a proposal is in the log: it is decided when an entry is applied there."""

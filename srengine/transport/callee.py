@@ -26,7 +26,7 @@ from srengine.transport.connection import Connection, Wire, encode_message, slic
 from srengine.transport.failures import INTERNAL, failure_of
 from srengine.transport.messages import Hello
 from srengine.transport.peers import Buffer, Handler, Identity, Peer, PostHandler, StreamHandler, meet
-from srengine.transport.transfers import Assembly, Budget, Outgoing, Reservation, check_sizes, cut
+from srengine.transport.transfers import Assembly, Budget, Outgoing, Reservation, check_sizes, cut, sizes_of
 
 _logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class Callee(Connection):
         message = registry.decode_scanned(ask.kind, ask.body)
         handler = self._service.handler(self.port, type(message))
         try:
-            total = check_sizes(ask.sizes)
+            total = check_sizes(ask.sizes) if ask.sizes else 0
             if handler is None:
                 raise errors.UnsupportedFeature(f"{ask.kind} is not served at the {self.port} port", kind=ask.kind)
         except errors.InvalidValue as error:
@@ -216,8 +216,7 @@ class Callee(Connection):
             try:
                 reply = await handler(peer, message, attachments)
                 kind, body = encode_message(reply.message)
-                sizes = tuple(len(attachment) for attachment in reply.attachments)
-                total = check_sizes(sizes)
+                sizes, total = sizes_of(reply.attachments)
             except asyncio.CancelledError:
                 self._fail_request(number, errors.Closed("the node stops"))
                 raise

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 import msgspec
 
 from srengine import errors, limits
+from srengine.alarm import Alarm
 from srengine.codec import registry
 from srengine.codec.envelopes import (
     NOTHING,
@@ -32,16 +33,19 @@ from srengine.metrics import Metrics
 from srengine.transport.connection import Connection, Wire, encode_message, slices
 from srengine.transport.failures import error_of
 from srengine.transport.peers import Buffer, Reply
-from srengine.transport.transfers import GRANT_PIECES, Assembly, Budget, Outgoing, Reservation, check_sizes
+from srengine.transport.transfers import GRANT_PIECES, Assembly, Budget, Outgoing, Reservation, check_sizes, sizes_of
 
 
 class _Pending:
     """One unanswered request."""
 
-    __slots__ = ("assembly", "future", "outgoing", "reply")
+    __slots__ = ("assembly", "deadline", "future", "outgoing", "reply", "timeout_s")
 
-    def __init__(self, future: asyncio.Future[Reply]) -> None:
+    def __init__(self, future: asyncio.Future[Reply], deadline: float, timeout_s: float) -> None:
         self.future = future
+        self.deadline = deadline
+        """In the loop's time."""
+        self.timeout_s = timeout_s
         self.outgoing: Outgoing | None = None
         """Attachments of the question that wait for credit."""
         self.assembly: Assembly | None = None
@@ -87,6 +91,7 @@ class Caller(Connection):
         self._next_request = 1
         self._pending: dict[int, _Pending] = {}
         self._streams: dict[int, _Incoming] = {}
+        self._alarm = Alarm(self.loop, self._look)
         self._room = asyncio.Semaphore(limits.REQUESTS_IN_FLIGHT_MAX)
         self._posted_bytes = 0
         """Bytes of all posts so far."""
@@ -100,8 +105,7 @@ class Caller(Connection):
     async def request(self, message: msgspec.Struct, attachments: Sequence[Buffer], deadline: float) -> Reply:
         """Ask, and return the answer. ``deadline`` is in the loop's time; see `Channel.request` for the errors."""
         kind, body = encode_message(message)
-        sizes = tuple(len(attachment) for attachment in attachments)
-        total = check_sizes(sizes)
+        sizes, total = sizes_of(attachments)
         if self._room.locked():
             await self._wait_for_room(deadline)
         else:
@@ -111,21 +115,19 @@ class Caller(Connection):
             raise self._unsent()
         number = self._next_request
         self._next_request += 1
-        pending = self._pending[number] = _Pending(self.loop.create_future())
         timeout_s = max(0.0, deadline - self.loop.time())
+        pending = self._pending[number] = _Pending(self.loop.create_future(), deadline, timeout_s)
         inline = total <= limits.PART_BYTES_MAX
         if not inline:
             pending.outgoing = Outgoing(number, attachments)
         ask = Ask(number, kind, body, sizes, int(timeout_s * 1000))
         self.post(ask, attachments if inline else (), alone=len(self._pending) == 1)
-        timer = self.loop.call_at(deadline, self._time_out, number, timeout_s)
+        self._alarm.at(deadline)
         try:
             return await pending.future
         except asyncio.CancelledError:
             self._abandon(number)
             raise
-        finally:
-            timer.cancel()
 
     async def _wait_for_room(self, deadline: float) -> None:
         try:
@@ -136,12 +138,16 @@ class Caller(Connection):
                 f"{limits.REQUESTS_IN_FLIGHT_MAX} requests are unanswered; this one was not sent", sent=False
             ) from error
 
-    def _time_out(self, number: int, timeout_s: float) -> None:
-        pending = self._pending.get(number)
-        if pending is not None and not pending.future.done():
-            where = self.peer.address if self.peer is not None else "the peer"
-            pending.future.set_exception(errors.TimedOut(f"no answer from {where} in {timeout_s:.3g} s", sent=True))
-            self._abandon(number)
+    def _look(self, now: float) -> float:
+        """End the requests whose time is over; return when the next one's is."""
+        for number, pending in list(self._pending.items()):
+            if pending.deadline <= now and not pending.future.done():
+                where = self.peer.address if self.peer is not None else "the peer"
+                message = f"no answer from {where} in {pending.timeout_s:.3g} s"
+                pending.future.set_exception(errors.TimedOut(message, sent=True))
+                self._abandon(number)
+        waiting = [pending.deadline for pending in self._pending.values() if not pending.future.done()]
+        return min(waiting, default=float("inf"))
 
     def _abandon(self, number: int) -> None:
         pending = self._pending.get(number)
@@ -325,7 +331,7 @@ class Caller(Connection):
             self.metrics.add("srengine_transport_duplicates_total", port=self.port)
             return
         try:
-            total = check_sizes(answer.sizes)
+            total = check_sizes(answer.sizes) if answer.sizes else 0
         except errors.InvalidValue as error:
             raise errors.FrameError(str(error)) from error
         reply = registry.decode_scanned(answer.kind, answer.body)
@@ -373,6 +379,7 @@ class Caller(Connection):
 
     def ended(self, error: errors.Error) -> None:
         """Fail every request and stream that waits."""
+        self._alarm.cancel()
         for number, pending in list(self._pending.items()):
             if not pending.future.done():
                 pending.future.set_exception(

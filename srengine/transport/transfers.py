@@ -181,6 +181,14 @@ def _cut_all(attachments: Sequence[Buffer]) -> Iterator[tuple[memoryview, bool]]
             yield from cut(attachment, limits.PART_BYTES_MAX)
 
 
+def sizes_of(attachments: Sequence[Buffer]) -> tuple[tuple[int, ...], int]:
+    """Return the size of each attachment, and of all together; `InvalidValue` beyond the bounds."""
+    if not attachments:
+        return (), 0
+    sizes = tuple(map(len, attachments))
+    return sizes, check_sizes(sizes)
+
+
 def check_sizes(sizes: Sequence[int]) -> int:
     """Return the sum of the sizes of attachments; `InvalidValue` beyond the bounds."""
     total = sum(sizes)

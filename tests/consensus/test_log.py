@@ -19,8 +19,8 @@ from srengine import errors, failpoints
 from srengine.consensus import log as log_module
 from srengine.consensus import log_rows as rows
 from srengine.consensus.effects import Persist
-from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor, HardState
-from srengine.consensus.log import NodeLog, entry_bytes
+from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor, HardState, entry_bytes
+from srengine.consensus.log import NodeLog
 from srengine.consensus.log_check import check_log
 from srengine.storage import fences, pages, wal
 from srengine.storage.logged import recover_logged

@@ -9,11 +9,11 @@ import pytest
 from srengine import limits
 from srengine.consensus import effects as fx
 from srengine.consensus import quorum
-from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor, HardState
+from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor, HardState, bytes_of, entry_bytes
 from srengine.consensus.machine import RaftMachine
 from srengine.consensus.messages import Append, AppendReply
 from srengine.consensus.progress import Flow, Progress
-from srengine.consensus.view import LogView, size_of
+from srengine.consensus.view import LogView
 from tests.consensus.groups import GROUP, Group, MemoryLog
 
 FIRST = Entry(1, 1, EntryKind.CONFIGURATION, b"bootstrap", Configuration(("a", "b", "c")))
@@ -336,7 +336,12 @@ def test_installing_keeps_what_matches_and_drops_what_does_not():
 
 def test_size_of_an_entry_counts_empty_ones():
     """Entries without data are bounded, too."""
-    assert size_of(Entry(1, 1, EntryKind.NOOP)) > 0
+    empty = Entry(1, 1, EntryKind.NOOP)
+    assert entry_bytes(empty) > 0
+    change = Entry(2, 1, EntryKind.CONFIGURATION, b"xy", Configuration(("a", "b"), ("c",)))
+    assert entry_bytes(change) > entry_bytes(empty) + 2 + 3 * 32
+    for entries in ((), (empty,), (empty, change), (change, empty, empty)):
+        assert bytes_of(entries) == sum(map(entry_bytes, entries))
 
 
 def test_late_refusals_do_not_move_a_peer_back():

@@ -170,11 +170,12 @@ class Leading:
 
         A command that comes between election and fencing waits here: its proposer would only ask again later.
         """
-        if self.epoch == 0 and self._standing.leads:
+        epoch = self.epoch
+        if epoch == 0 and self._standing.leads:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._standing.changed.wait_for(lambda: self.epoch != 0 or not self._standing.leads)
-        epoch = self.epoch
+            epoch = self.epoch
         if epoch == 0:
             raise errors.NotReady(f"{self._around.name} was elected and has no epoch yet", leader=self._around.name)
         return epoch
