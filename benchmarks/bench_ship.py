@@ -54,7 +54,7 @@ def bench_shipping(benchmark: Any, report: Callable[[Row], None], scratch: Path,
     )
 
 
-@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("compression", ["none", "auto", "zstd"])
 def bench_together(
     benchmark: Any, report: Callable[[Row], None], scratch: Path, loaded: Loaded, sizes: Sizes, compression: str
 ) -> None:

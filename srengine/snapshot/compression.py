@@ -9,6 +9,7 @@ as a stream into a buffer of the declared length + 1, so that one byte too many 
 
 from __future__ import annotations
 
+import time
 from typing import Final
 
 import zstandard
@@ -23,27 +24,50 @@ WINDOW_LOG: Final = 17
 are larger by three in a thousand.
 """
 _PAUSE_CHUNKS_MAX: Final = 16
+_WORTHWHILE_CHUNKS: Final = 8
+"""Chunks are taken several at a time, so that not every one is waited for."""
 
 
 class Compressor:
     """Compresses chunks of one snapshot; for one thread."""
 
-    def __init__(self, *, active: bool) -> None:
+    def __init__(self, *, active: bool, patient: bool = False) -> None:
+        """``patient``: only while whoever takes the chunks is slower than they are made; see `taken`."""
         parameters = zstandard.ZstdCompressionParameters(compression_level=LEVEL, window_log=WINDOW_LOG)
         self._zstd = zstandard.ZstdCompressor(compression_params=parameters) if active else None
         self._pause = 0
         """Chunks that are still stored without a try."""
         self._pause_next = 1
         """How many are skipped after the next failure: doubles up to a bound, back to 1 after a success."""
+        self._patient = patient
+        self._worthwhile = _WORTHWHILE_CHUNKS if patient else 0
+        """Chunks that are still compressed unless they are waited for again."""
+        self._cost_s = 0.0
+        """How long the last one took to compress."""
+
+    def taken(self, waited_s: float) -> None:
+        """Hear how long whoever takes the chunks let the maker wait.
+
+        A link or a receiver that keeps up gains nothing from smaller chunks: they would only be made later. One that
+        does not is waited for anyway.
+        """
+        if waited_s * 2 > self._cost_s:
+            self._worthwhile = _WORTHWHILE_CHUNKS
 
     def encode(self, rows: bytes | memoryview) -> tuple[Encoding, bytes | memoryview]:
         """Return the encoding and the bytes to store. Releases the GIL while it compresses."""
         if self._zstd is None or len(rows) < 64:
             return Encoding.PLAIN, rows
+        if self._patient:
+            if not self._worthwhile:
+                return Encoding.PLAIN, rows
+            self._worthwhile -= 1
         if self._pause:
             self._pause -= 1
             return Encoding.PLAIN, rows
+        start = time.perf_counter()
         packed = self._zstd.compress(rows)
+        self._cost_s = time.perf_counter() - start
         if len(packed) > len(rows) - len(rows) // 16:
             self._pause = self._pause_next
             self._pause_next = min(self._pause_next * 2, _PAUSE_CHUNKS_MAX)

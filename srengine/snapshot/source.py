@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import secrets
+import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from srengine import errors, limits
@@ -76,7 +77,8 @@ class SnapshotSource:
     Iterate once, from one thread. ``since``: a delta behind that position (`Diverged` when it is not of this history,
     `BelowPurgeMark` when the log does not reach back so far). ``resume``: a receiver's mark; if this tablet can go on
     from it, ``resumed`` is true and the items are the manifest again and then the chunks behind the mark, else a new
-    full snapshot follows and ``reason`` says why. ``compression``: "zstd" or "none".
+    full snapshot follows and ``reason`` says why. ``compression``: "zstd", "none", or "auto" for
+    who iterates: zstd while the taker is slower than chunks are made (see `compression.Compressor.taken`).
 
     Fields: ``manifest``; ``resumed``; ``reason`` (empty when all went as asked); ``position`` (None until the trailer
     was produced); ``mark`` (what was produced so far).
@@ -93,8 +95,8 @@ class SnapshotSource:
         chunk_bytes: int = limits.CHUNK_BYTES_TARGET,
         share_seed: bool = True,
     ) -> None:
-        if compression not in {"none", "zstd"}:
-            raise errors.InvalidValue(f"compression {compression!r} is not none or zstd")
+        if compression not in {"none", "zstd", "auto"}:
+            raise errors.InvalidValue(f"compression {compression!r} is not none, zstd or auto")
         if not 1 <= chunk_bytes <= limits.CHUNK_BYTES_TARGET:
             raise errors.InvalidValue(f"a chunk of {chunk_bytes} bytes is not within 1 to {limits.CHUNK_BYTES_TARGET}")
         self._tablet = tablet
@@ -108,10 +110,11 @@ class SnapshotSource:
         if mark is not None:
             self.manifest = mark.manifest
         else:
-            self.manifest = self._new_manifest(since, compression, chunk_bytes, share_seed)
+            encoding = "none" if compression == "none" else "zstd"
+            self.manifest = self._new_manifest(since, encoding, chunk_bytes, share_seed)
         self._first = items.seal_manifest(self.manifest, node)
         self.mark = mark or first_mark(self.manifest, self._first.head.digest)
-        self._compressor = Compressor(active=self.manifest.compression == "zstd")
+        self._compressor = Compressor(active=self.manifest.compression == "zstd", patient=compression == "auto")
         self._spare: collections.deque[bytearray] = collections.deque()
         """Buffers to read into. Taken by one thread, given back by another; the budget bounds how many there are."""
 
@@ -122,7 +125,9 @@ class SnapshotSource:
             for item in made:
                 joined = [item.joined()]
                 del item
+                made_at = time.perf_counter()
                 yield joined.pop()
+                self._compressor.taken(time.perf_counter() - made_at)
         finally:
             made.close()
 

@@ -85,7 +85,9 @@ def rows_after(tablet: Tablet, position: Position, process: ProcessId, *, commit
 
 def stream_copy(tablet: Tablet, request: Copy) -> AsyncGenerator[bytes, None]:
     """Return the items of the snapshot that ``request`` asks for; they are read and compressed in threads."""
-    return made_ahead(lambda: iter(SnapshotSource(tablet, since=request.since, resume=request.resume)))
+    return made_ahead(
+        lambda: iter(SnapshotSource(tablet, since=request.since, resume=request.resume, compression="auto"))
+    )
 
 
 # --- the receiver ----------------------------------------------------------------------------------------------------

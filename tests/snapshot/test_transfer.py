@@ -13,7 +13,7 @@ from tests.reference.snapshot_tablet import PlainStore, PlainTablet
 from tests.snapshot.shipping import change, made_tablet, ship
 
 
-@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("compression", ["none", "zstd", "auto"])
 @pytest.mark.parametrize("count", [0, 1, 400])
 def test_a_full_copy_equals_its_source(compression, count):
     """T10: root and count equal the source at the trailer's position."""

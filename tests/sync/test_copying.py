@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from srengine import errors
+from srengine import errors, limits
 from srengine.ha import follower_machine as fm
 from srengine.ha.messages import Fetch, ProcessId, PullReply
 from srengine.storage import Batch, Store, encode_puts
@@ -100,6 +101,26 @@ def test_request_rows_do_not_outweigh_small_records(sides: tuple[Side, Side]) ->
         forged = msgspec.structs.replace(rows.reply, meta_raw_bytes=raw_bytes)
         with pytest.raises((errors.FrameError, errors.SnapshotDamaged)):
             copying.delta_of(forged, rows.attachments)
+
+
+def test_a_copy_is_compressed_for_a_taker_that_is_waited_for(
+    sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T10: a link that is slower than the source gets small chunks; one that keeps up soon gets them as they are."""
+    source, _ = sides
+    fill(source, 0, 20_000, size=200)
+
+    async def copied_bytes() -> int:
+        copy = Copy(TABLET, "target")
+        return sum([len(item) async for item in copying.stream_copy(source.tablet, copy)])
+
+    sizes = {}
+    for step_s in (0, 1):
+        clock = itertools.count(0, step_s)
+        monkeypatch.setattr("time.perf_counter", lambda clock=clock: float(next(clock)))
+        sizes[step_s] = asyncio.run(copied_bytes())
+        monkeypatch.undo()
+    assert sizes[1] < 2 * limits.MIB < 4 * limits.MIB < sizes[0]
 
 
 def test_what_a_source_answers(sides: tuple[Side, Side]) -> None:
