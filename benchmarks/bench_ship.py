@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,9 +76,14 @@ def bench_together(
         stages["write"].append(time.perf_counter() - start)
 
     def alone(command: str, count: int, directory: Path) -> dict[str, float]:
-        # A process of its own each time: what an earlier one left in its heap would hide growth.
-        with server.child() as child:
-            return child.ask(command, count, directory)
+        # A process of its own each time: what an earlier one left in its heap would hide growth. What it wrote goes at
+        # once: otherwise the disk would still be busy with it when the next stage is timed.
+        try:
+            with server.child() as child:
+                return child.ask(command, count, directory)
+        finally:
+            if directory != scratch:
+                shutil.rmtree(directory)
 
     def all_of_it(turn: int) -> None:
         use = Use()

@@ -24,50 +24,87 @@ WINDOW_LOG: Final = 17
 are larger by three in a thousand.
 """
 _PAUSE_CHUNKS_MAX: Final = 16
-_WORTHWHILE_CHUNKS: Final = 8
-"""Chunks are taken several at a time, so that not every one is waited for."""
+_PROBE_CHUNKS: Final = 4
+"""Plain chunks whose waits are averaged: they are taken several at a time."""
+_WAIT_LEAST: Final = 1.5
+"""What a plain chunk must be waited for, in times that one takes to compress."""
+_RUN_CHUNKS: Final = 32
+_RUN_CHUNKS_MAX: Final = 1024
+
+
+class Patience:
+    """Whether to compress pays, for chunks that somebody takes one after the other; for one thread.
+
+    A taker that keeps up, link and receiver together, gains nothing from smaller chunks: they only come later. So a few
+    chunks are handed over as they are; if they were waited for much longer than it takes to compress one, a run of
+    chunks is compressed, and then a few are tried plain again. Runs become longer while that goes on.
+    """
+
+    def __init__(self) -> None:
+        self._left = 1
+        """Chunks of this run that are still to be compressed: the first one, to learn what it takes."""
+        self._run = _RUN_CHUNKS
+        self._cost_s = 0.0
+        """What the last one took."""
+        self._waits: list[float] = []
+        """For the plain chunks since the last run."""
+
+    def wanted(self) -> bool:
+        """Return whether the next chunk is to be compressed."""
+        if not self._left:
+            return False
+        self._left -= 1
+        self._waits = []
+        return True
+
+    def took(self, seconds: float) -> None:
+        """Hear what it took to compress a chunk."""
+        self._cost_s = seconds
+
+    def taken(self, waited_s: float) -> None:
+        """Hear how long it was until the taker asked for the next chunk."""
+        if self._left:
+            return
+        self._waits.append(waited_s)
+        if len(self._waits) <= _PROBE_CHUNKS:  # the first wait is that for the last chunk of the run
+            return
+        if sum(self._waits[1:]) >= _WAIT_LEAST * self._cost_s * _PROBE_CHUNKS:
+            self._left = self._run
+            self._run = min(2 * self._run, _RUN_CHUNKS_MAX)
+        else:
+            self._run = _RUN_CHUNKS
+        self._waits = self._waits[-1:]
 
 
 class Compressor:
     """Compresses chunks of one snapshot; for one thread."""
 
-    def __init__(self, *, active: bool, patient: bool = False) -> None:
-        """``patient``: only while whoever takes the chunks is slower than they are made; see `taken`."""
+    def __init__(self, *, active: bool, patience: Patience | None = None) -> None:
+        """``patience``: asked before each chunk, if there is one."""
         parameters = zstandard.ZstdCompressionParameters(compression_level=LEVEL, window_log=WINDOW_LOG)
         self._zstd = zstandard.ZstdCompressor(compression_params=parameters) if active else None
+        self._patience = patience
         self._pause = 0
         """Chunks that are still stored without a try."""
         self._pause_next = 1
         """How many are skipped after the next failure: doubles up to a bound, back to 1 after a success."""
-        self._patient = patient
-        self._worthwhile = _WORTHWHILE_CHUNKS if patient else 0
-        """Chunks that are still compressed unless they are waited for again."""
-        self._cost_s = 0.0
-        """How long the last one took to compress."""
-
-    def taken(self, waited_s: float) -> None:
-        """Hear how long whoever takes the chunks let the maker wait.
-
-        A link or a receiver that keeps up gains nothing from smaller chunks: they would only be made later. One that
-        does not is waited for anyway.
-        """
-        if waited_s * 2 > self._cost_s:
-            self._worthwhile = _WORTHWHILE_CHUNKS
 
     def encode(self, rows: bytes | memoryview) -> tuple[Encoding, bytes | memoryview]:
         """Return the encoding and the bytes to store. Releases the GIL while it compresses."""
         if self._zstd is None or len(rows) < 64:
             return Encoding.PLAIN, rows
-        if self._patient:
-            if not self._worthwhile:
-                return Encoding.PLAIN, rows
-            self._worthwhile -= 1
         if self._pause:
             self._pause -= 1
             return Encoding.PLAIN, rows
-        start = time.perf_counter()
-        packed = self._zstd.compress(rows)
-        self._cost_s = time.perf_counter() - start
+        patience = self._patience
+        if patience is None:
+            packed = self._zstd.compress(rows)
+        elif patience.wanted():
+            start = time.perf_counter()
+            packed = self._zstd.compress(rows)
+            patience.took(time.perf_counter() - start)
+        else:
+            return Encoding.PLAIN, rows
         if len(packed) > len(rows) - len(rows) // 16:
             self._pause = self._pause_next
             self._pause_next = min(self._pause_next * 2, _PAUSE_CHUNKS_MAX)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from srengine import errors, limits
 from srengine.snapshot import format as words
 from srengine.snapshot import items
-from srengine.snapshot.compression import Compressor
+from srengine.snapshot.compression import Compressor, Patience
 from srengine.snapshot.format import Ancestor, Manifest, Mark, StoredPosition, Trailer
 from srengine.snapshot.overlap import overlapped
 from srengine.snapshot.transfer_machine import (
@@ -78,7 +78,7 @@ class SnapshotSource:
     `BelowPurgeMark` when the log does not reach back so far). ``resume``: a receiver's mark; if this tablet can go on
     from it, ``resumed`` is true and the items are the manifest again and then the chunks behind the mark, else a new
     full snapshot follows and ``reason`` says why. ``compression``: "zstd", "none", or "auto" for
-    who iterates: zstd while the taker is slower than chunks are made (see `compression.Compressor.taken`).
+    who iterates: zstd while the taker is much slower than chunks are made (see `compression.Patience`).
 
     Fields: ``manifest``; ``resumed``; ``reason`` (empty when all went as asked); ``position`` (None until the trailer
     was produced); ``mark`` (what was produced so far).
@@ -114,7 +114,8 @@ class SnapshotSource:
             self.manifest = self._new_manifest(since, encoding, chunk_bytes, share_seed)
         self._first = items.seal_manifest(self.manifest, node)
         self.mark = mark or first_mark(self.manifest, self._first.head.digest)
-        self._compressor = Compressor(active=self.manifest.compression == "zstd", patient=compression == "auto")
+        self._patience = Patience() if compression == "auto" else None
+        self._compressor = Compressor(active=self.manifest.compression == "zstd", patience=self._patience)
         self._spare: collections.deque[bytearray] = collections.deque()
         """Buffers to read into. Taken by one thread, given back by another; the budget bounds how many there are."""
 
@@ -127,7 +128,8 @@ class SnapshotSource:
                 del item
                 made_at = time.perf_counter()
                 yield joined.pop()
-                self._compressor.taken(time.perf_counter() - made_at)
+                if self._patience is not None:
+                    self._patience.taken(time.perf_counter() - made_at)
         finally:
             made.close()
 

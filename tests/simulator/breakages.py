@@ -70,6 +70,7 @@ def _lease_from_receipt(machine: Any) -> None:
         original(leader, peer, number)
         if number == peer.acked_round:
             peer.acked_at = machine.now
+            machine._count_contact(leader)
 
     machine._hear_round = hear_round
 
