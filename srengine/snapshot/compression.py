@@ -26,7 +26,7 @@ are larger by three in a thousand.
 _PAUSE_CHUNKS_MAX: Final = 16
 _PROBE_CHUNKS: Final = 4
 """Plain chunks whose waits are averaged: they are taken several at a time."""
-_WAIT_LEAST: Final = 1.5
+_WAIT_LEAST: Final = 3.0
 """What a plain chunk must be waited for, in times that one takes to compress."""
 _RUN_CHUNKS: Final = 32
 _RUN_CHUNKS_MAX: Final = 1024

@@ -36,7 +36,7 @@ def test_a_taker_that_keeps_up_gets_plain_chunks():
 
 def test_a_slow_taker_gets_small_chunks_and_is_tried_again():
     """Four plain ones that are waited for, then a run, then four again; runs double up to a bound."""
-    said = told(Patience(), [2 * COST_S] * 4000)
+    said = told(Patience(), [4 * COST_S] * 4000)
     runs = [len(list(group)) for _, group in itertools.groupby(said)]
     assert said[0] == "C"
     assert runs[:12] == [1, 4, 32, 4, 64, 4, 128, 4, 256, 4, 512, 4]
@@ -48,7 +48,7 @@ def test_the_mean_of_the_plain_ones_decides():
     """They are taken several at a time, so one is waited for and the others are not; what the last compressed one was
     waited for does not count.
     """
-    enough, short = 1.5 * COST_S * 4, 1.4 * COST_S * 4
+    enough, short = 3.0 * COST_S * 4, 2.9 * COST_S * 4
     assert told(Patience(), [9.0, 0, 0, 0, enough, 0])[5] == "C"
     assert told(Patience(), [9.0, 0, 0, 0, short, 0])[5] == "p"
     assert told(Patience(), [0, 0, enough, 0, 0, 0])[5] == "C"
@@ -57,9 +57,9 @@ def test_the_mean_of_the_plain_ones_decides():
 def test_a_taker_that_becomes_quick_gets_plain_chunks_again():
     """The next try notices, and runs begin short again."""
     patience = Patience()
-    assert told(patience, [2 * COST_S] * (1 + 4 + 32 + 4 + 64)).endswith("C" * 64)
+    assert told(patience, [4 * COST_S] * (1 + 4 + 32 + 4 + 64)).endswith("C" * 64)
     assert told(patience, [0.0] * 20) == "p" * 20
-    assert "C" * 33 not in told(patience, [2 * COST_S] * 50)
+    assert "C" * 33 not in told(patience, [4 * COST_S] * 50)
 
 
 def test_who_has_no_patience_always_compresses():
