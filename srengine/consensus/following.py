@@ -27,8 +27,7 @@ class Following(Election):
             # Two leaders in one term, or a member that lies.
             self._drop("second leader")
             return False
-        term = self.hard_state.term
-        if message.term > term or not isinstance(self.state, Follower):
+        if message.term > self.hard_state.term or not isinstance(self.state, Follower):
             self._become_follower(message.term, message.sender, "a leader was heard")
         state = self.state
         assert isinstance(state, Follower), state

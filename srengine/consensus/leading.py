@@ -53,7 +53,7 @@ class Leading(Replication):
         for node in sorted({*nodes, *removals} - {self.node_id}):
             if node not in leader.peers:
                 leader.peers[node] = Progress(next_index=self.view.durable_index + 1)
-                leader.news_at = self.now
+                leader.news_at = self.now  # it has not heard of anything
         for node in nodes:
             leader.departing.pop(node, None)
         for node, index in sorted(removals.items()):
