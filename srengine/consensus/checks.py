@@ -30,7 +30,9 @@ NUMBER_MAX = (1 << 53) - 1
 def is_sound(message: Message) -> bool:
     """Return whether every value is in its range and fits the others."""
     # Only who has heard of nobody yet is in term 0: it has nothing to say, but may be asked.
-    if not _are_numbers(message.term) or (message.term == 0 and not isinstance(message, VoteReply | ReadIndexReply)):
+    if not 0 < message.term <= NUMBER_MAX and (
+        message.term != 0 or not isinstance(message, VoteReply | ReadIndexReply)
+    ):
         return False
     match message:
         case Append():

@@ -327,7 +327,8 @@ class Driver:
             self._loop.call_soon(self._turn)
         else:
             # First what leaves: others work while this node's disk does, and the disk while entries are applied.
-            self._send()
+            if self._outbox or self._greet:
+                self._send()
             self._turns.work()
             self._arm(now)
         to_apply, self._to_apply = self._to_apply, {}
@@ -521,16 +522,15 @@ class Driver:
     # --- sending -----------------------------------------------------------------------------------------------------
 
     def _send(self) -> None:
-        if self._outbox:
-            outbox, self._outbox = self._outbox, {}
-            for target, messages in outbox.items():
-                channel = self._channel(target)
-                if channel is None:
-                    self.metrics.add("srengine_consensus_messages_unroutable_total", len(messages))
-                    continue
-                self._greet.discard(target)
-                for bundle in bundles(messages):
-                    channel.post(bundle)
+        outbox, self._outbox = self._outbox, {}
+        for target, messages in outbox.items():
+            channel = self._channel(target)
+            if channel is None:
+                self.metrics.add("srengine_consensus_messages_unroutable_total", len(messages))
+                continue
+            self._greet.discard(target)
+            for bundle in bundles(messages):
+                channel.post(bundle)
         while self._greet:
             channel = self._channel(self._greet.pop())
             if channel is not None:

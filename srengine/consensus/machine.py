@@ -242,7 +242,7 @@ class RaftMachine(Following):
                 self._replicate(leader)
         elif self._unasked or self._inquiry is not None:
             self._ask_leader()
-        apply = self._take_apply()
+        apply = self._take_apply() if self.commit_index > self.handed_index else ()
         effects = NOTHING
         if self._state_on_way:
             # Only a group of one voter leads before its term is durable; its learners hear of it when it is.
@@ -278,13 +278,12 @@ class RaftMachine(Following):
         if self.persisting_since is not None:
             return None
         changed = self.hard_state if self.hard_state != self._durable_state else None
-        entries = self.view.pending
-        if changed is None and not entries:
+        if changed is None and self.view.last_index == self.view.durable_index:
             return None
         self._durable_state = self.hard_state
         self._state_on_way = changed is not None
         self.persisting_since = self.now
-        return Persist(changed, entries)
+        return Persist(changed, self.view.pending)
 
     def _take_apply(self) -> tuple[Entry, ...]:
         # NB: a leader may hear of a majority that does not need its own copy before that is durable.

@@ -27,7 +27,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -48,8 +47,7 @@ STATE_TABLE: Final = "journal_state"
 _APPLIED: Final = b"applied"
 
 
-@dataclass(frozen=True, slots=True)
-class Applying:
+class Applying(msgspec.Struct, frozen=True):
     """One entry. ``command``: None for one without meaning here (the first of a term). ``in_force``: consensus has put
     the change of membership in force with the entry.
     """
