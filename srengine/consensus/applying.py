@@ -38,8 +38,8 @@ APPLY_ENTRIES_MAX: Final = 1024
 APPLY_BYTES_MAX: Final = 16 * limits.MIB
 FLUSH_S: Final = 4.0
 """How long what the state machine shows may stay in memory: the log has it, and a start applies it again. In a shorter
-time the disk, which the log waits for, would write the same rows again and again: with a flush each second, three nodes
-on one disk, more than one write in a hundred met one."""
+time the disk, which the log waits for, would write the same rows again and again; a flush each second shows in the 99th
+percentile of writes."""
 FLUSH_BYTES: Final = 4 * limits.MIB
 """Entries of that size are flushed at once; less than the machine hands out before it waits."""
 RETRY_S: Final = 0.5
