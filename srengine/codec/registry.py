@@ -59,8 +59,7 @@ def kinds() -> list[str]:
 
 def encode(message: msgspec.Struct) -> tuple[str, bytes]:
     """Return the kind and the bytes of a message; `ValueError` when its type is not registered."""
-    kind = _kinds.get(type(message))
-    return kind if kind is not None else kind_of(type(message)), _encoder.encode(message)
+    return kind_of(type(message)), _encoder.encode(message)
 
 
 def decode(kind: str, body: bytes | memoryview | msgspec.Raw) -> Any:

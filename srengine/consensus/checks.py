@@ -30,9 +30,10 @@ NUMBER_MAX = (1 << 53) - 1
 def is_sound(message: Message) -> bool:
     """Return whether every value is in its range and fits the others."""
     # Only who has heard of nobody yet is in term 0: it has nothing to say, but may be asked.
-    if not 0 < message.term <= NUMBER_MAX and (
-        message.term != 0 or not isinstance(message, VoteReply | ReadIndexReply)
-    ):
+    if message.term == 0:
+        if not isinstance(message, VoteReply | ReadIndexReply):
+            return False
+    elif not 0 < message.term <= NUMBER_MAX:
         return False
     match message:
         case Append():

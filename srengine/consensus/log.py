@@ -555,7 +555,7 @@ class _Saving:
 class _Change:
     """What one turn does to one group: `write` inside the transaction, `adopt` once it is durable."""
 
-    __slots__ = ("_entries", "_group", "_hard_state", "_last", "_log", "_sizes", "_start", "cuts")
+    __slots__ = ("_entries", "_group", "_hard_state", "_last", "_log", "_sizes", "cuts")
 
     def __init__(self, log: NodeLog, group: GroupLog, persist: Persist) -> None:
         self._log = log
@@ -569,7 +569,6 @@ class _Change:
         if persist.entries:
             first = persist.entries[0].index
             assert group._floor.index < first <= self._last.index + 1, (group.name, first, group._floor, self._last)
-            self._start = log._chain_at(group, first - 1)
             self.cuts = first <= group._highest
 
     def write(self, transaction: LoggedTransaction) -> None:
@@ -580,11 +579,13 @@ class _Change:
             transaction.put(rows.GROUPS, rows.group_key(group.name, rows.HARD_STATE), value)
         if not self._entries:
             return
+        first = self._entries[0].index
+        start = self._log._chain_at(group, first - 1)
         if self.cuts:
-            saving = _Saving(self._log._store, group, self._entries[0].index)
+            saving = _Saving(self._log._store, group, first)
             saving.write(transaction)
             saving.cut(transaction)
-        made, chain = rows.encode_entries(group.prefix, self._entries, self._start)
+        made, chain = rows.encode_entries(group.prefix, self._entries, start)
         self._sizes = [len(value) for _, value in made]
         last = self._entries[-1]
         self._last = rows.Place(last.index, last.term, chain)

@@ -137,7 +137,7 @@ def encode_entries(prefix: bytes, entries: Sequence[Entry], chain: bytes) -> tup
         configuration = _encode(entry.configuration) if entry.configuration is not None else b""
         chain = _next_chain(chain, index, term, kind, configuration, data)
         value = _ENTRY.pack(term, kind, len(configuration), chain) + configuration + data
-        made.append((prefix + index.to_bytes(8, "big"), value))
+        made.append((entry_key(prefix, index), value))
     return made, chain
 
 

@@ -19,6 +19,7 @@ from collections import deque
 from typing import Final, Protocol
 
 from srengine import errors
+from srengine.alarm import Alarm
 from srengine.consensus.applying import RETRY_S
 from srengine.consensus.effects import Effects
 from srengine.consensus.hosting import Group
@@ -79,7 +80,7 @@ class LogTurns:
         """Who stops waits here for the end of what was begun."""
         self._persisting_since: float | None = None
         """Since when the turn is persisted that was given last, in the loop's time; None: none is."""
-        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm = Alarm(loop, self._look)
         self.worker = Worker("srengine-log", loop)
         loop.add_reader(log.done, self._finish)
 
@@ -130,8 +131,7 @@ class LogTurns:
         self._works = True
         turn = {name: effects.persist for name, effects in batch.items() if effects.persist is not None}
         self._persisting_since = self._loop.time()
-        if self._alarm is None:
-            self._alarm = self._loop.call_later(self._bounds.persist_s_max, self._look)
+        self._alarm.at(self._persisting_since + self._bounds.persist_s_max)
         try:
             begun = self._log.begin(turn)
         except BaseException as error:  # noqa: BLE001  (judged there, as what the thread raises)
@@ -155,17 +155,16 @@ class LogTurns:
             failure = error
         self._persisted(batch, failure)
 
-    def _look(self) -> None:
-        """Take note of a turn that takes too long; one timer watches many short ones."""
-        self._alarm = None
+    def _look(self, now: float) -> float:
+        """Take note of a turn that takes too long; return when the present one does."""
         if self._persisting_since is None or self._host.stopped:
-            return
-        left_s = self._persisting_since + self._bounds.persist_s_max - self._loop.time()
-        if left_s > 0:
-            self._alarm = self._loop.call_later(left_s, self._look)
-        else:
-            self._metrics.add("srengine_consensus_persist_overruns_total")
-            self._host.set_health(Health.SLOW, None)
+            return float("inf")
+        deadline = self._persisting_since + self._bounds.persist_s_max
+        if now < deadline:
+            return deadline
+        self._metrics.add("srengine_consensus_persist_overruns_total")
+        self._host.set_health(Health.SLOW, None)
+        return float("inf")
 
     def _persisted(self, batch: Batch, error: BaseException | None) -> None:
         assert self._persisting_since is not None, batch
@@ -186,8 +185,7 @@ class LogTurns:
 
     async def stop(self) -> None:
         """Begin nothing more, and wait for what is under way; the host has stopped. `TimedOut` after `STOP_S`."""
-        if self._alarm is not None:
-            self._alarm.cancel()
+        self._alarm.cancel()
         self.worker.stop()
         try:
             if self._begun is not None:

@@ -77,8 +77,8 @@ class SnapshotSource:
     Iterate once, from one thread. ``since``: a delta behind that position (`Diverged` when it is not of this history,
     `BelowPurgeMark` when the log does not reach back so far). ``resume``: a receiver's mark; if this tablet can go on
     from it, ``resumed`` is true and the items are the manifest again and then the chunks behind the mark, else a new
-    full snapshot follows and ``reason`` says why. ``compression``: "zstd", "none", or "auto" for
-    who iterates: zstd while the taker is much slower than chunks are made (see `compression.Patience`).
+    full snapshot follows and ``reason`` says why. ``compression``: "zstd", "none", or, for who iterates, "auto": zstd
+    while the taker is much slower than chunks are made (see `compression.Patience`).
 
     Fields: ``manifest``; ``resumed``; ``reason`` (empty when all went as asked); ``position`` (None until the trailer
     was produced); ``mark`` (what was produced so far).

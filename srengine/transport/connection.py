@@ -93,11 +93,9 @@ class Connection:
 
     def send_now(self, envelope: Envelope, chunk: Buffer) -> None:
         """Send an envelope with bytes that no other envelope can share a frame with, behind what is queued."""
-        if self._out or self._held is not None or self.closed is not None:
-            self.post(envelope, (chunk,))
+        self.post(envelope, (chunk,), alone=True)
+        if self._out:
             self.flush()
-            return
-        self._offer(frames.pack((envelope,), (chunk,)))
 
     def _offer(self, parts: Sequence[Buffer]) -> bool:
         """Give a frame to the wire; hold it for a moment, and return False, when there is no room."""

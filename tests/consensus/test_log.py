@@ -474,6 +474,22 @@ def test_a_turn_that_replaces_entries_is_not_begun(path):
     assert open_group(path)[0].damage is None
 
 
+def test_who_refuses_to_begin_reads_nothing(path, monkeypatch):
+    """H28: that a turn replaces entries is known from memory: the event loop asks, and a row may be a disk away."""
+    filled(path, last=9)
+    with NodeLog.open(path) as log:
+
+        def asked(*_):
+            raise AssertionError("the store was read")
+
+        for name in ("get", "scan", "survey"):
+            monkeypatch.setattr(log._store, name, asked)
+        assert not log.begin({GROUP: Persist(HardState(2), entries(5, 12, 2))})
+        monkeypatch.undo()
+        log.append({GROUP: Persist(HardState(2), entries(5, 12, 2))})
+        assert read(log.group(GROUP)) == [FIRST, *entries(2, 5), *entries(5, 12, 2)]
+
+
 def test_a_turn_over_damaged_entries_is_not_begun(path):
     """H28: entries that take the place of those behind a damaged one save them as well."""
     filled(path, last=9)

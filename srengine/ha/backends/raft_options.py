@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -11,8 +11,8 @@ from srengine import errors
 from srengine.consensus.effects import Timing
 from srengine.consensus.services import Bounds
 
-NEWS_S = 0.01
-"""See `effects.Timing`."""
+NEWS_S: Final = 0.01
+"""See `effects.Timing.news_s`."""
 
 
 class RaftOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
