@@ -80,7 +80,7 @@ def bench_together(
         # once: otherwise the disk would still be busy with it when the next stage is timed.
         try:
             with server.child() as child:
-                return child.ask(command, count, directory)
+                return child.ask(command, count, directory, sizes.copy_bytes)
         finally:
             if directory != scratch:
                 shutil.rmtree(directory)

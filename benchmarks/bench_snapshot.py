@@ -9,6 +9,7 @@ from typing import Any
 
 import zstandard
 
+from benchmarks import machine
 from benchmarks.data import KEY_BYTES, VALUE_BYTES, Data, Sizes
 from benchmarks.race import race
 from benchmarks.stores import Loaded, open_reference, open_tablet
@@ -114,6 +115,7 @@ def bench_snapshot_applied(
 
     def before(_: int) -> None:
         close()
+        machine.have_memory(scratch, 2 * sizes.copy_bytes)
         work["store"], work["tablet"] = open_tablet(scratch / "ours")
         work["reference"] = open_reference(scratch / "reference")
 

@@ -29,6 +29,11 @@ class Sizes:
     cluster_records: int
     ship_items: int
 
+    @property
+    def copy_bytes(self) -> int:
+        """What the file of a tablet with all records takes, or more."""
+        return 256 * self.records
+
 
 SIZES = {
     "full": Sizes("full", 1_000_000, 10_000, 100_000, 50_000, 11, 200, 300_000, 1_000_000, 1024),

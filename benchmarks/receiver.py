@@ -3,10 +3,12 @@
 It connects, then reads commands, one a line on stdin, and answers each with a line of JSON: the seconds that it took,
 by how much its memory, mapped pages aside, grew meanwhile, and the seconds of processor time that it used.
 
-    ship COUNT              read a stream of prepared items and drop them
-    raw COUNT               read as many frames over a bare pyzmq socket
-    apply COUNT DIRECTORY   read the prepared items, then, timed, apply them to an empty tablet there
-    all 0 DIRECTORY         read a snapshot as it is made, and apply it meanwhile
+    ship COUNT                      read a stream of prepared items and drop them
+    raw COUNT                       read as many frames over a bare pyzmq socket
+    apply COUNT DIRECTORY BYTES     read the prepared items, then, timed, apply them to an empty tablet there
+    all 0 DIRECTORY BYTES           read a snapshot as it is made, and apply it meanwhile
+
+The tablet's file becomes no larger than BYTES.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from benchmarks import machine
 from benchmarks.shipping import STREAM_S_MAX, Made, Prepared, Use, secure
 from srengine.snapshot import InPlace, SnapshotSink
 from srengine.storage import Store
 from srengine.sync.hops import use_all
 from srengine.transport import Endpoint, Identity, new_key_pair
-
 
 class Receiver:
     """Two connections to the server: one of ours, one bare."""
@@ -64,7 +66,7 @@ class Receiver:
         for _ in range(count + 1):
             self.socket.recv(copy=False)
 
-    def work(self, command: str, count: str, directory: str = "") -> dict[str, float]:
+    def work(self, command: str, count: str, directory: str = "", size: str = "") -> dict[str, float]:
         """Do one command."""
         if command in {"ship", "raw"}:
             use = Use()
@@ -76,6 +78,7 @@ class Receiver:
         items: list[bytes] = []
         if command == "apply":
             self.runner.run(self.read(Prepared(int(count)), lambda item: items.append(bytes(item))))
+        machine.have_memory(Path(directory).parent, int(size))
         with Store(Path(directory)) as store, SnapshotSink(InPlace(store.tablet("copy"))) as sink:
             use = Use()
             if command == "all":
