@@ -30,6 +30,7 @@ from srengine.storage import Store
 from srengine.sync.hops import use_all
 from srengine.transport import Endpoint, Identity, new_key_pair
 
+
 class Receiver:
     """Two connections to the server: one of ours, one bare."""
 

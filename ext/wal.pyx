@@ -194,9 +194,13 @@ cdef void *work_off(void *given) noexcept nogil:
         work.sectors = NULL
         work.code = code
         work.state = DONE
+        orphan = work.orphan
         pthread_cond_broadcast(&work.bell)
-        if not work.orphan:
+        # NB: not under the lock, which whoever is woken takes at once. Who ends this thread waits for it meanwhile.
+        pthread_mutex_unlock(&work.lock)
+        if not orphan:
             write(work.notify, "!", 1)
+        pthread_mutex_lock(&work.lock)
     orphan = work.orphan
     pthread_mutex_unlock(&work.lock)
     if orphan:
@@ -268,8 +272,8 @@ cdef class Appender:
         with nogil:
             pthread_mutex_lock(&self.work.lock)
             self.work.state = GIVEN
-            pthread_cond_signal(&self.work.bell)
             pthread_mutex_unlock(&self.work.lock)
+            pthread_cond_signal(&self.work.bell)
 
     def take(self):
         """Wait for what was begun and return what `append` would have."""

@@ -14,6 +14,8 @@ Machines get time as a value in ``tick(now)``; services take a `Clock`.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 
@@ -33,6 +35,11 @@ class Clock(Protocol):
         ...
 
 
+_boottime_s: Callable[[], float] = (
+    partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
+)
+
+
 class SystemClock:
     """The machine's clocks."""
 
@@ -42,9 +49,7 @@ class SystemClock:
 
     def boottime_s(self) -> float:
         """See `Clock.boottime_s`."""
-        if hasattr(time, "CLOCK_BOOTTIME"):
-            return time.clock_gettime(time.CLOCK_BOOTTIME)
-        return time.monotonic()
+        return _boottime_s()
 
     def wall_ms(self) -> int:
         """See `Clock.wall_ms`."""

@@ -27,6 +27,7 @@ KERNEL_USERS = {
     "frame": {"codec"},
     "rows": {"storage"},
     "wal": {"storage"},
+    "entries": {"consensus"},
     "build_info": {"cli"},
 }
 """Kernel -> rooms that may import it."""

@@ -24,7 +24,9 @@ from srengine.consensus.messages import (
 )
 
 NUMBER_MAX = (1 << 53) - 1
-"""Numbers on the wire are at most that (docs/formats-wire.md)."""
+"""Numbers on the wire are at most that (docs/formats-wire.md). All its bits are set: several numbers are in the range
+exactly when what they are together, bit by bit, is.
+"""
 
 
 def is_sound(message: Message) -> bool:
@@ -45,9 +47,9 @@ def is_sound(message: Message) -> bool:
         case Install():
             return _is_sound_install(message)
         case ReadIndex(token=token):
-            return _are_numbers(token)
+            return 0 <= token <= NUMBER_MAX
         case ReadIndexReply(token=token, index=index):
-            return _are_numbers(token, index)
+            return 0 <= token | index <= NUMBER_MAX
         case VoteReply() | TimeoutNow():
             return True
     assert_never(message)
@@ -66,19 +68,15 @@ def is_sound_configuration(configuration: Configuration) -> bool:
     )
 
 
-def _are_numbers(*values: int) -> bool:
-    return min(values) >= 0 and max(values) <= NUMBER_MAX
-
-
 def _is_place(index: int, term: int) -> bool:
     """Whether there may be an entry of ``term`` at ``index``; (0, 0) is the place before the first."""
-    return _are_numbers(index, term) and (index == 0) == (term == 0)
+    return 0 <= index | term <= NUMBER_MAX and (index == 0) == (term == 0)
 
 
 def _is_sound_append(message: Append) -> bool:
     if not _is_place(message.previous_index, message.previous_term):
         return False
-    if not _are_numbers(message.commit_index, message.round, message.nonce, message.barrier):
+    if not 0 <= message.commit_index | message.round | message.nonce | message.barrier <= NUMBER_MAX:
         return False
     index, term = message.previous_index, message.previous_term
     for entry in message.entries:
@@ -97,9 +95,8 @@ def _is_sound_entry(entry: Entry) -> bool:
 
 
 def _is_sound_reply(message: AppendReply) -> bool:
-    if not _are_numbers(
-        message.match_index, message.round, message.previous_index, message.conflict_term, message.nonce
-    ):
+    numbers = message.match_index | message.round | message.previous_index | message.conflict_term | message.nonce
+    if not 0 <= numbers <= NUMBER_MAX:
         return False
     if not message.success and (message.match_index == 0) != (message.conflict_term == 0):
         return False
@@ -111,6 +108,6 @@ def _is_sound_install(message: Install) -> bool:
         _is_place(message.index, message.index_term)
         and message.index > 0
         and message.index_term <= message.term
-        and _are_numbers(message.round)
+        and 0 <= message.round <= NUMBER_MAX
         and is_sound_configuration(message.configuration)
     )

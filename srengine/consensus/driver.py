@@ -523,12 +523,19 @@ class Driver:
 
     def _send(self) -> None:
         outbox, self._outbox = self._outbox, {}
+        alone: Bundle | None = None
         for target, messages in outbox.items():
             channel = self._channel(target)
             if channel is None:
                 self.metrics.add("srengine_consensus_messages_unroutable_total", len(messages))
                 continue
             self._greet.discard(target)
+            if len(messages) == 1:
+                # Of one group alone all peers hear the same, as a rule.
+                if alone is None or alone.messages[0] is not messages[0]:
+                    alone = Bundle((messages[0],))
+                channel.post(alone)
+                continue
             for bundle in bundles(messages):
                 channel.post(bundle)
         while self._greet:

@@ -68,6 +68,8 @@ def entry_bytes(entry: Entry) -> int:
 
 def bytes_of(entries: Sequence[Entry]) -> int:
     """Return the `entry_bytes` of all of them, without a call for each."""
+    if len(entries) == 1:
+        return entry_bytes(entries[0])
     if any(map(_configuration_of, entries)):
         return sum(map(entry_bytes, entries))
     return sum(map(len, map(_data_of, entries))) + ENTRY_OVERHEAD_BYTES * len(entries)

@@ -278,7 +278,10 @@ class Leading(Replication):
         return float("inf") if since is None else since + self.timing.election_s_min
 
     def _leader_deadline(self, leader: Leader) -> float:
-        deadline = min(leader.heartbeat_at, self._contact_deadline(leader), self._disk_deadline())
-        if self.persisting_since is None and leader.news_at < deadline:
+        # NB: asked in every turn, so what cannot be the earliest is not asked.
+        deadline = min(leader.heartbeat_at, self._contact_deadline(leader))
+        if self.persisting_since is not None:
+            deadline = min(deadline, self._disk_deadline())
+        elif leader.news_at < deadline:
             deadline = leader.news_at
         return deadline if leader.transfer is None else min(deadline, leader.transfer.until)

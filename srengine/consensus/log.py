@@ -47,7 +47,7 @@ from srengine.consensus import log_rows as rows
 from srengine.consensus.effects import Persist
 from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor, HardState, bytes_of, entry_bytes
 from srengine.storage import wal
-from srengine.storage.logged import LoggedStore, LoggedTransaction
+from srengine.storage.logged import Change, LoggedStore, LoggedTransaction
 from srengine.storage.metadata import MetadataStore
 from srengine.storage.pages import DATA_NAME, walk
 
@@ -82,6 +82,8 @@ class GroupLog:
         self._floor = found.floor
         self._floor_chain = found.floor_chain
         self._last = found.last
+        self.last_index = found.last.index
+        """See `effects.LogReader`."""
         self._highest = found.highest
         """>= last index; greater only while rows beyond a damaged place are still there."""
         self._terms = found.terms
@@ -102,11 +104,6 @@ class GroupLog:
         return self._floor
 
     @property
-    def last_index(self) -> int:
-        """See `effects.LogReader`."""
-        return self._last.index
-
-    @property
     def last_term(self) -> int:
         """Return the term of the last entry, the floor's when there is none."""
         return self._last.term
@@ -115,6 +112,9 @@ class GroupLog:
     def configuration(self) -> Configuration:
         """Return the configuration in force: the last one in the log, committed or not."""
         return self._configurations[-1][1] if self._configurations else self._floor.configuration
+
+    def _move_to(self, last: rows.Place) -> None:
+        self._last, self.last_index = last, last.index
 
     def term_at(self, index: int) -> int | None:
         """See `effects.LogReader`."""
@@ -289,15 +289,12 @@ class NodeLog:
         if failpoints.planned("log.append.written") or failpoints.planned("log.append.committed"):
             return False
         changes = self._changes(turn)
+        made: list[Change] = []
         for change in changes:
             if change.cuts:
                 return False
-
-        def write(transaction: LoggedTransaction) -> None:
-            for change in changes:
-                change.write(transaction)
-
-        if not self._store.begin(write):
+            change.put(made)
+        if not self._store.begin(made):
             return False
         self._begun = changes
         return True
@@ -320,7 +317,8 @@ class NodeLog:
         with self.cache_lock:
             for change in changes:
                 change.adopt()
-            self._evict()
+            if self._cache_bytes > self._cache_bytes_max:
+                self._evict()
 
     # --- the ends of a group's log -----------------------------------------------------------------------------------
 
@@ -418,7 +416,8 @@ class NodeLog:
             failpoints.hit("log.install.written")
         with self.cache_lock:
             self._drop_cache(group)
-            group._floor, group._floor_chain, group._last = floor, chain, last
+            group._floor, group._floor_chain = floor, chain
+            group._move_to(last)
             group._highest = floor.index
             group._terms, group._configurations, group.bytes = [], [], 0
             del group._sizes[:]
@@ -573,44 +572,52 @@ class _Change:
 
     def write(self, transaction: LoggedTransaction) -> None:
         """Put the rows into the turn's transaction."""
-        group = self._group
-        if self._hard_state is not None:
-            value = rows.encode_hard_state(self._hard_state)
-            transaction.put(rows.GROUPS, rows.group_key(group.name, rows.HARD_STATE), value)
-        if not self._entries:
-            return
-        first = self._entries[0].index
-        start = self._log._chain_at(group, first - 1)
         if self.cuts:
-            saving = _Saving(self._log._store, group, first)
+            saving = _Saving(self._log._store, self._group, self._entries[0].index)
             saving.write(transaction)
             saving.cut(transaction)
-        made, chain = rows.encode_entries(group.prefix, self._entries, start)
-        self._sizes = [len(value) for _, value in made]
-        last = self._entries[-1]
-        self._last = rows.Place(last.index, last.term, chain)
-        transaction.put_all(rows.ENTRIES, made)
-        transaction.put(rows.GROUPS, group.tail_key, rows.encode_place(self._last))
+        changes: list[Change] = []
+        self.put(changes)
+        transaction.change(changes)
+
+    def put(self, changes: list[Change]) -> None:
+        """Append the rows of what becomes part of the log."""
+        group, entries = self._group, self._entries
+        if self._hard_state is not None:
+            value = rows.encode_hard_state(self._hard_state)
+            changes.append((rows.GROUPS, rows.group_key(group.name, rows.HARD_STATE), value))
+        if entries:
+            chain = self._log._chain_at(group, entries[0].index - 1)
+            self._last, self._sizes = rows.put_entries(changes, group.prefix, entries, chain)
+            changes.append((rows.GROUPS, group.tail_key, rows.encode_place(self._last)))
 
     def adopt(self) -> None:
         """Take over into memory what is durable now; the cache is locked."""
-        group = self._group
+        group, log, entries = self._group, self._log, self._entries
         if self._hard_state is not None:
             group.hard_state = self._hard_state
-        entries = self._entries
         if not entries:
             return
         if entries[0].index <= group.last_index:
             self._cut_memory(entries[0].index)
-        group._last = self._last
+        group._move_to(self._last)
         group._highest = self._last.index
         group._sizes.extend(self._sizes)
         group.bytes += sum(self._sizes)
-        _adopt_terms(group, entries)
+        term = group._terms[-1][1] if group._terms else None
+        for entry in entries:
+            if entry.term != term:
+                term = entry.term
+                group._terms.append((entry.index, term))
+            if entry.kind is EntryKind.CONFIGURATION:
+                assert entry.configuration is not None, entry
+                group._configurations.append((entry.index, entry.configuration))
         group._cache.extend(entries)
-        self._log._cached[group.name] = group
-        self._log._cached.move_to_end(group.name)
-        self._log._account(group, bytes_of(entries))
+        size = bytes_of(entries)
+        group._cache_bytes += size
+        log._cache_bytes += size
+        log._cached[group.name] = group
+        log._cached.move_to_end(group.name)
 
     def _cut_memory(self, first: int) -> None:
         group = self._group
@@ -626,17 +633,6 @@ class _Change:
             self._log._account(group, -bytes_of(dropped))
         else:
             self._log._drop_cache(group)
-
-
-def _adopt_terms(group: GroupLog, entries: Sequence[Entry]) -> None:
-    term = group._terms[-1][1] if group._terms else None
-    for entry in entries:
-        if entry.term != term:
-            term = entry.term
-            group._terms.append((entry.index, term))
-        if entry.kind is EntryKind.CONFIGURATION:
-            assert entry.configuration is not None, entry
-            group._configurations.append((entry.index, entry.configuration))
 
 
 def _from(runs: list[tuple[int, int]], index: int) -> list[tuple[int, int]]:

@@ -32,7 +32,9 @@ import msgspec
 import xxhash
 
 from srengine import errors
+from srengine._native import entries as kernel
 from srengine.consensus.entries import Configuration, Entry, EntryKind, Floor, HardState
+from srengine.storage.logged import Change
 from srengine.storage.metadata_rows import Row
 
 ENTRIES: Final = "entries"
@@ -129,21 +131,16 @@ def first_chain(name: str, floor: Floor) -> bytes:
     )
 
 
-def encode_entries(prefix: bytes, entries: Sequence[Entry], chain: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Return the rows of entries behind ``chain``, and the chain with the last; ``prefix`` as for `entry_key`."""
-    made = []
-    for entry in entries:
-        index, term, kind, data = entry.index, entry.term, entry.kind, entry.data
-        configuration = _encode(entry.configuration) if entry.configuration is not None else b""
-        chain = _next_chain(chain, index, term, kind, configuration, data)
-        value = _ENTRY.pack(term, kind, len(configuration), chain) + configuration + data
-        made.append((entry_key(prefix, index), value))
-    return made, chain
+def put_entries(
+    changes: list[Change], prefix: bytes, entries: Sequence[Entry], chain: bytes
+) -> tuple[Place, list[int]]:
+    """Append the rows of entries behind ``chain`` to ``changes``; return the tail with them and their values' sizes.
 
-
-def _next_chain(chain: bytes, index: int, term: int, kind: int, configuration: bytes, data: bytes) -> bytes:
-    head = chain + _CHAINED.pack(index, term, kind, len(configuration)) + configuration
-    return xxhash.xxh3_128_digest(head + data)
+    ``prefix`` as for `entry_key`.
+    """
+    chain, sizes = kernel.put_rows(changes, ENTRIES, prefix, entries, chain, _encode)
+    last = entries[-1]
+    return Place(last.index, last.term, chain), sizes
 
 
 def decode_entry(index: int, value: bytes) -> Entry:
@@ -352,7 +349,7 @@ def _read_entry(name: str, index: int, row: Row, chain: bytes | None, found: Sur
         return None
     carried = chain_of(row.value)
     if chain is not None:
-        if _next_chain(chain, index, entry.term, entry.kind, configuration, entry.data) != carried:
+        if kernel.chained(chain, index, entry.term, entry.kind, configuration, entry.data) != carried:
             detail = f"entry {index} of {name} does not continue the one before it"
             found.note("replaced-entry", index, detail, broken_at=index)
         elif entry.term < found.last.term and found.broken_at is None:

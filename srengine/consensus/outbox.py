@@ -24,8 +24,6 @@ def message_bytes(message: Message) -> int:
 
 def bundles(messages: list[Message]) -> list[Bundle]:
     """Return the messages of one peer in as few bundles as their size allows."""
-    if len(messages) == 1:
-        return [Bundle((messages[0],))]
     found: list[Bundle] = []
     start = size = 0
     for position, message in enumerate(messages):

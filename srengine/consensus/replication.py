@@ -56,12 +56,13 @@ class Replication(Reading):
         else:
             return
         waiting = False
+        said: Append | None = None
         for target, peer in sorted(leader.peers.items()):
             while peer.next_index <= last_index and peer.may_send():
                 if self._needs_state(peer):
                     self._offer_state(leader, target, peer)
                     break
-                self._send_append(leader, target, peer, bytes_max=limits.APPEND_BYTES_MAX)
+                said = self._send_append(leader, target, peer, bytes_max=limits.APPEND_BYTES_MAX, said=said)
             if tell:
                 self._tell(leader, target, peer)
             elif peer.commit_sent < commit_index:
@@ -92,9 +93,26 @@ class Replication(Reading):
         """Whether the entries that the peer needs are gone here."""
         return peer.next_index - 1 < self.view.floor.index
 
-    def _send_append(self, leader: Leader, target: NodeId, peer: Progress, *, bytes_max: int) -> None:
-        """Send one message with entries up to ``bytes_max``; 0: none."""
-        previous_index, last_index = peer.next_index - 1, self.view.last_index
+    def _send_append(
+        self, leader: Leader, target: NodeId, peer: Progress, *, bytes_max: int, said: Append | None = None
+    ) -> Append:
+        """Send one message with entries up to ``bytes_max``; 0: none. Return it.
+
+        ``said``: what was just sent to another peer under the same bound. As a rule this one has to hear the same.
+        """
+        confirmed = peer.barrier if 0 < peer.barrier <= self.commit_index else 0
+        if said is None or said.previous_index != peer.next_index - 1 or said.barrier or confirmed:
+            said = self._append_message(
+                leader, peer.next_index - 1, bytes_max, peer.nonce if confirmed else 0, confirmed
+            )
+        self._say(target, said)
+        peer.commit_sent = self.commit_index
+        if said.entries:
+            peer.sent(said.entries[-1].index, bytes_of(said.entries))
+        return said
+
+    def _append_message(self, leader: Leader, previous_index: int, bytes_max: int, nonce: int, barrier: int) -> Append:
+        last_index = self.view.last_index
         previous_term = self.view.term_at(previous_index)
         assert previous_term is not None, (previous_index, self.view.floor, last_index)
         entries = (
@@ -102,8 +120,7 @@ class Replication(Reading):
             if bytes_max and previous_index < last_index
             else ()
         )
-        confirmed = peer.barrier if 0 < peer.barrier <= self.commit_index else 0
-        message = Append(
+        return Append(
             group=self.group,
             term=self.hard_state.term,
             sender=self.node_id,
@@ -112,13 +129,9 @@ class Replication(Reading):
             commit_index=self.commit_index,
             round=leader.round,
             entries=entries,
-            nonce=peer.nonce if confirmed else 0,
-            barrier=confirmed,
+            nonce=nonce,
+            barrier=barrier,
         )
-        self._say(target, message)
-        peer.commit_sent = self.commit_index
-        if entries:
-            peer.sent(entries[-1].index, bytes_of(entries))
 
     def _offer_state(self, leader: Leader, target: NodeId, peer: Progress) -> None:
         floor = self.view.floor

@@ -66,8 +66,8 @@ class LogTurns:
         self._log = log
         self._bounds = bounds
         self._metrics = metrics
-        self._count_turns = metrics.counter("srengine_consensus_turns_total")
-        self._count_seconds = metrics.counter("srengine_consensus_persist_seconds_total")
+        self._turns = metrics.counter("srengine_consensus_turns_total")
+        self._seconds = metrics.counter("srengine_consensus_persist_seconds_total")
         self._loop = loop
         self._pending: Batch = {}
         """What the next turn persists."""
@@ -178,8 +178,8 @@ class LogTurns:
         if error is not None:
             self._host.log_failed(error)
             return
-        self._count_turns()
-        self._count_seconds(seconds)
+        self._turns.value += 1
+        self._seconds.value += seconds
         self._host.set_health(Health.OK, None)
         self._host.persisted(batch)
 

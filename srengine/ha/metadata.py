@@ -39,7 +39,7 @@ from srengine.ha.journal import Command
 from srengine.ha.members import BOOTSTRAP
 from srengine.ha.outcomes import OUTCOME_TABLE, Outcome, find_outcome, keep_outcome, refused
 from srengine.ha.recent import NotInMemoryError, RecentStore
-from srengine.ha.tables import Applier, Batch, Overlay, Readable, ReplaceableStore, Row, Store, Tables
+from srengine.ha.tables import Applier, Overlay, Readable, ReplaceableStore, Row, Store, Tables
 
 __all__ = ["STATE_TABLE", "Applier", "Applying", "MetadataMachine", "Store", "Tables"]
 
@@ -109,20 +109,32 @@ class MetadataMachine:
 
     def apply_all(self, entries: Sequence[Applying]) -> list[Outcome]:
         """Apply the next entries, which follow each other, in one durable transaction; return what each came to."""
+        if not entries:
+            return []
         with self._lock:
-            return self._apply_in(self.store.transaction(), entries)
+            outcomes = self._apply_guarded(self.store.transaction(), entries)
+            self._applied = entries[-1].index, entries[-1].term
+        return outcomes
 
     def show_all(self, entries: Sequence[Applying]) -> list[Outcome]:
         """Apply the next entries; they are visible when this returns, and durable after the next `flush`."""
+        if not entries:
+            return []
         with self._lock:
-            return self._apply_in(self.store.show(), entries)
+            outcomes = self._apply_guarded(self.store.show(), entries)
+            self._applied = entries[-1].index, entries[-1].term
+        return outcomes
 
     def show_from_memory(self, entries: Sequence[Applying]) -> bool:
         """`show_all` if that takes neither a look at the store nor a wait for another call; return whether it did."""
+        if not entries:
+            return True
         if not self._lock.acquire(blocking=False):
             return False
         try:
-            self._apply_in(self.store.show(from_memory=True), entries)
+            with self.store.show(from_memory=True) as rows:
+                self._apply_in(rows, entries)
+            self._applied = entries[-1].index, entries[-1].term
         except NotInMemoryError:
             return False
         finally:
@@ -135,33 +147,38 @@ class MetadataMachine:
         """
         return self.store.flush(wait=False)
 
-    def _apply_in(self, target: AbstractContextManager[Batch], entries: Sequence[Applying]) -> list[Outcome]:
-        if not entries:
-            return []
-        last = entries[-1]
+    def _apply_guarded(self, target: AbstractContextManager[Overlay], entries: Sequence[Applying]) -> list[Outcome]:
+        """Apply over a store that may fail to be read: a fault of this node's disk is no outcome of a command. It takes
+        the whole transaction back.
+        """
         try:
             with target as transaction:
-                applied, _ = self._applied if self._applied is not None else _applied(transaction)
-                outcomes = []
-                for applied, entry in enumerate(entries, applied + 1):  # noqa: B020  (it is the applied index)
-                    assert entry.index == applied, (entry.index, applied)
-                    outcomes.append(self._apply(transaction, entry))
-                transaction.put(STATE_TABLE, _APPLIED, _encode_applied(last.index, last.term))
+                rows = Overlay(_Guarded(transaction))
+                outcomes = self._apply_in(rows, entries)
+                rows.write(transaction)
         except _LocalFaultError as fault:
             raise fault.error from None
-        self._applied = last.index, last.term
         return outcomes
 
-    def _apply(self, transaction: Batch, entry: Applying) -> Outcome:
+    def _apply_in(self, rows: Overlay, entries: Sequence[Applying]) -> list[Outcome]:
+        applied, _ = self._applied if self._applied is not None else _applied(rows)
+        outcomes = []
+        for applied, entry in enumerate(entries, applied + 1):  # noqa: B020  (it is the applied index)
+            assert entry.index == applied, (entry.index, applied)
+            outcomes.append(self._apply(rows, entry))
+        rows.put(STATE_TABLE, _APPLIED, _encode_applied(entries[-1].index, entries[-1].term))
+        return outcomes
+
+    def _apply(self, rows: Overlay, entry: Applying) -> Outcome:
         command = entry.command
         if command is None:
             return Outcome(entry.index)
         if command.request:
-            earlier = find_outcome(transaction, command.request)
+            earlier = find_outcome(rows, command.request)
             if earlier is not None:
                 return earlier
         if not entry.in_force and command.kind not in {FENCE, BOOTSTRAP}:
-            newest, _ = newest_epoch(transaction)
+            newest, _ = newest_epoch(rows)
             if command.epoch != newest:
                 return refused(
                     entry.index,
@@ -171,26 +188,26 @@ class MetadataMachine:
                         newest=newest,
                     ),
                 )
-        outcome = self._decide(transaction, entry.index, command)
+        outcome = self._decide(rows, entry.index, command)
         if command.request:
-            keep_outcome(transaction, command.request, outcome)
+            keep_outcome(rows, command.request, outcome)
         return outcome
 
-    def _decide(self, transaction: Batch, index: int, command: Command) -> Outcome:
-        aside = Overlay(_Guarded(transaction))
+    def _decide(self, rows: Overlay, index: int, command: Command) -> Outcome:
+        rows.try_out()
         try:
-            # NB: a fault of this node's disk is no outcome: it leaves as `_LocalFaultError` and takes the whole
-            # transaction back.
             applier = self._appliers.get(command.kind)
             if applier is None:
                 raise errors.UnsupportedFeature(f"nobody applies {command.kind}", kind=command.kind)
-            applier.apply(aside, index, command.kind, command.body)
+            applier.apply(rows, index, command.kind, command.body)
         except (msgspec.MsgspecError, RecursionError) as error:
+            rows.drop()
             text = f"the body of {command.kind} cannot be read: {error}"
             return refused(index, errors.InvalidValue(text, kind=command.kind))
         except errors.Error as error:
+            rows.drop()
             return refused(index, error)
-        aside.write(transaction)
+        rows.keep()
         return Outcome(index)
 
     # --- the whole state ---------------------------------------------------------------------------------------------

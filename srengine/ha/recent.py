@@ -27,7 +27,7 @@ from contextlib import AbstractContextManager
 from typing import Final
 
 from srengine import errors
-from srengine.ha.tables import Batch, Overlay, Readable, ReplaceableStore, Row
+from srengine.ha.tables import Changes, Overlay, Readable, ReplaceableStore, Row
 
 ROWS_KEPT_MAX: Final = 4096
 """Rows kept for reading; beyond it all are forgotten."""
@@ -36,9 +36,6 @@ VALUE_BYTES_KEPT_MAX: Final = 1024
 
 _LONG: Final = bytes(VALUE_BYTES_KEPT_MAX + 1)
 """Stands for a value that is too long to be kept."""
-
-_Rows = dict[tuple[str, bytes], bytes | None]
-"""Values by table and key; None: deleted."""
 
 
 class RecentStore:
@@ -55,9 +52,9 @@ class RecentStore:
         """Held by whoever writes the store, or wants it to stand still."""
         self._lock = threading.Lock()
         """Held for moments: the layers change under it."""
-        self._recent: _Rows = {}
-        self._flushing: _Rows = {}
-        self._kept: _Rows = {}
+        self._recent: Changes = {}
+        self._flushing: Changes = {}
+        self._kept: Changes = {}
         self._whole: dict[str, dict[bytes, bytes] | None] = dict.fromkeys(whole)
         """None: not read yet."""
         self._flushes = 0
@@ -136,7 +133,7 @@ class RecentStore:
     # --- changing ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Batch]:
+    def transaction(self) -> Iterator[Overlay]:
         """See `tables.Store.transaction`; what is recent becomes durable before."""
         with self._file:
             self.flush()
@@ -148,7 +145,7 @@ class RecentStore:
                 self._keep(changes.changes)
                 self._flushes += 1
 
-    def show(self, *, from_memory: bool = False) -> AbstractContextManager[Batch]:
+    def show(self, *, from_memory: bool = False) -> AbstractContextManager[Overlay]:
         """Change rows: visible together at the end of the with-block, durable after `flush`; nothing if it fails.
 
         ``from_memory``: a read that would take a look at the store is `NotInMemoryError` instead.
@@ -185,7 +182,7 @@ class RecentStore:
             self._flushing = {}
             self._flushes += 1
 
-    def _keep(self, changed: _Rows) -> None:
+    def _keep(self, changed: Changes) -> None:
         if len(self._kept) + len(changed) > ROWS_KEPT_MAX:
             self._kept = {}
         for (table, key), value in changed.items():
@@ -222,7 +219,7 @@ class _Showing:
         self._store = store
         self._overlay = overlay
 
-    def __enter__(self) -> Batch:
+    def __enter__(self) -> Overlay:
         return self._overlay
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -272,6 +269,6 @@ def _kept_as(value: bytes) -> bytes:
     return value if len(value) <= VALUE_BYTES_KEPT_MAX else _LONG
 
 
-def _in_order(rows: _Rows) -> _Rows:
+def _in_order(rows: Changes) -> Changes:
     """Return rows in the order of tables and keys, in which a store has them."""
     return dict(sorted(rows.items(), key=lambda item: item[0]))

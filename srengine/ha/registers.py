@@ -59,7 +59,8 @@ class RegistersApplier:
         del kind
         command = msgspec.msgpack.decode(body, type=RegisterPut)
         check_put(command)
-        before = read_register(tables, command.name)
+        key = command.name.encode()
+        before = _register_in(tables.get(REGISTER_TABLE, key))
         version = 0 if before is None else before.version
         if command.if_version is not None and command.if_version != version:
             raise errors.Conflict(
@@ -70,7 +71,7 @@ class RegistersApplier:
             if count >= REGISTERS_MAX:
                 raise errors.QuotaExceeded(f"there are {count} registers; more are not possible", count=count)
             tables.put(REGISTER_STATE_TABLE, _COUNT, (count + 1).to_bytes(4, "little"))
-        tables.put(REGISTER_TABLE, command.name.encode(), msgspec.msgpack.encode(Register(command.value, index)))
+        tables.put(REGISTER_TABLE, key, msgspec.msgpack.encode(Register(command.value, index)))
 
 
 def check_put(command: RegisterPut) -> None:
@@ -91,7 +92,10 @@ def put_register(name: str, value: bytes, *, if_version: int | None = None) -> C
 
 def read_register(rows: Readable, name: str) -> Register | None:
     """Return a register, None when there is none."""
-    stored = rows.get(REGISTER_TABLE, check_name(name, "register").encode())
+    return _register_in(rows.get(REGISTER_TABLE, check_name(name, "register").encode()))
+
+
+def _register_in(stored: bytes | None) -> Register | None:
     return None if stored is None else msgspec.msgpack.decode(stored, type=Register)
 
 

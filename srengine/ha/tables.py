@@ -13,6 +13,8 @@ from typing import Protocol
 
 Row = tuple[str, bytes, bytes]
 """(table, key, value)."""
+Changes = dict[tuple[str, bytes], bytes | None]
+"""Values by table and key; None: deleted."""
 
 
 class Readable(Protocol):
@@ -86,39 +88,61 @@ class Applier(Protocol):
 
 
 class Overlay:
-    """Changes kept aside over rows: for an applier that may still refuse, and to see what a command would do."""
+    """Changes kept aside over rows: for an applier that may still refuse, and to see what a command would do.
 
-    def __init__(self, below: Readable, changes: dict[tuple[str, bytes], bytes | None] | None = None) -> None:
+    Between `try_out` and `keep` or `drop` changes are on trial: seen, and gone with `drop`.
+    """
+
+    def __init__(self, below: Readable, changes: Changes | None = None) -> None:
         self._below = below
-        self.changes: dict[tuple[str, bytes], bytes | None] = {} if changes is None else changes
-        """Values by table and key; None: deleted."""
+        self.changes: Changes = {} if changes is None else changes
+        """What is kept."""
+        self._trial: Changes | None = None
 
     def get(self, table: str, key: bytes) -> bytes | None:
         """See `Readable.get`."""
         place = (table, key)
+        if self._trial is not None and place in self._trial:
+            return self._trial[place]
         if place in self.changes:
             return self.changes[place]
         return self._below.get(table, key)
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
         """See `Tables.put`."""
-        self.changes[table, key] = value
+        (self.changes if self._trial is None else self._trial)[table, key] = value
 
     def delete(self, table: str, key: bytes) -> bool:
         """See `Tables.delete`."""
         there = self.get(table, key) is not None
-        self.changes[table, key] = None
+        (self.changes if self._trial is None else self._trial)[table, key] = None
         return there
 
     def change(self, rows: Mapping[tuple[str, bytes], bytes | None]) -> None:
         """See `Batch.change`."""
-        self.changes.update(rows)
+        (self.changes if self._trial is None else self._trial).update(rows)
+
+    def try_out(self) -> None:
+        """Begin a trial."""
+        assert self._trial is None, "a trial in a trial"
+        self._trial = {}
+
+    def keep(self) -> None:
+        """End a trial: its changes are kept."""
+        assert self._trial is not None, "no trial"
+        self.changes.update(self._trial)
+        self._trial = None
+
+    def drop(self) -> None:
+        """End a trial: its changes are gone."""
+        assert self._trial is not None, "no trial"
+        self._trial = None
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """See `Readable.scan`; rows changed behind the place reached may or may not show."""
         changed = sorted(
             (key, value)
-            for (of, key), value in self.changes.items()
+            for (of, key), value in {**self.changes, **(self._trial or {})}.items()
             if of == table and (start is None or key >= start) and (stop is None or key < stop)
         )
         hidden = {key for key, _ in changed}
@@ -127,5 +151,5 @@ class Overlay:
         yield from heapq.merge(below, put)
 
     def write(self, target: Batch) -> None:
-        """Make the changes there."""
+        """Make the kept changes there."""
         target.change(self.changes)

@@ -58,7 +58,8 @@ _TABLES_MAX: Final = TABLES_MAX - 2
 """With that of the place and the one of the store itself it may hold no more."""
 _PENDING_ROWS_MAX: Final = TRANSACTION_ROWS_MAX // 2
 
-_Change = tuple[str, bytes, bytes | None]
+Change = tuple[str, bytes, bytes | None]
+"""Table, key and value; None: delete."""
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[tuple[str, bytes, bytes | None]]).decode
 
@@ -68,7 +69,7 @@ class LoggedTransaction:
 
     __slots__ = ("_changes", "_is_open", "_named")
 
-    def __init__(self, changes: list[_Change], named: Container[str]) -> None:
+    def __init__(self, changes: list[Change], named: Container[str]) -> None:
         """``named``: tables whose names were looked at before."""
         self._changes = changes
         self._named = named
@@ -76,24 +77,27 @@ class LoggedTransaction:
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
         """Set the value of ``key`` in ``table``. `InvalidValue` as `metadata.Transaction.put`."""
-        self.put_all(table, ((key, value),))
-
-    def put_all(self, table: str, rows: Iterable[tuple[bytes, bytes]]) -> None:
-        """`put` of each (key, value)."""
         self._check(table)
-        for key, value in rows:
-            if len(value) > VALUE_BYTES_MAX:
-                raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
-            self._changes.append((table, checked_key(key), bytes(value)))
+        if len(value) > VALUE_BYTES_MAX:
+            raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
+        self._changes.append((table, checked_key(key), bytes(value)))
+
+    def change(self, changes: Iterable[Change]) -> None:
+        """Make changes whose maker answers for it that they are within the bounds of `put` and `discard`."""
+        self._check_open()
+        self._changes.extend(changes)
 
     def discard(self, table: str, *keys: bytes) -> None:
         """Delete each of ``keys`` that is there, without looking at its value, which may be damaged."""
         self._check(table)
         self._changes.extend([(table, checked_key(key), None) for key in keys])
 
-    def _check(self, table: str) -> None:
+    def _check_open(self) -> None:
         if not self._is_open:
             raise errors.Closed("this transaction of the metadata store is over")
+
+    def _check(self, table: str) -> None:
+        self._check_open()
         if table not in self._named:
             check_name(table, "table")
 
@@ -107,7 +111,7 @@ class LoggedStore:
         self._pid = os.getpid()
         self._writing = threading.RLock()
         self._in_transaction = False
-        self._begun: tuple[list[_Change], bytes] | None = None
+        self._begun: tuple[list[Change], bytes] | None = None
         """What the appender works on, and its record; `_writing` is held meanwhile."""
         self._done, self._notify = pipe
         self._appender = kernel.Appender(self._notify)
@@ -228,7 +232,7 @@ class LoggedStore:
             if self._in_transaction:
                 raise errors.InvalidValue("a transaction of the metadata store is open in this thread already")
             self._store.check_usable()
-            changes: list[_Change] = []
+            changes: list[Change] = []
             transaction = LoggedTransaction(changes, self._pending)
             self._in_transaction = True
             try:
@@ -241,7 +245,7 @@ class LoggedStore:
                 transaction._is_open = False
                 self._in_transaction = False
 
-    def _commit(self, changes: list[_Change]) -> None:
+    def _commit(self, changes: list[Change]) -> None:
         record = self._record_of(changes)
         if record is None:
             self._settle(changes)
@@ -252,20 +256,27 @@ class LoggedStore:
             raise self._fault(error) from error
         self._adopt(changes)
 
-    def _record_of(self, changes: list[_Change]) -> bytes | None:
+    def _record_of(self, changes: list[Change]) -> bytes | None:
         """Return the record of a transaction, or None when it belongs into LMDB at once, with all that is pending.
 
         NB: whatever goes into the log has to go into LMDB later, so what LMDB could refuse is refused first.
         """
-        if made := {table for table, _, _ in changes} - self._pending.keys():
-            stored = self._store.tables()
-            made.difference_update(stored)
-            if made and len(stored) + len(self._pending) + len(made) > _TABLES_MAX:
-                return None
+        for table, _, _ in changes:
+            if table not in self._pending:
+                if not self._may_have_tables(changes):
+                    return None
+                break
         if self._pending_rows + len(changes) > _PENDING_ROWS_MAX:
             return None
         record = _encode(changes)
         return record if len(record) <= _RECORD_BYTES_MAX and self._log.fits(record) else None
+
+    def _may_have_tables(self, changes: list[Change]) -> bool:
+        """Return whether the tables of a transaction are there, or may be made beside those of what is pending."""
+        made = {table for table, _, _ in changes} - self._pending.keys()
+        stored = self._store.tables()
+        made.difference_update(stored)
+        return not made or len(stored) + len(self._pending) + len(made) <= _TABLES_MAX
 
     def _fault(self, error: OSError) -> errors.Error | MemoryError:
         """Return what a failed write of the log is to the caller; the store is fenced if nobody knows what is there."""
@@ -282,20 +293,15 @@ class LoggedStore:
         """A descriptor that can be read when what was begun has ended; `finish` reads it."""
         return self._done
 
-    def begin(self, change: Callable[[LoggedTransaction], None]) -> bool:
-        """Begin a transaction that ``change`` fills; return False, and change nothing, if it has to be a `transaction`
-        that waits: it is large, the log is full, or another one runs. `finish` has to follow, in the same thread.
+    def begin(self, changes: list[Change]) -> bool:
+        """Begin a transaction of ``changes``, for which `LoggedTransaction.change` holds; return False, and change
+        nothing, if it has to be a `transaction` that waits: it is large, the log is full, or another one runs. `finish`
+        has to follow, in the same thread.
         """
         if self._in_transaction or not self._writing.acquire(blocking=False):
             return False
         try:
             self._store.check_usable()
-            changes: list[_Change] = []
-            transaction = LoggedTransaction(changes, self._pending)
-            try:
-                change(transaction)
-            finally:
-                transaction._is_open = False
             record = self._record_of(changes)
             if record is None:
                 return False
@@ -323,10 +329,13 @@ class LoggedStore:
             self._in_transaction = False
             self._writing.release()
 
-    def _adopt(self, changes: Iterable[_Change]) -> None:
+    def _adopt(self, changes: Iterable[Change]) -> None:
         with self._pending_lock:
+            pending = self._pending
             for table, key, value in changes:
-                self._pending.setdefault(table, {})[key] = value
+                if table not in pending:
+                    pending[table] = {}
+                pending[table][key] = value
                 self._pending_rows += 1
 
     def settle(self) -> None:
@@ -337,7 +346,7 @@ class LoggedStore:
             if self._pending:
                 self._settle(())
 
-    def _settle(self, more: Iterable[_Change]) -> None:
+    def _settle(self, more: Iterable[Change]) -> None:
         rows = {(table, key): value for table, keys in self._pending.items() for key, value in keys.items()}
         rows.update({(table, key): value for table, key, value in more})
         rows[_TABLE, _PLACE_KEY] = _PLACE.pack(*self._log.next_place())
@@ -368,11 +377,12 @@ def _check_unused(path: Path) -> None:
 
 
 def _pipe() -> tuple[int, int]:
-    """Return two ends of a pipe of which neither ever makes anybody wait: at most one byte is in it."""
-    ends = os.pipe()
-    for end in ends:
-        os.set_blocking(end, False)
-    return ends
+    """Return two ends of a pipe. Who writes never waits: at most one byte is in it. Who reads knows that one comes: it
+    is written right behind what makes `finish` go on.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    return reader, writer
 
 
 def _covered(stored: Iterable[Row], covering: dict[bytes, bytes | None]) -> Iterator[Row]:
@@ -405,7 +415,7 @@ def _place_in(stored: bytes, path: Path) -> wal.Place:
     return place
 
 
-def _changes_in(records: Iterable[bytes], path: Path) -> Iterator[_Change]:
+def _changes_in(records: Iterable[bytes], path: Path) -> Iterator[Change]:
     for record in records:
         try:
             yield from _decode(record)

@@ -129,18 +129,18 @@ class WriteAheadLog:
         leave of it was promised to nobody. After any other nobody knows what is on the disk: the
         owner writes no more.
         """
-        self._note(kernel.append(self._fd, *self._where(), record), record)
+        place = self.place
+        code = kernel.append(self._fd, self._sector, place.identity, place.generation, self._record, record)
+        self._note(code, record)
 
     def begin(self, appender: kernel.Appender, record: bytes) -> None:
         """`append` in the appender's thread; `finish` has to follow before anything else."""
-        appender.begin(self._fd, *self._where(), record)
+        place = self.place
+        appender.begin(self._fd, self._sector, place.identity, place.generation, self._record, record)
 
     def finish(self, appender: kernel.Appender, record: bytes) -> None:
         """Wait until the record that was begun is durable. Raises as `append`."""
         self._note(appender.take(), record)
-
-    def _where(self) -> tuple[int, int, int, int]:
-        return self._sector, self.place.identity, self.place.generation, self._record
 
     def _note(self, code: int, record: bytes) -> None:
         if code:
@@ -184,7 +184,7 @@ def read_offline(directory: Path, place: Place) -> list[bytes]:
 
 
 def _sectors_of(size: int) -> int:
-    return max(1, -(-size // kernel.ROOM_BYTES))
+    return -(-size // kernel.ROOM_BYTES) or 1
 
 
 def _damaged(path: Path, what: str, sector: int | None = None) -> errors.CorruptionError:

@@ -64,7 +64,7 @@ class Connection:
         self._held: Sequence[Buffer] | None = None
         """A packed frame that the wire had no room for."""
         self._flush_due = False
-        self._count_sent = metrics.counter("srengine_transport_frames_sent_total", port=port)
+        self._sent = metrics.counter("srengine_transport_frames_sent_total", port=port)
 
     # --- leaving -----------------------------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class Connection:
         """Give a frame to the wire; hold it for a moment, and return False, when there is no room."""
         if self.wire.send(parts):
             self._held = None
-            self._count_sent()
+            self._sent.value += 1
             return True
         self._held = parts
         self._flush_due = True

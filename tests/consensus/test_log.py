@@ -1054,13 +1054,15 @@ def test_documented_vectors():
     text = (Path(__file__).parents[2] / "docs" / "formats-log.md").read_text()
     found = dict(re.findall(r"<!-- vector: ([a-z-]+) -->\n```\n(.*?)\n```", text))
     chain = rows.first_chain(GROUP, Floor())
-    [(key, value)], after = rows.encode_entries(b"g\0", [Entry(1, 3, EntryKind.COMMAND, b"data")], chain)
-    assert key == rows.entry_key(b"g\0", 1)
+    changes = []
+    tail, sizes = rows.put_entries(changes, b"g\0", [Entry(1, 3, EntryKind.COMMAND, b"data")], chain)
+    [(table, key, value)] = changes
+    assert (table, key, sizes) == (rows.ENTRIES, rows.entry_key(b"g\0", 1), [len(value)])
     record = msgspec.msgpack.encode([("t", b"k", None)])
     [sector] = reference.sectors(record, first=0, identity=5, generation=1, number=0)
     assert not any(sector[48:])
     assert found == {"chain": chain.hex(), "entry": value.hex(), "sector": sector[:48].hex()}
-    assert rows.chain_of(value) == after
+    assert tail == rows.Place(1, 3, rows.chain_of(value))
 
 
 # --- any history -----------------------------------------------------------------------------------------------------

@@ -49,16 +49,8 @@ def waiting(store):
 
 
 def changing(table, rows):
-    """Return what fills a transaction that is begun."""
-
-    def change(transaction):
-        for key, value in dict(rows).items():
-            if value is None:
-                transaction.discard(table, key)
-            else:
-                transaction.put(table, key, value)
-
-    return change
+    """Return the changes of a transaction that is begun."""
+    return [(table, key, value) for key, value in dict(rows).items()]
 
 
 def is_done(store):

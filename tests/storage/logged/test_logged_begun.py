@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import threading
 
 import pytest
@@ -119,7 +118,7 @@ def test_what_has_to_wait_is_not_begun(tmp_path, monkeypatch, prepare, rows):
         assert ((store.path / wal.WAL_NAME).read_bytes(), waiting(store), transactions(store)) == before
         assert list(store.scan("t")) == []
         with store.transaction() as transaction:
-            changing("t", rows)(transaction)
+            transaction.change(changing("t", rows))
         assert (transactions(store), waiting(store)) == (before[2] + 1, 0)
         assert dict(store.scan("t")) == rows
         with begun_and_finished(store, {b"next": b"v"}):
@@ -133,7 +132,7 @@ def test_nothing_is_begun_beside_another_transaction(store, in_thread):
     """
 
     def refused():
-        assert not store.begin(lambda transaction: pytest.fail("nobody asks for changes that are not begun"))
+        assert not store.begin(changing("t", {b"refused": b"v"}))
 
     with store.transaction() as transaction:
         transaction.put("t", b"own", b"v")
@@ -215,29 +214,29 @@ def test_others_wait_for_what_was_begun(store):
     assert (store.get("t", b"k"), waiting(store)) == (b"second", 0)
 
 
-def test_changes_that_raise_begin_nothing(store):
-    """T02, T04, F53: when the changes cannot be made, nothing was begun and the store is free; a transaction that was
-    begun takes no more.
-    """
-    kept = []
-
-    def wrong(transaction):
-        transaction.put("t", b"k", b"v")
-        transaction.put("../x", b"k", b"v")
-
+def test_what_cannot_be_a_record_begins_nothing(store):
+    """T02, T04: changes that are none are our caller's mistake: nothing was begun and the store is free."""
     for _ in range(2):
-        with pytest.raises(errors.InvalidValue):
-            store.begin(wrong)
-    with pytest.raises(KeyboardInterrupt):
-        store.begin(lambda transaction: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(TypeError):
+            store.begin([("t", b"k", b"v"), ("t", object(), b"v")])
     assert not is_done(store)
-    assert store.begin(kept.append)
-    with pytest.raises(errors.Closed):
-        kept[0].put("t", b"k", b"late")
-    store.finish()
     thread = threading.Thread(target=fill, args=(store, "t", {b"k": b"v"}))
     thread.start()
     thread.join()
+    assert list(store.scan("t")) == [(b"k", b"v")]
+
+
+def test_a_transaction_that_is_over_takes_no_changes(store):
+    """T02: neither one by one nor many at a time."""
+    with store.transaction() as transaction:
+        transaction.change(changing("t", {b"k": b"v"}))
+    for late in (
+        lambda: transaction.change(changing("t", {b"k": b"late"})),
+        lambda: transaction.put("t", b"k", b"late"),
+        lambda: transaction.discard("t", b"k"),
+    ):
+        with pytest.raises(errors.Closed):
+            late()
     assert list(store.scan("t")) == [(b"k", b"v")]
 
 

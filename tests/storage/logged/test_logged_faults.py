@@ -38,7 +38,7 @@ from tests.storage.logged.stores import (
 
 def fill_tables(store, names, *, begins=False):
     wanted = [(name, b"k", b"v") for name in names]
-    if begins and store.begin(lambda transaction: change(transaction, wanted)):
+    if begins and store.begin(wanted):
         store.finish()
     else:
         with store.transaction() as transaction:

@@ -66,7 +66,7 @@ def begun(store, model, wanted, to):
     """
     before = store._log._sector, waiting(store), transactions(store)
     disk = Disk(store)
-    if not store.begin(lambda transaction: change(transaction, wanted)):
+    if not store.begin(wanted):
         store._appender = disk.appender
         assert (store._log._sector, waiting(store), transactions(store)) == before
         return False
