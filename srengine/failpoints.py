@@ -83,9 +83,9 @@ def hit(name: str) -> None:
         _points.hit(name)
 
 
-def planned(name: str) -> bool:
-    """Return whether a test armed the point ``name``."""
-    return _points is not None and name in _points.plan
+def planned(*names: str) -> bool:
+    """Return whether a test armed one of the points."""
+    return _points is not None and any(name in _points.plan for name in names)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,8 @@ Chunk = bytes | bytearray | memoryview
 def pack(envelopes: Sequence[Envelope], chunks: Sequence[Chunk] = ()) -> list[Chunk]:
     """Return the parts of a frame. ``chunks`` are the data of the envelopes in order; a single one is not copied."""
     body = _encoder.encode(envelopes)
+    if not chunks:
+        return [frame.sealed(body, 0, 0)]
     data: Chunk = chunks[0] if len(chunks) == 1 else b"".join(chunks)
     data_checksum = 0 if not len(data) or is_proved(envelopes) else xxhash.xxh3_64_intdigest(data)
     first = frame.sealed(body, len(data), data_checksum)

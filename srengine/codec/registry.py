@@ -59,7 +59,8 @@ def kinds() -> list[str]:
 
 def encode(message: msgspec.Struct) -> tuple[str, bytes]:
     """Return the kind and the bytes of a message; `ValueError` when its type is not registered."""
-    return kind_of(type(message)), _encoder.encode(message)
+    kind = _kinds.get(type(message))
+    return (kind if kind is not None else kind_of(type(message))), _encoder.encode(message)
 
 
 def decode(kind: str, body: bytes | memoryview | msgspec.Raw) -> Any:

@@ -313,12 +313,13 @@ class Driver:
         if self.stopped:
             return
         now = self._clock.boottime_s()
-        self._ready.update(self._fresh)
+        if self._fresh:
+            self._ready.update(self._fresh)
+            if self._held:
+                self._held -= 1
+            if not self._held:
+                self._fresh.clear()
         ready, self._ready = self._ready, {}
-        if self._held:
-            self._held -= 1
-        if not self._held:
-            self._fresh.clear()
         for group in ready.values():
             if group.failed is None and not group.locked:
                 self._advance(group, now)

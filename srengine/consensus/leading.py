@@ -149,6 +149,8 @@ class Leading(Replication):
 
     def _maybe_commit(self, leader: Leader) -> bool:
         """Move the commit index on if a majority holds more; return whether it did."""
+        if self.commit_index == self.view.last_index:
+            return False
         index = self._held_by_majority(leader)
         if index <= self.commit_index or not self._may_commit(index):
             return False
@@ -271,7 +273,8 @@ class Leading(Replication):
         if len(self.view.configuration.voters) == 1:
             # Nobody else is asked: the time alone moves it. Else answers do, and each is counted when it comes.
             self._count_contact(leader)
-        return max(leader.contact_at, leader.elected_at) + self.timing.election_s_min
+        since = leader.contact_at if leader.contact_at > leader.elected_at else leader.elected_at
+        return since + self.timing.election_s_min
 
     def _disk_deadline(self) -> float:
         since = self.persisting_since
@@ -279,7 +282,9 @@ class Leading(Replication):
 
     def _leader_deadline(self, leader: Leader) -> float:
         # NB: asked in every turn, so what cannot be the earliest is not asked.
-        deadline = min(leader.heartbeat_at, self._contact_deadline(leader))
+        deadline = self._contact_deadline(leader)
+        if leader.heartbeat_at < deadline:
+            deadline = leader.heartbeat_at
         if self.persisting_since is not None:
             deadline = min(deadline, self._disk_deadline())
         elif leader.news_at < deadline:

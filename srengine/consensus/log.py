@@ -286,7 +286,7 @@ class NodeLog:
         It has ended when the descriptor `done` can be read; `finish` has to follow then, in the same thread. Nothing
         else is done with the log meanwhile.
         """
-        if failpoints.planned("log.append.written") or failpoints.planned("log.append.committed"):
+        if failpoints.planned("log.append.written", "log.append.committed"):
             return False
         changes = self._changes(turn)
         made: list[Change] = []

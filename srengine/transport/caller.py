@@ -170,21 +170,22 @@ class Caller(Connection):
     def post_message(self, message: msgspec.Struct) -> bool:
         """Send a message that gets no answer, now; see `Channel.post`."""
         kind, body = registry.encode(message)
-        if len(body) > self.wire.part_bytes_max:
+        size = len(body)
+        if size > self.wire.part_bytes_max:
             raise errors.InvalidValue(
-                f"a {kind} of {len(body)} bytes; at most {self.wire.part_bytes_max} go through the {self.port} port",
-                bytes=len(body),
+                f"a {kind} of {size} bytes; at most {self.wire.part_bytes_max} go through the {self.port} port",
+                bytes=size,
             )
         assert self.peer is not None, "a post before hello"
-        fits = self._posted_bytes - self._taken_bytes + len(body) <= limits.POSTS_BYTES_MAX
+        fits = self._posted_bytes - self._taken_bytes + size <= limits.POSTS_BYTES_MAX
         if self.closed is not None or not fits or "posts" not in self.peer.features:
             self.metrics.add("srengine_transport_posts_dropped_total", port=self.port)
             return False
-        self._posted_bytes += len(body)
-        if len(body) <= limits.ENVELOPES_BYTES_TARGET:
+        self._posted_bytes += size
+        if size <= limits.ENVELOPES_BYTES_TARGET:
             self.post(Post(kind, msgspec.Raw(body), self._posted_bytes), alone=True)
         else:
-            self.post(Post(kind, NOTHING, self._posted_bytes, len(body)), (body,), alone=True)
+            self.post(Post(kind, NOTHING, self._posted_bytes, size), (body,), alone=True)
         return True
 
     # --- streams -----------------------------------------------------------------------------------------------------

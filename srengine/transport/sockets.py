@@ -213,14 +213,12 @@ class Pump:
             except zmq.Again:
                 return
             more = frame.more
-            parts = self._parts
-            full = len(parts) == _PARTS_TAKEN
-            if not full:  # the rest is read and dropped
+            if not self._handed_on:  # else the rest is read and dropped
+                parts = self._parts
                 parts.append(frame)
-                full = len(parts) == _PARTS_TAKEN
-            if (not more or full) and not self._handed_on:
-                self._handed_on = True
-                self._on_message(parts)
+                if not more or len(parts) == _PARTS_TAKEN:
+                    self._handed_on = True
+                    self._on_message(parts)
             if not more:
                 self._parts = []
                 self._handed_on = False

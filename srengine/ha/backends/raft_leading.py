@@ -139,7 +139,7 @@ class Leading:
 
         One that was decided before is answered with its outcome: a second entry of it changes nothing.
         """
-        epoch = await self._acting_epoch(min(timeout_s, ASK_S))
+        epoch = self.epoch or await self._acting_epoch(min(timeout_s, ASK_S))
         stamped = command if command.epoch else msgspec.structs.replace(command, epoch=epoch)
         if is_membership(command.kind):
             await self._change_membership(stamped, timeout_s, force=force)
