@@ -38,6 +38,10 @@ _LONG: Final = bytes(VALUE_BYTES_KEPT_MAX + 1)
 """Stands for a value that is too long to be kept."""
 
 
+_Layer = dict[str, dict[bytes, bytes | None]]
+"""Values by table, and there by key, because whoever scans a table is not to look through all others; None: deleted."""
+
+
 class RecentStore:
     """`tables.ReplaceableStore` over another one. Reads from any thread; one thread at a time changes rows, and one
     flushes, beside it or not.
@@ -52,8 +56,8 @@ class RecentStore:
         """Held by whoever writes the store, or wants it to stand still."""
         self._lock = threading.Lock()
         """Held for moments: the layers change under it."""
-        self._recent: Changes = {}
-        self._flushing: Changes = {}
+        self._recent: _Layer = {}
+        self._flushing: _Layer = {}
         self._kept: Changes = {}
         self._whole: dict[str, dict[bytes, bytes] | None] = dict.fromkeys(whole)
         """None: not read yet."""
@@ -80,12 +84,12 @@ class RecentStore:
 
     def _find(self, table: str, key: bytes) -> tuple[bool, bytes | None]:
         """Return whether a row, or that there is none, is known without the store, and its value; under the lock."""
-        place = (table, key)
-        if place in self._recent:
-            return True, self._recent[place]
-        if place in self._flushing:
-            return True, self._flushing[place]
+        if table in self._recent and key in self._recent[table]:
+            return True, self._recent[table][key]
+        if table in self._flushing and key in self._flushing[table]:
+            return True, self._flushing[table][key]
         if table not in self._whole:
+            place = (table, key)
             return place in self._kept, self._kept.get(place)
         rows = self._whole[table]
         value = None if rows is None else rows.get(key)
@@ -109,9 +113,9 @@ class RecentStore:
                 flushes = self._flushes
                 changed = {
                     key: value
-                    for rows in (self._flushing, self._recent)
-                    for (of, key), value in rows.items()
-                    if of == table and (start is None or key >= start) and (stop is None or key < stop)
+                    for layer in (self._flushing, self._recent)
+                    for key, value in layer.get(table, {}).items()
+                    if (start is None or key >= start) and (stop is None or key < stop)
                 }
             if not changed:
                 yield from self._below.scan(table, start, stop)
@@ -127,7 +131,7 @@ class RecentStore:
         """Yield everything as it is visible now. Changes go on meanwhile, but nothing of them is flushed."""
         with self._file:
             with self._lock:
-                recent = dict(self._recent)
+                recent = _flat(self._recent)
             yield Overlay(self._below, recent)
 
     # --- changing ----------------------------------------------------------------------------------------------------
@@ -169,16 +173,19 @@ class RecentStore:
             if not self._recent:
                 return
             self._flushing, self._recent = self._recent, {}
+        flushing = _flat(self._flushing)
         try:
             with self._below.transaction() as transaction:
-                transaction.change(_in_order(self._flushing))
+                transaction.change(_in_order(flushing))
         except BaseException:
             with self._lock:
-                self._recent = {**self._flushing, **self._recent}
+                newer, self._recent = self._recent, self._flushing
+                for table, rows in newer.items():
+                    self._recent.setdefault(table, {}).update(rows)
                 self._flushing = {}
             raise
         with self._lock:
-            self._keep(self._flushing)
+            self._keep(flushing)
             self._flushing = {}
             self._flushes += 1
 
@@ -225,7 +232,11 @@ class _Showing:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             with self._store._lock:
-                self._store._recent.update(self._overlay.changes)
+                recent = self._store._recent
+                for (table, key), value in self._overlay.changes.items():
+                    if table not in recent:
+                        recent[table] = {}
+                    recent[table][key] = value
 
 
 class NotInMemoryError(Exception):
@@ -245,17 +256,17 @@ class _Memory:
             self._whole = store._whole
 
     def get(self, table: str, key: bytes) -> bytes | None:
-        place = (table, key)
-        if place in self._recent:
-            return self._recent[place]
-        if place in self._flushing:
-            return self._flushing[place]
+        if table in self._recent and key in self._recent[table]:
+            return self._recent[table][key]
+        if table in self._flushing and key in self._flushing[table]:
+            return self._flushing[table][key]
         if table in self._whole:
             rows = self._whole[table]
             value = _LONG if rows is None else rows.get(key)
             if value is _LONG:
                 raise NotInMemoryError
             return value
+        place = (table, key)
         if place not in self._kept:
             raise NotInMemoryError
         return self._kept[place]
@@ -267,6 +278,10 @@ class _Memory:
 
 def _kept_as(value: bytes) -> bytes:
     return value if len(value) <= VALUE_BYTES_KEPT_MAX else _LONG
+
+
+def _flat(layer: _Layer) -> Changes:
+    return {(table, key): value for table, rows in layer.items() for key, value in rows.items()}
 
 
 def _in_order(rows: Changes) -> Changes:

@@ -393,3 +393,20 @@ def test_entries_that_only_show_are_applied_again_after_a_crash(tmp_path):
     with agreed(tmp_path / "b") as other:
         other.machine.apply_all(entries)
         assert other.machine.digest() == shown
+
+
+def test_a_scan_does_not_look_through_other_tables(below):
+    """F17: seconds of writes are recent; a scan of another table, which the event loop makes, costs nothing by them."""
+
+    class Unseen(dict):
+        def items(self):
+            raise AssertionError("another table was looked through")
+
+    store = RecentStore(below)
+    with store.show() as rows:
+        rows.put("t", b"a", b"1")
+        rows.put("other", b"b", b"2")
+    store._recent["other"] = Unseen(store._recent["other"])
+    assert list(store.scan("t")) == [(b"a", b"1")]
+    assert list(store.scan("third")) == []
+    assert store.get("other", b"b") == b"2"
