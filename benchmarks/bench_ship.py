@@ -21,6 +21,7 @@ from srengine import limits
 from srengine.snapshot import SnapshotSource
 
 MEMORY_BYTES_MAX = 64 * limits.MIB
+STAGES = 3
 
 
 @pytest.mark.parametrize("security", ["plain", "CURVE"])
@@ -106,14 +107,20 @@ def bench_together(
     ratios = sorted(wall / stage for wall, stage in zip(together, slowest, strict=True))
     middle = len(ratios) // 2
     name = max(stages, key=lambda stage: sorted(stages[stage])[middle])
+    processors = os.cpu_count() or 1
+    least = sorted(processor)[middle] / processors / sorted(slowest)[middle]
     report(
         Row(
             f"write, ship, apply together, {compression}: wall / slowest stage",
-            at_most(1.3),
+            # Compression makes three stages that compute. With two processors it is not the slowest that they wait for.
+            None if compression == "zstd" and processors < STAGES else at_most(1.3),
             ratios[middle],
             f"{sorted(together)[middle]:.2f} s",
             f"{sorted(slowest)[middle]:.2f} s ({name})",
-            note=f"{sorted(processor)[middle]:.2f} s of processor time in all, {os.cpu_count()} processors.",
+            note=(
+                f"{sorted(processor)[middle]:.2f} s of processor time in all, {processors} processors: the ratio cannot"
+                f" be less than {least:.2f}."
+            ),
         )
     )
     report(

@@ -24,7 +24,7 @@ from typing import Final, Protocol
 
 from srengine import errors, limits
 from srengine.consensus.effects import Applied, Input, Installed, InstallFailed, InstallState
-from srengine.consensus.entries import Entry, Floor, entry_bytes
+from srengine.consensus.entries import Entry, Floor, bytes_of
 from srengine.consensus.hosting import Group, typed
 from srengine.consensus.log import NodeLog
 from srengine.consensus.services import Bounds, Health
@@ -35,7 +35,6 @@ _logger = logging.getLogger(__name__)
 
 APPLY_ENTRIES_MAX: Final = 1024
 """Entries handed to the state machine at a time."""
-APPLY_BYTES_MAX: Final = 16 * limits.MIB
 FLUSH_S: Final = 4.0
 """How long what the state machine shows may stay in memory: the log has it, and a start applies it again. In a shorter
 time the disk, which the log waits for, would write the same rows again and again; a flush each second shows in the 99th
@@ -92,15 +91,12 @@ class Applying:
             if group.put is not None:
                 group.put()
             return
-        entries: list[Entry] = []
-        size = 0
-        while group.to_apply and len(entries) < APPLY_ENTRIES_MAX and size < APPLY_BYTES_MAX:
-            entry = group.to_apply.popleft()
-            assert entry.index == group.visible + len(entries) + 1, (group.name, entry.index, group.visible)
-            entries.append(entry)
-            size += entry_bytes(entry)
+        # How many bytes they may have is seen to by the machine, which hands out no more before some are durable.
+        entries = [group.to_apply.popleft() for _ in range(min(len(group.to_apply), APPLY_ENTRIES_MAX))]
+        first, last = entries[0].index, entries[-1].index
+        assert (first, last) == (group.visible + 1, group.visible + len(entries)), (group.name, first, last)
         group.applying = True
-        group.unflushed_bytes += size
+        group.unflushed_bytes += bytes_of(entries)
         try:
             done = group.state.apply_now(entries)
         except Exception as error:  # noqa: BLE001  (judged there, as what the thread raises)

@@ -39,8 +39,10 @@ TARGETED = (
     "shipping between two processes, plain / raw pyzmq",
     "shipping between two processes, CURVE / raw pyzmq",
     "write, ship, apply together, none: wall / slowest stage",
+    "write, ship, apply together, auto: wall / slowest stage",
     "write, ship, apply together, zstd: wall / slowest stage",
     "write, ship, apply together, none: memory / 64 MiB",
+    "write, ship, apply together, auto: memory / 64 MiB",
     "write, ship, apply together, zstd: memory / 64 MiB",
 )
 
