@@ -151,19 +151,20 @@ def bench_embedded_writes(benchmark: Any, report: Report, pair: Pair, place: Pat
     cluster = JournalCluster(directory)
 
     async def rounds() -> tuple[list[Any], list[Any]]:
-        times, rates = [], []
         leader = await coordination.find_leader(pair.etcd)
         async with (
             cluster.embedded() as ours,
             coordination.writers(pair.etcd, [leader]) as (theirs,),
             coordination.writers(pair.etcd, [leader] * CLIENTS) as many,
         ):
-            for _ in range(effort.write_rounds):
-                times.append([await coordination.one_by_one(writer, effort.writes) for writer in (theirs, ours)])
-            for _ in range(effort.rounds):
-                rates.append(
-                    [await coordination.side_by_side(all_, effort.seconds) for all_ in (many, [ours] * CLIENTS)]
-                )
+            times = [
+                [await coordination.one_by_one(writer, effort.writes) for writer in (theirs, ours)]
+                for _ in range(effort.write_rounds)
+            ]
+            rates = [
+                [await coordination.side_by_side(all_, effort.seconds) for all_ in (many, [ours] * CLIENTS)]
+                for _ in range(effort.rounds)
+            ]
         return times, rates
 
     try:

@@ -273,7 +273,7 @@ class Leading(Replication):
         if len(self.view.configuration.voters) == 1:
             # Nobody else is asked: the time alone moves it. Else answers do, and each is counted when it comes.
             self._count_contact(leader)
-        since = leader.contact_at if leader.contact_at > leader.elected_at else leader.elected_at
+        since = max(leader.elected_at, leader.contact_at)
         return since + self.timing.election_s_min
 
     def _disk_deadline(self) -> float:
@@ -283,8 +283,7 @@ class Leading(Replication):
     def _leader_deadline(self, leader: Leader) -> float:
         # NB: asked in every turn, so what cannot be the earliest is not asked.
         deadline = self._contact_deadline(leader)
-        if leader.heartbeat_at < deadline:
-            deadline = leader.heartbeat_at
+        deadline = min(deadline, leader.heartbeat_at)
         if self.persisting_since is not None:
             deadline = min(deadline, self._disk_deadline())
         elif leader.news_at < deadline:

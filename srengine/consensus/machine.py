@@ -123,8 +123,7 @@ class RaftMachine(Following):
 
     def pass_time(self, now: float) -> None:
         """`tick` before `next_deadline`: nothing happens but that it is later."""
-        if now > self.now:
-            self.now = now
+        self.now = max(self.now, now)
 
     def tick(self, now: float) -> None:
         """Let time pass. A clock that goes back counts as one that stands still."""

@@ -92,8 +92,7 @@ class Progress:
     def matched(self, match_index: int) -> None:
         """Take note that the peer holds our log up to ``match_index``."""
         sent_fits = not self.probing or match_index >= self.next_index
-        if match_index > self.match_index:
-            self.match_index = match_index
+        self.match_index = max(self.match_index, match_index)
         if self.next_index <= self.match_index:
             self.next_index = self.match_index + 1
         while self.in_flight and self.in_flight[0][0] <= match_index:

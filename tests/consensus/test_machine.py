@@ -149,6 +149,47 @@ def test_bytes_on_their_way_are_bounded(group, monkeypatch):
     assert group["b"].last_index == 12
 
 
+def test_everybody_is_sent_what_he_lacks(group, monkeypatch):
+    """Peers that lack the same are said the same, once made; one that lacks more gets more in the same turn."""
+    monkeypatch.setattr(limits, "IN_FLIGHT_MESSAGES_MAX", 1)
+    group.propose("a", b"x")
+    [to_b], [to_c] = appends(group, "b"), appends(group, "c")
+    assert to_b is to_c
+    assert [entry.data for entry in to_b.entries] == [b"x"]
+    group.on_way.clear()
+
+    def answer(name, index):
+        return fx.Received(AppendReply(GROUP, 2, name, success=True, match_index=index, round=1))
+
+    def sent():
+        return {
+            name: [[e.data for e in said.entries] for said in appends(group, name) if said.entries] for name in "bc"
+        }
+
+    group.step("a", answer("b", 3))
+    group.propose("a", b"y")
+    assert sent() == {"b": [[b"y"]], "c": []}
+    group.on_way.clear()
+    for given in (answer("b", 4), answer("c", 3), fx.Propose(99, b"z")):
+        group["a"].step(given)
+    group.settle("a")
+    assert sent() == {"b": [[b"z"]], "c": [[b"y", b"z"]]}
+
+
+@pytest.mark.parametrize("doubted", ["b", "c"])
+def test_the_proof_of_trust_is_said_to_whom_it_concerns(group, doubted):
+    """H28: also when others are said the same but for that."""
+    doubt = AppendReply(GROUP, 2, doubted, success=True, match_index=2, round=1, votes=False, nonce=7)
+    group.step("a", fx.Received(doubt))
+    for name in sorted({"b", "c"} - {doubted}):
+        group.step("a", fx.Received(AppendReply(GROUP, 2, name, success=True, match_index=3, round=1)))
+    assert group["a"].commit_index == 3, "the barrier is committed"
+    group.on_way.clear()
+    group.propose("a", b"x")
+    said = {name: (message.nonce, message.barrier) for name in "bc" for message in appends(group, name)}
+    assert said == {name: (7, 3) if name == doubted else (0, 0) for name in "bc"}
+
+
 def test_one_message_holds_many_small_entries(group):
     """What was proposed in one turn leaves in one message."""
     for token in range(50):
@@ -222,6 +263,22 @@ def test_a_tick_at_the_deadline_moves_it(group):
             while (said := machine.drain()).persist:
                 group.persist(group.nodes[name], said)
             assert machine.next_deadline > due
+
+
+def test_a_leader_is_due_when_its_disk_has_taken_too_long():
+    """F08: between two heartbeats as well: it gives up at the very moment, though everybody else follows."""
+    group = Group(("a", "b", "c"), timing=fx.Timing(heartbeat_s=0.4, election_s_min=1.0))
+    group.elect("a")
+    group.blocked.add("a")
+    group.propose("a", b"x")
+    since = group["a"].persisting_since
+    while group["a"].role is fx.Role.LEADER:
+        group.flow()
+        assert group["a"].next_deadline > group.now
+        group.now = group["a"].next_deadline
+        group["a"].tick(group.now)
+        group.settle("a")
+    assert group.now == since + 1.0
 
 
 def test_a_follower_that_waits_for_its_disk_is_not_due(group):

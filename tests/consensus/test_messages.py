@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from srengine import errors
@@ -89,21 +90,30 @@ def test_unsound_values_are_found(message):
     assert not checks.is_sound(message)
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        *(message for bundle in BUNDLES.values() for message in bundle.messages),
-        Append("g", 2, "a", 0, 0, 0, 1, (Entry(1, 1, EntryKind.NOOP), Entry(2, 2, EntryKind.COMMAND, b"x"))),
-        Append("g", 2, "a", 5, 2, 5, 1, (Entry(6, 2, EntryKind.CONFIGURATION, b"", Configuration(("a",), ("b",))),)),
-        AppendReply("g", 2, "a", success=False, match_index=0, round=0, votes=False, nonce=7),
-        AppendReply("g", 2, "a", success=False, match_index=4, round=1, conflict_term=2),
-        Vote("g", 2, "a", 0, 0, pre=True),
-        VoteReply("g", 0, "a", granted=False, pre=True),
-        Install("g", 2, "a", 1, 4, 2, Configuration(("a",), ("b",)), b"ref"),
-        ReadIndexReply("g", 0, "a", 1, 0),
-    ],
-    ids=str,
-)
+SOUND = [
+    *(message for bundle in BUNDLES.values() for message in bundle.messages),
+    Append("g", 2, "a", 0, 0, 0, 1, (Entry(1, 1, EntryKind.NOOP), Entry(2, 2, EntryKind.COMMAND, b"x"))),
+    Append("g", 2, "a", 5, 2, 5, 1, (Entry(6, 2, EntryKind.CONFIGURATION, b"", Configuration(("a",), ("b",))),)),
+    AppendReply("g", 2, "a", success=False, match_index=0, round=0, votes=False, nonce=7),
+    AppendReply("g", 2, "a", success=False, match_index=4, round=1, conflict_term=2),
+    Vote("g", 2, "a", 0, 0, pre=True),
+    VoteReply("g", 0, "a", granted=False, pre=True),
+    Install("g", 2, "a", 1, 4, 2, Configuration(("a",), ("b",)), b"ref"),
+    ReadIndexReply("g", 0, "a", 1, 0),
+]
+
+
+@pytest.mark.parametrize("message", SOUND, ids=str)
 def test_sound_values_pass(message):
     """What honest nodes say is sound."""
     assert checks.is_sound(message)
+
+
+@pytest.mark.parametrize("message", SOUND, ids=str)
+@pytest.mark.parametrize("number", [-1, -(1 << 60), 1 << 53, 1 << 60])
+def test_every_number_has_a_range(message, number):
+    """Negative, or beyond what the wire has: whichever number of a sound message it is, the message is unsound."""
+    names = [name for name in message.__struct_fields__ if type(getattr(message, name)) is int]
+    assert names
+    for name in names:
+        assert not checks.is_sound(msgspec.structs.replace(message, **{name: number})), name
