@@ -10,11 +10,12 @@ import threading
 import pytest
 
 from srengine import errors
-from srengine.consensus.driver import prepare
+from srengine.clock import SystemClock
+from srengine.consensus.driver import Driver, prepare
 from srengine.consensus.effects import Role
 from srengine.consensus.entries import Configuration, Floor
 from srengine.consensus.log import NodeLog
-from srengine.consensus.messages import Bundle, TimeoutNow
+from srengine.consensus.messages import Append, Bundle, TimeoutNow
 from srengine.consensus.services import Bounds, Health
 from srengine.consensus.waiting import WaitingRoom
 from srengine.storage.logged import recover_logged
@@ -1097,6 +1098,42 @@ def test_messages_in_anothers_name_are_refused(tmp_path):
             target.driver.receive(nobody, Bundle((TimeoutNow(GROUP, term, leader.id),)))
             await leader.propose(b"p1")
             assert leader.driver.status(GROUP).term == term
+
+    run(main())
+
+
+class Mailbox:
+    """A channel that keeps what it is given."""
+
+    on_down = None
+    connected = True
+
+    def __init__(self):
+        self.got = []
+
+    def post(self, bundle):
+        self.got.append(bundle)
+        return True
+
+
+def test_what_is_the_same_for_all_is_made_once_and_the_rest_is_not(tmp_path):
+    """Each node gets its own messages, in order; a bundle is shared only by those that are said the same."""
+
+    async def main():
+        boxes = {node: Mailbox() for node in ("b", "c", "d", "e", "f")}
+
+        class Everybody:
+            channel = staticmethod(boxes.get)
+
+        same, other = Append(GROUP, 2, "a", 5, 2, 5, 7), Append(GROUP, 2, "a", 6, 2, 5, 7)
+        with NodeLog.open(tmp_path / "log") as log:
+            driver = Driver(NODES[0], log, Everybody(), SystemClock())
+            driver._outbox = {"b": [same], "c": [same], "d": [other], "e": [same, other], "f": [same]}
+            driver._send()
+            await driver.stop()
+        said = {node: [list(bundle.messages) for bundle in box.got] for node, box in boxes.items()}
+        assert said == {"b": [[same]], "c": [[same]], "d": [[other]], "e": [[same, other]], "f": [[same]]}
+        assert boxes["b"].got[0] is boxes["c"].got[0]
 
     run(main())
 
