@@ -32,7 +32,7 @@ entries = st.lists(
 
 @given(st.binary(max_size=20), entries, chains)
 def test_rows_are_those_of_the_oracle(prefix, given_entries, chain):
-    """H28: any entries become the rows that docs/formats-log.md says, chained, behind what is in the list already."""
+    """Any entries become the rows that docs/formats-log.md says, chained, behind what is in the list already."""
     changes = [("before", b"k", None)]
     after, sizes = kernel.put_rows(changes, "table", prefix, given_entries, chain, encode)
     wanted = [("before", b"k", None)]
