@@ -92,9 +92,9 @@ def put_rows(list changes not None, str table not None, bytes prefix not None, e
         term = entry.term
         kind = entry.kind
         data = entry.data
-        if data is None:
-            raise TypeError("data are bytes")
         configuration = b"" if entry.configuration is None else encode(entry.configuration)
+        if data is None or configuration is None:
+            raise TypeError("data and configurations are bytes")
         chain_on(after, index, term, kind, configuration, data)
         configuration_bytes = <size_t>PyBytes_GET_SIZE(configuration)
         data_bytes = <size_t>PyBytes_GET_SIZE(data)

@@ -150,7 +150,7 @@ class Leading(Replication):
     def _maybe_commit(self, leader: Leader) -> bool:
         """Move the commit index on if a majority holds more; return whether it did."""
         if self.commit_index == self.view.last_index:
-            return False
+            return False  # a late answer, as a rule
         index = self._held_by_majority(leader)
         if index <= self.commit_index or not self._may_commit(index):
             return False
@@ -273,17 +273,14 @@ class Leading(Replication):
         if len(self.view.configuration.voters) == 1:
             # Nobody else is asked: the time alone moves it. Else answers do, and each is counted when it comes.
             self._count_contact(leader)
-        since = max(leader.elected_at, leader.contact_at)
-        return since + self.timing.election_s_min
+        return max(leader.contact_at, leader.elected_at) + self.timing.election_s_min
 
     def _disk_deadline(self) -> float:
         since = self.persisting_since
         return float("inf") if since is None else since + self.timing.election_s_min
 
     def _leader_deadline(self, leader: Leader) -> float:
-        # NB: asked in every turn, so what cannot be the earliest is not asked.
-        deadline = self._contact_deadline(leader)
-        deadline = min(deadline, leader.heartbeat_at)
+        deadline = min(leader.heartbeat_at, self._contact_deadline(leader))
         if self.persisting_since is not None:
             deadline = min(deadline, self._disk_deadline())
         elif leader.news_at < deadline:

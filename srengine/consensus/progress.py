@@ -93,8 +93,7 @@ class Progress:
         """Take note that the peer holds our log up to ``match_index``."""
         sent_fits = not self.probing or match_index >= self.next_index
         self.match_index = max(self.match_index, match_index)
-        if self.next_index <= self.match_index:
-            self.next_index = self.match_index + 1
+        self.next_index = max(self.next_index, self.match_index + 1)
         while self.in_flight and self.in_flight[0][0] <= match_index:
             self.in_flight_bytes -= self.in_flight.popleft()[1]
         if self.flow is Flow.INSTALL:

@@ -194,8 +194,8 @@ class Replication(Reading):
 
     def _hear_match(self, peer: Progress, message: AppendReply) -> None:
         peer.matched(message.match_index)
-        if message.votes and message.match_index > peer.counted_index:
-            peer.counted_index = message.match_index
+        if message.votes:
+            peer.counted_index = max(peer.counted_index, message.match_index)
 
     def _next_to_try(self, message: AppendReply) -> int:
         """Find the last place that may be common, from the last place of the follower's log that may be."""

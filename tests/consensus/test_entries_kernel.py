@@ -69,7 +69,7 @@ def test_what_is_no_entry_is_refused(entry, chain, error):
     assert changes == []
 
 
-@pytest.mark.parametrize(("configuration", "error"), [("text", TypeError), (b"", None)])
+@pytest.mark.parametrize(("configuration", "error"), [("text", TypeError), (None, TypeError), (b"", None)])
 def test_a_configuration_is_bytes_once_encoded(configuration, error):
     """What ``encode`` returns is taken if it is bytes, and is not asked for without a configuration."""
     entry = Entry(1, 1, EntryKind.CONFIGURATION, b"data", Configuration(("a",)))
