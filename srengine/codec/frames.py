@@ -62,9 +62,10 @@ def pack(envelopes: Sequence[Envelope], chunks: Sequence[Chunk] = ()) -> list[Ch
     if not chunks:
         return [frame.sealed(body, 0, 0)]
     data: Chunk = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-    data_checksum = 0 if not len(data) or is_proved(envelopes) else xxhash.xxh3_64_intdigest(data)
-    first = frame.sealed(body, len(data), data_checksum)
-    return [first, data] if len(data) else [first]
+    size = len(data)
+    if not size:
+        return [frame.sealed(body, 0, 0)]
+    return [frame.sealed(body, size, 0 if is_proved(envelopes) else xxhash.xxh3_64_intdigest(data)), data]
 
 
 def unpack(parts: Sequence[Any], *, data_bytes_max: int) -> tuple[list[Envelope], memoryview]:
@@ -73,16 +74,18 @@ def unpack(parts: Sequence[Any], *, data_bytes_max: int) -> tuple[list[Envelope]
     ``data_bytes_max`` bounds part 1, as the receiving port does. Raises `FrameError`; `UnsupportedFeature` for another
     frame format, naming both.
     """
-    if not 1 <= len(parts) <= 2:
-        raise errors.FrameError(f"a frame of {len(parts)} parts")
+    count = len(parts)
+    if not 1 <= count <= 2:
+        raise errors.FrameError(f"a frame of {count} parts")
     first = bytes(parts[0])
-    data = memoryview(parts[1]) if len(parts) == 2 else _NO_DATA
+    data = memoryview(parts[1]) if count == 2 else _NO_DATA
     data_bytes = data.nbytes
     data_checksum = frame.proved(first, data_bytes)
     if data_checksum < 0 or data_bytes > data_bytes_max:
         raise _refusal(first, data_bytes)
     body = first[HEADER_BYTES:]
-    if not (body.startswith(_ONE_DATA) and len(body) <= _ONE_DATA_BYTES_MAX):
+    one_data = body.startswith(_ONE_DATA) and len(body) <= _ONE_DATA_BYTES_MAX
+    if not one_data:
         # The list and the envelope around a message are two levels more than the message has.
         scanner.check(body, depth_max=limits.MESSAGE_DEPTH_MAX + 2)
     try:
@@ -91,10 +94,14 @@ def unpack(parts: Sequence[Any], *, data_bytes_max: int) -> tuple[list[Envelope]
         raise errors.FrameError(f"a frame's envelopes cannot be read: {error}") from error
     if not 1 <= len(envelopes) <= limits.ENVELOPES_MAX:
         raise errors.FrameError(f"{len(envelopes)} envelopes in one frame")
-    covered = data_bytes and not is_proved(envelopes)
-    if (xxhash.xxh3_64_intdigest(data) if covered else 0) != data_checksum:
+    piece = envelopes[0]
+    if one_data and isinstance(piece, Data):
+        declared, proved = piece.size, piece.proved
+    else:
+        declared, proved = sum(map(inline_bytes, envelopes)), is_proved(envelopes)
+    if (xxhash.xxh3_64_intdigest(data) if data_bytes and not proved else 0) != data_checksum:
         raise errors.FrameError("the checksum of a frame's data does not fit")
-    if data_bytes != sum(map(inline_bytes, envelopes)):
+    if data_bytes != declared:
         raise errors.FrameError(f"a frame's {data_bytes} bytes of data are not what its envelopes declare")
     return envelopes, data
 

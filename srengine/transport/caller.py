@@ -205,7 +205,9 @@ class Caller(Connection):
             while True:
                 while incoming.items:
                     item, pieces = incoming.items.popleft()
-                    self._grant(number, incoming, pieces)
+                    incoming.since_grant += pieces
+                    if incoming.since_grant >= GRANT_PIECES:
+                        self._grant(number, incoming)
                     yield item
                 if incoming.ended is True:
                     return
@@ -245,9 +247,8 @@ class Caller(Connection):
         else:
             waiter.set_exception(errors.TimedOut(f"a stream brought nothing for {timeout_s:.3g} s"))
 
-    def _grant(self, number: int, incoming: _Incoming, pieces: int) -> None:
-        incoming.since_grant += pieces
-        if incoming.since_grant >= GRANT_PIECES and not incoming.ended:
+    def _grant(self, number: int, incoming: _Incoming) -> None:
+        if not incoming.ended:
             self.post(Credit(number, incoming.since_grant))
             incoming.since_grant = 0
 
@@ -270,10 +271,12 @@ class Caller(Connection):
                 incoming.items.append((memoryview(incoming.parts).toreadonly(), 1))
                 incoming.parts = None
             else:
-                self._grant(number, incoming, 1)
+                incoming.since_grant += 1
+                if incoming.since_grant >= GRANT_PIECES:
+                    self._grant(number, incoming)
         if len(incoming.items) > limits.CREDIT_FRAMES + GRANT_PIECES:
             raise errors.FrameError("a stream goes on beyond its credit")
-        if incoming.items:
+        if incoming.waiter is not None and incoming.items:
             incoming.wake()
 
     # --- arriving ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from srengine import errors, limits
 from srengine.codec.envelopes import Data
 from srengine.transport.peers import Buffer
 
-GRANT_PIECES: Final = limits.CREDIT_FRAMES // 4
+GRANT_PIECES: Final = limits.CREDIT_FRAMES // 2
 """Credit is given back in groups, so that grants are few."""
 
 
