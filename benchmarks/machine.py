@@ -50,8 +50,8 @@ def have_memory(directory: Path, size: int) -> None:
     """Have the machine hold ``size`` bytes of free memory: write a file as large in ``directory`` and delete it.
 
     A virtual machine may have given memory back that nobody used for a while. The first who writes to it pays for
-    getting it again, which takes longer than all else that writing a page of a file takes (six to ten times as long
-    was seen). Call it before what is timed, or whoever comes after the memory was freed is measured as the faster.
+    getting it again: writing a page of a file was seen to take three to six times as long. Call it before what is
+    timed, or whoever comes after the memory was freed is measured as the faster.
     """
     path = directory / "memory.probe"
     with path.open("wb", buffering=0) as file:

@@ -59,8 +59,6 @@ Chunk = bytes | bytearray | memoryview
 def pack(envelopes: Sequence[Envelope], chunks: Sequence[Chunk] = ()) -> list[Chunk]:
     """Return the parts of a frame. ``chunks`` are the data of the envelopes in order; a single one is not copied."""
     body = _encoder.encode(envelopes)
-    if not chunks:
-        return [frame.sealed(body, 0, 0)]
     data: Chunk = chunks[0] if len(chunks) == 1 else b"".join(chunks)
     size = len(data)
     if not size:

@@ -524,20 +524,15 @@ class Driver:
 
     def _send(self) -> None:
         outbox, self._outbox = self._outbox, {}
-        alone: Bundle | None = None
+        made: list[Bundle] = []
         for target, messages in outbox.items():
             channel = self._channel(target)
             if channel is None:
                 self.metrics.add("srengine_consensus_messages_unroutable_total", len(messages))
                 continue
             self._greet.discard(target)
-            if len(messages) == 1:
-                # Of one group alone all peers hear the same, as a rule.
-                if alone is None or alone.messages[0] is not messages[0]:
-                    alone = Bundle((messages[0],))
-                channel.post(alone)
-                continue
-            for bundle in bundles(messages):
+            made = bundles(messages, made)
+            for bundle in made:
                 channel.post(bundle)
         while self._greet:
             channel = self._channel(self._greet.pop())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from srengine import limits
@@ -22,8 +23,15 @@ def message_bytes(message: Message) -> int:
     return 256
 
 
-def bundles(messages: list[Message]) -> list[Bundle]:
-    """Return the messages of one peer in as few bundles as their size allows."""
+def bundles(messages: list[Message], before: Sequence[Bundle] = ()) -> list[Bundle]:
+    """Return the messages of one peer in as few bundles as their size allows.
+
+    ``before``: those of another peer. Of one group alone all peers hear the same as a rule, and it is made once.
+    """
+    if len(messages) == 1:
+        if before and len(before[0].messages) == 1 and before[0].messages[0] is messages[0]:
+            return [before[0]]
+        return [Bundle((messages[0],))]
     found: list[Bundle] = []
     start = size = 0
     for position, message in enumerate(messages):

@@ -109,21 +109,11 @@ class MetadataMachine:
 
     def apply_all(self, entries: Sequence[Applying]) -> list[Outcome]:
         """Apply the next entries, which follow each other, in one durable transaction; return what each came to."""
-        if not entries:
-            return []
-        with self._lock:
-            outcomes = self._apply_guarded(self.store.transaction(), entries)
-            self._applied = entries[-1].index, entries[-1].term
-        return outcomes
+        return self._apply_guarded(self.store.transaction(), entries)
 
     def show_all(self, entries: Sequence[Applying]) -> list[Outcome]:
         """Apply the next entries; they are visible when this returns, and durable after the next `flush`."""
-        if not entries:
-            return []
-        with self._lock:
-            outcomes = self._apply_guarded(self.store.show(), entries)
-            self._applied = entries[-1].index, entries[-1].term
-        return outcomes
+        return self._apply_guarded(self.store.show(), entries)
 
     def show_from_memory(self, entries: Sequence[Applying]) -> bool:
         """`show_all` if that takes neither a look at the store nor a wait for another call; return whether it did."""
@@ -151,13 +141,17 @@ class MetadataMachine:
         """Apply over a store that may fail to be read: a fault of this node's disk is no outcome of a command. It takes
         the whole transaction back.
         """
-        try:
-            with target as transaction:
-                rows = Overlay(_Guarded(transaction))
-                outcomes = self._apply_in(rows, entries)
-                rows.write(transaction)
-        except _LocalFaultError as fault:
-            raise fault.error from None
+        if not entries:
+            return []
+        with self._lock:
+            try:
+                with target as transaction:
+                    rows = Overlay(_Guarded(transaction))
+                    outcomes = self._apply_in(rows, entries)
+                    rows.write(transaction)
+            except _LocalFaultError as fault:
+                raise fault.error from None
+            self._applied = entries[-1].index, entries[-1].term
         return outcomes
 
     def _apply_in(self, rows: Overlay, entries: Sequence[Applying]) -> list[Outcome]:

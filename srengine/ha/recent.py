@@ -180,8 +180,7 @@ class RecentStore:
         except BaseException:
             with self._lock:
                 newer, self._recent = self._recent, self._flushing
-                for table, rows in newer.items():
-                    self._recent.setdefault(table, {}).update(rows)
+                _put(self._recent, _flat(newer))
                 self._flushing = {}
             raise
         with self._lock:
@@ -232,11 +231,7 @@ class _Showing:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             with self._store._lock:
-                recent = self._store._recent
-                for (table, key), value in self._overlay.changes.items():
-                    if table not in recent:
-                        recent[table] = {}
-                    recent[table][key] = value
+                _put(self._store._recent, self._overlay.changes)
 
 
 class NotInMemoryError(Exception):
@@ -282,6 +277,13 @@ def _kept_as(value: bytes) -> bytes:
 
 def _flat(layer: _Layer) -> Changes:
     return {(table, key): value for table, rows in layer.items() for key, value in rows.items()}
+
+
+def _put(layer: _Layer, changes: Changes) -> None:
+    for (table, key), value in changes.items():
+        if table not in layer:
+            layer[table] = {}
+        layer[table][key] = value
 
 
 def _in_order(rows: Changes) -> Changes:

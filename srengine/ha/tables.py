@@ -97,52 +97,51 @@ class Overlay:
         self._below = below
         self.changes: Changes = {} if changes is None else changes
         """What is kept."""
-        self._trial: Changes | None = None
+        self._new = self.changes
+        """Where changes go: to what is kept, or to what is on trial."""
 
     def get(self, table: str, key: bytes) -> bytes | None:
         """See `Readable.get`."""
         place = (table, key)
-        if self._trial is not None and place in self._trial:
-            return self._trial[place]
+        if place in self._new:
+            return self._new[place]
         if place in self.changes:
             return self.changes[place]
         return self._below.get(table, key)
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
         """See `Tables.put`."""
-        (self.changes if self._trial is None else self._trial)[table, key] = value
+        self._new[table, key] = value
 
     def delete(self, table: str, key: bytes) -> bool:
         """See `Tables.delete`."""
         there = self.get(table, key) is not None
-        (self.changes if self._trial is None else self._trial)[table, key] = None
+        self._new[table, key] = None
         return there
 
     def change(self, rows: Mapping[tuple[str, bytes], bytes | None]) -> None:
         """See `Batch.change`."""
-        (self.changes if self._trial is None else self._trial).update(rows)
+        self._new.update(rows)
 
     def try_out(self) -> None:
         """Begin a trial."""
-        assert self._trial is None, "a trial in a trial"
-        self._trial = {}
+        assert self._new is self.changes, "a trial in a trial"
+        self._new = {}
 
     def keep(self) -> None:
         """End a trial: its changes are kept."""
-        assert self._trial is not None, "no trial"
-        self.changes.update(self._trial)
-        self._trial = None
+        self.changes.update(self._new)
+        self._new = self.changes
 
     def drop(self) -> None:
         """End a trial: its changes are gone."""
-        assert self._trial is not None, "no trial"
-        self._trial = None
+        self._new = self.changes
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """See `Readable.scan`; rows changed behind the place reached may or may not show."""
         changed = sorted(
             (key, value)
-            for (of, key), value in {**self.changes, **(self._trial or {})}.items()
+            for (of, key), value in {**self.changes, **self._new}.items()
             if of == table and (start is None or key >= start) and (stop is None or key < stop)
         )
         hidden = {key for key, _ in changed}

@@ -205,9 +205,7 @@ class Caller(Connection):
             while True:
                 while incoming.items:
                     item, pieces = incoming.items.popleft()
-                    incoming.since_grant += pieces
-                    if incoming.since_grant >= GRANT_PIECES:
-                        self._grant(number, incoming)
+                    self._grant(number, incoming, pieces)
                     yield item
                 if incoming.ended is True:
                     return
@@ -247,8 +245,9 @@ class Caller(Connection):
         else:
             waiter.set_exception(errors.TimedOut(f"a stream brought nothing for {timeout_s:.3g} s"))
 
-    def _grant(self, number: int, incoming: _Incoming) -> None:
-        if not incoming.ended:
+    def _grant(self, number: int, incoming: _Incoming, pieces: int) -> None:
+        incoming.since_grant += pieces
+        if incoming.since_grant >= GRANT_PIECES and not incoming.ended:
             self.post(Credit(number, incoming.since_grant))
             incoming.since_grant = 0
 
@@ -271,12 +270,10 @@ class Caller(Connection):
                 incoming.items.append((memoryview(incoming.parts).toreadonly(), 1))
                 incoming.parts = None
             else:
-                incoming.since_grant += 1
-                if incoming.since_grant >= GRANT_PIECES:
-                    self._grant(number, incoming)
+                self._grant(number, incoming, 1)
         if len(incoming.items) > limits.CREDIT_FRAMES + GRANT_PIECES:
             raise errors.FrameError("a stream goes on beyond its credit")
-        if incoming.waiter is not None and incoming.items:
+        if incoming.items:
             incoming.wake()
 
     # --- arriving ----------------------------------------------------------------------------------------------------
