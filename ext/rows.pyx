@@ -11,10 +11,15 @@ the map moves or the environment is closed, no call in a forked child.
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EINVAL, ENOMEM
 from libc.stddef cimport size_t
-from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcmp
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport calloc, free, qsort, realloc
+from libc.string cimport memcmp, memcpy
 
 from srengine._native.lmdb cimport *
+from srengine._native.xxhash cimport XXH3_64bits
+
+cdef extern from "Python.h":
+    const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except NULL
 
 cdef extern from "unistd.h" nogil:
     int getpid()
@@ -40,54 +45,167 @@ cdef int check(int rc) except -1:
     return 0
 
 
+cdef enum:
+    SEAL = 8                      # bytes of a checksum behind a value; see srengine/storage/metadata_rows.py
+
 cdef struct Change:
     MDB_dbi table
     MDB_val key
     MDB_val value
+    const char *name              # the table's, for the seal; NULL: the value is stored as it is
+    size_t name_bytes
+    Py_ssize_t place              # among the changes given
     bint deletes
 
 
-cdef Change *changes_of(list rows) except? NULL:
-    """Return an array that points into the rows' bytes, which the caller keeps; NULL for no rows."""
-    cdef Py_ssize_t count = len(rows), i
-    cdef Change *changes
-    if count == 0:
-        return NULL
-    changes = <Change *>calloc(<size_t>count, sizeof(Change))
-    if changes is NULL:
-        raise MemoryError
-    try:
-        for i in range(count):
-            table, key, value = rows[i]
-            if not PyBytes_Check(key) or not (value is None or PyBytes_Check(value)):
-                raise TypeError("keys and values are bytes")
-            changes[i].table = table
-            changes[i].key.mv_size = <size_t>PyBytes_GET_SIZE(key)
-            changes[i].key.mv_data = PyBytes_AS_STRING(key)
-            if value is None:
-                changes[i].deletes = True
+cdef class Changes:
+    """Changes in C, which point into what the rows that they were made of hold. Those stay as they are meanwhile."""
+
+    cdef list rows
+    cdef Change *array
+    cdef Py_ssize_t count
+    cdef Py_ssize_t room
+
+    def __cinit__(self, list rows not None, dict tables):
+        cdef Py_ssize_t name_bytes = 0
+        cdef const char *name = NULL
+        cdef MDB_dbi handle = 0
+        cdef object last = None
+        self.rows = rows
+        for row in rows:
+            self.room += len(<dict?>row[1]) if len(row) == 2 else 1
+        if self.room == 0:
+            return
+        self.array = <Change *>calloc(<size_t>self.room, sizeof(Change))
+        if self.array is NULL:
+            raise MemoryError
+        for row in rows:
+            table = row[0]
+            if table is not last:
+                last = table
+                if isinstance(table, str):
+                    handle = tables[table]
+                    name = PyUnicode_AsUTF8AndSize(table, &name_bytes)
+                    if name_bytes > 0xFFFF:
+                        raise ValueError("a table's name is too long")
+                else:
+                    handle = table
+                    name = NULL
+            if len(row) == 2:
+                for key, value in (<dict>row[1]).items():
+                    self.add(handle, name, <size_t>name_bytes, key, value)
             else:
-                changes[i].value.mv_size = <size_t>PyBytes_GET_SIZE(value)
-                changes[i].value.mv_data = PyBytes_AS_STRING(value)
-    except BaseException:
-        free(changes)
-        raise
-    return changes
+                _, key, value = row
+                self.add(handle, name, <size_t>name_bytes, key, value)
+
+    def __dealloc__(self):
+        free(self.array)
+
+    cdef int add(self, MDB_dbi handle, const char *name, size_t name_bytes, key, value) except -1:
+        cdef Change *change = &self.array[self.count]
+        if not PyBytes_Check(key) or not (value is None or PyBytes_Check(value)):
+            raise TypeError("keys and values are bytes")
+        if self.count == self.room:
+            raise RuntimeError("the rows grow while they are read")
+        change.table = handle
+        change.name = name
+        change.name_bytes = name_bytes
+        change.place = self.count
+        change.key.mv_size = <size_t>PyBytes_GET_SIZE(key)
+        change.key.mv_data = PyBytes_AS_STRING(key)
+        if value is None:
+            change.deletes = True
+        else:
+            change.value.mv_size = <size_t>PyBytes_GET_SIZE(value)
+            change.value.mv_data = PyBytes_AS_STRING(value)
+        self.count += 1
+        return 0
+
+
+cdef int order_of(const void *left, const void *right) noexcept nogil:
+    """Compare changes by table and key; those of one key stay in the order in which they were given."""
+    cdef const Change *one = <const Change *>left
+    cdef const Change *other = <const Change *>right
+    cdef int order
+    if one.table != other.table:
+        return 1 if one.table > other.table else -1
+    order = memcmp(one.key.mv_data, other.key.mv_data, min(one.key.mv_size, other.key.mv_size))
+    if order != 0:
+        return order
+    if one.key.mv_size != other.key.mv_size:
+        return 1 if one.key.mv_size > other.key.mv_size else -1
+    return 1 if one.place > other.place else -1
+
+
+cdef void bring_in_order(Change *changes, Py_ssize_t count) noexcept nogil:
+    """Put changes into the order in which LMDB has the rows: neighbours are on one page."""
+    cdef Py_ssize_t i
+    for i in range(1, count):
+        if order_of(&changes[i - 1], &changes[i]) > 0:
+            qsort(changes, <size_t>count, sizeof(Change), order_of)
+            return
+
+
+cdef struct Scratch:
+    uint8_t *bytes_
+    size_t size
+
+
+cdef int put_sealed(MDB_txn *txn, Change *change, Scratch *scratch) noexcept nogil:
+    """Put a value with the checksum of its table, key and bytes behind it."""
+    cdef size_t name_bytes = change.name_bytes, key_bytes = change.key.mv_size, value_bytes = change.value.mv_size
+    cdef size_t size = 4 + name_bytes + key_bytes + value_bytes
+    cdef MDB_val stored
+    cdef uint8_t *target
+    cdef uint64_t digest
+    cdef int i, rc
+    if scratch.size < size:
+        target = <uint8_t *>realloc(scratch.bytes_, 2 * size)
+        if target is NULL:
+            return ENOMEM
+        scratch.bytes_ = target
+        scratch.size = 2 * size
+    target = scratch.bytes_
+    target[0] = <uint8_t>name_bytes
+    target[1] = <uint8_t>(name_bytes >> 8)
+    memcpy(target + 2, change.name, name_bytes)
+    target += 2 + name_bytes
+    target[0] = <uint8_t>key_bytes
+    target[1] = <uint8_t>(key_bytes >> 8)
+    memcpy(target + 2, change.key.mv_data, key_bytes)
+    memcpy(target + 2 + key_bytes, change.value.mv_data, value_bytes)
+    digest = XXH3_64bits(scratch.bytes_, size)
+    stored.mv_size = value_bytes + SEAL
+    stored.mv_data = NULL
+    rc = mdb_put(txn, change.table, &change.key, &stored, MDB_RESERVE)
+    if rc == 0:
+        target = <uint8_t *>stored.mv_data
+        memcpy(target, change.value.mv_data, value_bytes)
+        for i in range(SEAL):
+            target[value_bytes + <size_t>i] = <uint8_t>(digest >> (56 - 8 * i))
+    return rc
 
 
 cdef int make_changes(MDB_txn *txn, Change *changes, Py_ssize_t count) noexcept nogil:
+    cdef Scratch scratch
     cdef Py_ssize_t i
-    cdef int rc
+    cdef int rc = 0
+    scratch.bytes_ = NULL
+    scratch.size = 0
+    bring_in_order(changes, count)
     for i in range(count):
         if changes[i].deletes:
             rc = mdb_del(txn, changes[i].table, &changes[i].key, NULL)
             if rc == MDB_NOTFOUND:
                 rc = 0
-        else:
+        elif changes[i].name is NULL:
             rc = mdb_put(txn, changes[i].table, &changes[i].key, &changes[i].value, 0)
+        else:
+            rc = put_sealed(txn, &changes[i], &scratch)
         if rc != 0:
-            return rc
-    return 0
+            break
+    free(scratch.bytes_)
+    return rc
 
 
 cdef struct Found:
@@ -282,22 +400,25 @@ cdef class Environment:
         finally:
             mdb_txn_abort(txn)
 
-    def change(self, list rows not None):
-        """Put each (table, key, value), or delete the key where the value is None, in one durable transaction."""
+    def change(self, list rows not None, dict tables=None):
+        """Put each (table, key, value), or delete the key where the value is None, in one durable transaction. Of two
+        for one key the later one holds. Many of one table: (table, {key: value}).
+
+        A table is a handle: the value is stored as it is. Or it is a name, with its handle in ``tables``: the value is
+        stored with its seal.
+        """
         cdef MDB_env *env = self.opened()
         cdef MDB_txn *txn = NULL
-        cdef Py_ssize_t count = len(rows)
-        cdef Change *changes = changes_of(rows)
+        cdef Changes changes = Changes.__new__(Changes, rows, tables)
         cdef int rc
         with nogil:
             rc = mdb_txn_begin(env, NULL, 0, &txn)
             if rc == 0:
-                rc = make_changes(txn, changes, count)
+                rc = make_changes(txn, changes.array, changes.count)
                 if rc == 0:
                     rc = mdb_txn_commit(txn)
                 else:
                     mdb_txn_abort(txn)
-            free(changes)
         check(rc)
 
     def begin(self):
@@ -360,15 +481,13 @@ cdef class Writer:
         """See `Environment.page`; sees the changes of this transaction."""
         return look_through(self.opened(), table, start, after, stop, rows_max, bytes_max)
 
-    def change(self, list rows not None):
+    def change(self, list rows not None, dict tables=None):
         """See `Environment.change`; after an error this can only be aborted."""
         cdef MDB_txn *txn = self.opened()
-        cdef Py_ssize_t count = len(rows)
-        cdef Change *changes = changes_of(rows)
+        cdef Changes changes = Changes.__new__(Changes, rows, tables)
         cdef int rc
         with nogil:
-            rc = make_changes(txn, changes, count)
-            free(changes)
+            rc = make_changes(txn, changes.array, changes.count)
         check(rc)
 
     def empty(self, MDB_dbi table):

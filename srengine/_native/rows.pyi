@@ -1,5 +1,6 @@
 """Rows of named tables in one LMDB environment; see ext/rows.pyx."""
 
+from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 MAP_FULL: Final[int]
@@ -7,8 +8,8 @@ PANIC: Final[int]
 DAMAGED: Final[tuple[int, ...]]
 STRANGE: Final[tuple[int, ...]]
 
-_Change: TypeAlias = tuple[int, bytes, bytes | None]
-"""(table, key, value); None: the key is deleted."""
+_Change: TypeAlias = tuple[int | str, bytes, bytes | None] | tuple[int | str, dict[bytes, bytes | None]]
+"""(table, key, value), or many of a table; None: the key is deleted. A table's handle, or its name."""
 _Page: TypeAlias = tuple[list[tuple[bytes, bytes]], bool]
 """Rows, and whether they are the last."""
 
@@ -38,8 +39,13 @@ class Environment:
         ``stop`` (None: the last), without ``start`` itself if ``after``; as many as the bounds allow.
         """
 
-    def change(self, rows: list[_Change]) -> None:
-        """Put each row, or delete the key where the value is None, in one durable transaction."""
+    def change(self, rows: Sequence[_Change], tables: dict[str, int] | None = None) -> None:
+        """Put each row, or delete the key where the value is None, in one durable transaction; of two for one key the
+        later one holds. ``rows`` is a list; neither it nor a dictionary in it may be changed meanwhile.
+
+        A table is a handle: the value is stored as it is. Or it is a name, with its handle in ``tables``: the value is
+        stored with its seal.
+        """
 
     def begin(self) -> Writer:
         """Begin a transaction that changes something; waits while another one runs."""
@@ -67,7 +73,7 @@ class Writer:
     ) -> _Page:
         """See `Environment.page`; sees the changes of this transaction."""
 
-    def change(self, rows: list[_Change]) -> None:
+    def change(self, rows: Sequence[_Change], tables: dict[str, int] | None = None) -> None:
         """See `Environment.change`; after an error this can only be aborted."""
 
     def empty(self, table: int) -> None:

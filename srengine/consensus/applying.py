@@ -26,7 +26,7 @@ from srengine import errors, limits
 from srengine.consensus.effects import Applied, Input, Installed, InstallFailed, InstallState
 from srengine.consensus.entries import Entry, Floor, bytes_of
 from srengine.consensus.hosting import Group, typed
-from srengine.consensus.log import NodeLog
+from srengine.consensus.log import TRIM_ROWS, NodeLog
 from srengine.consensus.services import Bounds, Health
 from srengine.consensus.worker import Done, Job, Worker
 from srengine.metrics import Metrics
@@ -201,12 +201,19 @@ class Applying:
         if kept <= wanted + max(1, min(wanted // 10, 1000)):
             return
         group.trimming = True
-        floor = log.floor_at(applied - wanted)
+        self._trim(group, applied - wanted)
+
+    def _trim(self, group: Group, index: int) -> None:
+        """Trim the log up to ``index`` in steps, between which others write it."""
+        floor = group.log.floor_at(min(index, group.log.floor.index + TRIM_ROWS))
 
         def trimmed(error: BaseException | None) -> None:
-            group.trimming = False
             if error is None:
                 group.inbox.appendleft(group.trimmed)
+            if error is None and group.log.floor.index < index and not group.installing:
+                self._trim(group, index)
+            else:
+                group.trimming = False
 
         self._host.write(group, lambda: self._log.trim(group.name, floor), trimmed)
 

@@ -69,11 +69,11 @@ def keep_outcome(tables: Batch, request: bytes, outcome: Outcome) -> None:
     stored = tables.get(OUTCOME_TABLE, _COUNT)
     count = 0 if stored is None else int.from_bytes(stored, "little")
     slot = b"s" + (count % OUTCOMES_KEPT).to_bytes(2, "big")
-    changes: dict[tuple[str, bytes], bytes | None] = {}
+    changes: dict[bytes, bytes | None] = {}
     oldest = tables.get(OUTCOME_TABLE, slot)
     if oldest is not None:
-        changes[OUTCOME_TABLE, b"r" + oldest] = None
-    changes[OUTCOME_TABLE, slot] = request
-    changes[OUTCOME_TABLE, b"r" + request] = msgspec.msgpack.encode(outcome)
-    changes[OUTCOME_TABLE, _COUNT] = (count + 1).to_bytes(8, "little")
-    tables.change(changes)
+        changes[b"r" + oldest] = None
+    changes[slot] = request
+    changes[b"r" + request] = msgspec.msgpack.encode(outcome)
+    changes[_COUNT] = (count + 1).to_bytes(8, "little")
+    tables.change({OUTCOME_TABLE: changes})

@@ -22,24 +22,30 @@ from __future__ import annotations
 import contextlib
 import heapq
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Final
+from typing import Final, NamedTuple
 
 from srengine import errors
-from srengine.ha.tables import Changes, Overlay, Readable, ReplaceableStore, Row
+from srengine.ha.tables import Changes, Overlay, Readable, ReplaceableStore, Row, add_changes, changed_in, put_in
 
 ROWS_KEPT_MAX: Final = 4096
 """Rows kept for reading; beyond it all are forgotten."""
 VALUE_BYTES_KEPT_MAX: Final = 1024
 """A longer value is read from the store again."""
 
+_NO_ROWS: Final[dict[bytes, bytes | None]] = {}
 _LONG: Final = bytes(VALUE_BYTES_KEPT_MAX + 1)
 """Stands for a value that is too long to be kept."""
 
 
-_Layer = dict[str, dict[bytes, bytes | None]]
-"""Values by table, and there by key, because whoever scans a table is not to look through all others; None: deleted."""
+class _Told(NamedTuple):
+    """Rows of a table as they are kept: values, keys that are not there, and keys whose values are too long."""
+
+    table: str
+    present: dict[bytes, bytes]
+    absent: list[bytes]
+    long: list[bytes]
 
 
 class RecentStore:
@@ -56,9 +62,11 @@ class RecentStore:
         """Held by whoever writes the store, or wants it to stand still."""
         self._lock = threading.Lock()
         """Held for moments: the layers change under it."""
-        self._recent: _Layer = {}
-        self._flushing: _Layer = {}
+        self._recent: Changes = {}
+        self._flushing: Changes = {}
         self._kept: Changes = {}
+        self._kept_rows = 0
+        """At least as many as are kept."""
         self._whole: dict[str, dict[bytes, bytes] | None] = dict.fromkeys(whole)
         """None: not read yet."""
         self._flushes = 0
@@ -79,7 +87,7 @@ class RecentStore:
         with self._lock:
             # NB: what was flushed since may be newer than what was just read.
             if flushes == self._flushes:
-                self._keep({(table, key): value})
+                self._keep(_told({table: {key: value}}))
         return value
 
     def _find(self, table: str, key: bytes) -> tuple[bool, bytes | None]:
@@ -89,8 +97,8 @@ class RecentStore:
         if table in self._flushing and key in self._flushing[table]:
             return True, self._flushing[table][key]
         if table not in self._whole:
-            place = (table, key)
-            return place in self._kept, self._kept.get(place)
+            kept = self._kept.get(table, _NO_ROWS)
+            return key in kept, kept.get(key)
         rows = self._whole[table]
         value = None if rows is None else rows.get(key)
         return rows is not None and value is not _LONG, value
@@ -111,27 +119,21 @@ class RecentStore:
         while True:
             with self._lock:
                 flushes = self._flushes
-                changed = {
-                    key: value
-                    for layer in (self._flushing, self._recent)
-                    for key, value in layer.get(table, {}).items()
-                    if (start is None or key >= start) and (stop is None or key < stop)
-                }
+                changed = changed_in((self._flushing, self._recent), table, start, stop)
             if not changed:
                 yield from self._below.scan(table, start, stop)
                 return
             below = [row for row in self._below.scan(table, start, stop) if row[0] not in changed]
             if flushes == self._flushes:
                 break
-        put = sorted((key, value) for key, value in changed.items() if value is not None)
-        yield from heapq.merge(below, put)
+        yield from heapq.merge(below, put_in(changed))
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[Readable]:
         """Yield everything as it is visible now. Changes go on meanwhile, but nothing of them is flushed."""
         with self._file:
             with self._lock:
-                recent = _flat(self._recent)
+                recent = {table: dict(rows) for table, rows in self._recent.items()}
             yield Overlay(self._below, recent)
 
     # --- changing ----------------------------------------------------------------------------------------------------
@@ -144,9 +146,10 @@ class RecentStore:
             with self._below.transaction() as transaction:
                 changes = Overlay(transaction)
                 yield changes
-                transaction.change(_in_order(changes.changes))
+                changes.write(transaction)
+            told = _told(changes.changes)
             with self._lock:
-                self._keep(changes.changes)
+                self._keep(told)
                 self._flushes += 1
 
     def show(self, *, from_memory: bool = False) -> AbstractContextManager[Overlay]:
@@ -173,37 +176,46 @@ class RecentStore:
             if not self._recent:
                 return
             self._flushing, self._recent = self._recent, {}
-        flushing = _flat(self._flushing)
         try:
             with self._below.transaction() as transaction:
-                transaction.change(_in_order(flushing))
+                transaction.change(self._flushing)
         except BaseException:
             with self._lock:
                 newer, self._recent = self._recent, self._flushing
-                _put(self._recent, _flat(newer))
+                add_changes(self._recent, newer)
                 self._flushing = {}
             raise
+        told = _told(self._flushing)
         with self._lock:
-            self._keep(flushing)
+            self._keep(told)
             self._flushing = {}
             self._flushes += 1
 
-    def _keep(self, changed: Changes) -> None:
-        if len(self._kept) + len(changed) > ROWS_KEPT_MAX:
-            self._kept = {}
-        for (table, key), value in changed.items():
-            if table in self._whole:
-                rows = self._whole[table]
-                if rows is None:
-                    continue
-                if value is None:
-                    rows.pop(key, None)
-                else:
-                    rows[key] = _kept_as(value)
-            elif value is None or len(value) <= VALUE_BYTES_KEPT_MAX:
-                self._kept[table, key] = value
-            else:
-                self._kept.pop((table, key), None)
+    def _keep(self, told: Sequence[_Told]) -> None:
+        """Keep rows for reading that the store has now; under the lock."""
+        for table, present, absent, long in told:
+            if table not in self._whole:
+                self._keep_some(table, present, absent, long)
+                continue
+            whole = self._whole[table]
+            if whole is not None:
+                whole.update(present)
+                whole.update(dict.fromkeys(long, _LONG))
+                for key in absent:
+                    whole.pop(key, None)
+
+    def _keep_some(
+        self, table: str, present: Mapping[bytes, bytes], absent: Sequence[bytes], long: Sequence[bytes]
+    ) -> None:
+        count = len(present) + len(absent)
+        if self._kept_rows + count > ROWS_KEPT_MAX:
+            self._kept, self._kept_rows = {}, 0
+        kept = self._kept.setdefault(table, {})
+        self._kept_rows += count
+        kept.update(present)
+        kept.update(dict.fromkeys(absent))
+        for key in long:
+            kept.pop(key, None)
 
     def replace_tables(self, tables: Sequence[str], rows: Callable[[], Iterator[Row]], *, bytes_expected: int) -> None:
         """See `tables.ReplaceableStore`; what is recent becomes durable before."""
@@ -213,7 +225,7 @@ class RecentStore:
                 self._below.replace_tables(tables, rows, bytes_expected=bytes_expected)
             finally:
                 with self._lock:
-                    self._kept = {}
+                    self._kept, self._kept_rows = {}, 0
                     self._whole = dict.fromkeys(self._whole)
                     self._flushes += 1
 
@@ -231,7 +243,7 @@ class _Showing:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             with self._store._lock:
-                _put(self._store._recent, self._overlay.changes)
+                add_changes(self._store._recent, self._overlay.changes)
 
 
 class NotInMemoryError(Exception):
@@ -261,31 +273,27 @@ class _Memory:
             if value is _LONG:
                 raise NotInMemoryError
             return value
-        place = (table, key)
-        if place not in self._kept:
+        if table not in self._kept or key not in self._kept[table]:
             raise NotInMemoryError
-        return self._kept[place]
+        return self._kept[table][key]
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         del table, start, stop
         raise NotInMemoryError
 
 
+def _told(changed: Changes) -> list[_Told]:
+    """Return what rows that the store has now tell whoever keeps them; made before the lock is taken."""
+    return [
+        _Told(
+            table,
+            {key: value for key, value in rows.items() if value is not None and len(value) <= VALUE_BYTES_KEPT_MAX},
+            [key for key, value in rows.items() if value is None],
+            [key for key, value in rows.items() if value is not None and len(value) > VALUE_BYTES_KEPT_MAX],
+        )
+        for table, rows in changed.items()
+    ]
+
+
 def _kept_as(value: bytes) -> bytes:
     return value if len(value) <= VALUE_BYTES_KEPT_MAX else _LONG
-
-
-def _flat(layer: _Layer) -> Changes:
-    return {(table, key): value for table, rows in layer.items() for key, value in rows.items()}
-
-
-def _put(layer: _Layer, changes: Changes) -> None:
-    for (table, key), value in changes.items():
-        if table not in layer:
-            layer[table] = {}
-        layer[table][key] = value
-
-
-def _in_order(rows: Changes) -> Changes:
-    """Return rows in the order of tables and keys, in which a store has them."""
-    return dict(sorted(rows.items(), key=lambda item: item[0]))

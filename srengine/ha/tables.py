@@ -13,8 +13,8 @@ from typing import Protocol
 
 Row = tuple[str, bytes, bytes]
 """(table, key, value)."""
-Changes = dict[tuple[str, bytes], bytes | None]
-"""Values by table and key; None: deleted."""
+Changes = dict[str, dict[bytes, bytes | None]]
+"""Values by table, and there by key; None: deleted."""
 
 
 class Readable(Protocol):
@@ -52,8 +52,8 @@ class Store(Readable, Protocol):
 class Batch(Tables, Protocol):
     """A transaction that takes many changes at once."""
 
-    def change(self, rows: Mapping[tuple[str, bytes], bytes | None]) -> None:
-        """Put the values by table and key; delete where there is None."""
+    def change(self, rows: Mapping[str, dict[bytes, bytes | None]]) -> None:
+        """Put the values by table and key; delete where there is None. Not to be changed before the end of it all."""
         ...
 
 
@@ -102,26 +102,31 @@ class Overlay:
 
     def get(self, table: str, key: bytes) -> bytes | None:
         """See `Readable.get`."""
-        place = (table, key)
-        if place in self._new:
-            return self._new[place]
-        if place in self.changes:
-            return self.changes[place]
+        if table in self._new and key in self._new[table]:
+            return self._new[table][key]
+        if table in self.changes and key in self.changes[table]:
+            return self.changes[table][key]
         return self._below.get(table, key)
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
         """See `Tables.put`."""
-        self._new[table, key] = value
+        self._set(table, key, value)
 
     def delete(self, table: str, key: bytes) -> bool:
         """See `Tables.delete`."""
         there = self.get(table, key) is not None
-        self._new[table, key] = None
+        self._set(table, key, None)
         return there
 
-    def change(self, rows: Mapping[tuple[str, bytes], bytes | None]) -> None:
+    def _set(self, table: str, key: bytes, value: bytes | None) -> None:
+        if table in self._new:
+            self._new[table][key] = value
+        else:
+            self._new[table] = {key: value}
+
+    def change(self, rows: Mapping[str, dict[bytes, bytes | None]]) -> None:
         """See `Batch.change`."""
-        self._new.update(rows)
+        add_changes(self._new, rows)
 
     def try_out(self) -> None:
         """Begin a trial."""
@@ -130,7 +135,7 @@ class Overlay:
 
     def keep(self) -> None:
         """End a trial: its changes are kept."""
-        self.changes.update(self._new)
+        add_changes(self.changes, self._new)
         self._new = self.changes
 
     def drop(self) -> None:
@@ -139,16 +144,36 @@ class Overlay:
 
     def scan(self, table: str, start: bytes | None = None, stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """See `Readable.scan`; rows changed behind the place reached may or may not show."""
-        changed = sorted(
-            (key, value)
-            for (of, key), value in {**self.changes, **self._new}.items()
-            if of == table and (start is None or key >= start) and (stop is None or key < stop)
-        )
-        hidden = {key for key, _ in changed}
-        below = ((key, value) for key, value in self._below.scan(table, start, stop) if key not in hidden)
-        put: list[tuple[bytes, bytes]] = [(key, value) for key, value in changed if value is not None]
-        yield from heapq.merge(below, put)
+        changed = changed_in((self.changes, self._new), table, start, stop)
+        below = (row for row in self._below.scan(table, start, stop) if row[0] not in changed)
+        yield from heapq.merge(below, put_in(changed))
 
     def write(self, target: Batch) -> None:
         """Make the kept changes there."""
         target.change(self.changes)
+
+
+def add_changes(changes: Changes, more: Mapping[str, Mapping[bytes, bytes | None]]) -> None:
+    """Make further changes over earlier ones."""
+    for table, rows in more.items():
+        if table in changes:
+            changes[table].update(rows)
+        else:
+            changes[table] = dict(rows)
+
+
+def changed_in(
+    layers: Sequence[Changes], table: str, start: bytes | None, stop: bytes | None
+) -> dict[bytes, bytes | None]:
+    """Return what layers, the newest last, change in a range of a table."""
+    return {
+        key: value
+        for layer in layers
+        for key, value in layer.get(table, {}).items()
+        if (start is None or key >= start) and (stop is None or key < stop)
+    }
+
+
+def put_in(changed: Mapping[bytes, bytes | None]) -> list[tuple[bytes, bytes]]:
+    """Return the rows that changes of a table leave, in order of their keys."""
+    return sorted((key, value) for key, value in changed.items() if value is not None)

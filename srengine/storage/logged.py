@@ -347,9 +347,12 @@ class LoggedStore:
                 self._settle(())
 
     def _settle(self, more: Iterable[Change]) -> None:
-        rows = {(table, key): value for table, keys in self._pending.items() for key, value in keys.items()}
-        rows.update({(table, key): value for table, key, value in more})
-        rows[_TABLE, _PLACE_KEY] = _PLACE.pack(*self._log.next_place())
+        rows = dict(self._pending)
+        for table, key, value in more:
+            if rows.get(table) is self._pending.get(table):
+                rows[table] = dict(rows.get(table, {}))
+            rows[table][key] = value
+        rows[_TABLE] = {_PLACE_KEY: _PLACE.pack(*self._log.next_place())}
         with self._store.transaction() as transaction:
             transaction.change(rows)
         self._log.restart()

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import mmap
 import os
 import secrets
@@ -39,7 +38,7 @@ from srengine import errors, limits, types
 from srengine._native import rows as kernel
 from srengine._native.rows import RowsError
 from srengine.storage import fences, files, pages
-from srengine.storage.metadata_rows import Row, checked_key, damaged, is_sealed, read_row, sealed, value_of
+from srengine.storage.metadata_rows import Row, checked_key, damaged, is_sealed, read_row, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -293,23 +292,21 @@ class MetadataStore:
                 for table in tables:
                     if table in self._tables:
                         writer.empty(self._tables[table])
+            handles = dict(self._tables)
             waiting: list[_Change] = []
             size = 0
             for table, key, value in rows:
                 types.check_name(table, "table")
-                if len(value) > VALUE_BYTES_MAX:
-                    raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
                 with self._translated("cannot write"), _map_full():
-                    handle = self._tables.get(table, made.get(table))
-                    if handle is None:
-                        handle = made[table] = self._make_table(writer, table, len(made))
-                    waiting.append((handle, checked_key(key), sealed(table, key, value)))
+                    if table not in handles:
+                        handles[table] = made[table] = self._make_table(writer, table, len(made))
+                    waiting.append((table, checked_key(key), _checked_value(value)))
                     size += len(value)
                     if len(waiting) >= SCAN_ROWS or size >= SCAN_BYTES:
-                        writer.change(waiting)
+                        writer.change(waiting, handles)
                         waiting, size = [], 0
             with self._translated("cannot commit to"), _map_full():
-                writer.change(waiting)
+                writer.change(waiting, handles)
                 writer.commit()
             self._tables.update(made)
         finally:
@@ -401,8 +398,8 @@ class MetadataStore:
             fences.set_fence(self.path, "io-error", text)
 
 
-_Change = tuple[int, bytes, bytes | None]
-"""Handle of the table, key, value; None: the key is deleted."""
+_Change = tuple[str, bytes, bytes | None] | tuple[str, dict[bytes, bytes | None]]
+"""Table, key, value, or many of a table; None: the key is deleted."""
 _Page = tuple[list[tuple[bytes, bytes]], bool]
 """Rows, and whether they are the last."""
 
@@ -443,8 +440,10 @@ class Transaction:
 
     def __init__(self, store: MetadataStore) -> None:
         self._store = store
-        self._done: list[tuple[str, bytes, bytes | None]] = []
-        """All changes so far, sealed; None: deleted."""
+        self._done: list[_Change] = []
+        """All changes so far."""
+        self._count = 0
+        """Rows in them."""
         self._written = 0
         """How many of them the writer has."""
         self._writer: kernel.Writer | None = None
@@ -467,12 +466,7 @@ class Transaction:
         Keys are 1 to 511 bytes, values up to `VALUE_BYTES_MAX`. Raises `InvalidValue`.
         """
         self._check_open()
-        self._put(table, key, value)
-
-    def _put(self, table: str, key: bytes, value: bytes) -> None:
-        if len(value) > VALUE_BYTES_MAX:
-            raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
-        self._remember(table, checked_key(key), bytes(value))
+        self._remember(table, checked_key(key), _checked_value(value))
 
     def delete(self, table: str, key: bytes) -> bool:
         """Delete ``key``; return whether it was there."""
@@ -507,19 +501,33 @@ class Transaction:
             count += 1
         return count
 
-    def change(self, rows: Mapping[tuple[str, bytes], bytes | None]) -> None:
-        """`put` each (table, key) that has a value, `discard` the others: all of them, or `InvalidValue` and none."""
+    def change(self, rows: Mapping[str, dict[bytes, bytes | None]]) -> None:
+        """`put` each value, by table and key, `discard` where there is None: all of them, or `InvalidValue` and
+        none. For many rows: in whatever order they come, they are written in that of their keys. The dictionaries stay
+        as they are until the end of the transaction.
+        """
         self._check_open()
-        before = len(self._done)
-        try:
-            for (table, key), value in rows.items():
-                if value is None:
-                    self._remember(table, checked_key(key), None)
-                else:
-                    self._put(table, key, value)
-        except errors.InvalidValue:
-            del self._done[before:]
-            raise
+        many: list[_Change] = []
+        count = 0
+        # NB: no loops of our own over rows. They would be most of what many cost, and an event loop waits meanwhile.
+        for table, changed in rows.items():
+            if not changed:
+                continue
+            if min(map(len, changed)) < limits.KEY_BYTES_MIN or max(map(len, changed)) > limits.KEY_BYTES_MAX:
+                checked_key(min(changed, key=len))
+                checked_key(max(changed, key=len))
+            if max(map(len, filter(None, changed.values())), default=0) > VALUE_BYTES_MAX:
+                _checked_value(max(filter(None, changed.values()), key=len))
+            if self._open_table(table, is_put=any(value is not None for value in changed.values())):
+                many.append((table, changed))
+                count += len(changed)
+        self._check_room(count)
+        self._done += many
+
+    def _check_room(self, count: int) -> None:
+        if self._count + count > TRANSACTION_ROWS_MAX:
+            raise errors.InvalidValue(f"a transaction changes at most {TRANSACTION_ROWS_MAX} rows")
+        self._count += count
 
     def _check_open(self) -> None:
         self._store.check_usable()
@@ -527,14 +535,18 @@ class Transaction:
             raise errors.Closed("this transaction of the metadata store is over")
 
     def _remember(self, table: str, key: bytes, value: bytes | None) -> None:
+        if self._open_table(table, is_put=value is not None):
+            self._check_room(1)
+            self._done.append((table, key, value))
+
+    def _open_table(self, table: str, *, is_put: bool) -> bool:
+        """Make a table for the sake of what ``is_put`` there; return whether there is one."""
         if self._handle(table) is None:
             types.check_name(table, "table")
-            if value is None:
-                return
+            if not is_put:
+                return False
             self._make_table(table)
-        if len(self._done) >= TRANSACTION_ROWS_MAX:
-            raise errors.InvalidValue(f"a transaction changes at most {TRANSACTION_ROWS_MAX} rows")
-        self._done.append((table, key, None if value is None else sealed(table, key, value)))
+        return True
 
     def _handle(self, table: str) -> int | None:
         # A table made by this transaction is no other reader's before it is committed.
@@ -565,23 +577,22 @@ class Transaction:
         """Return the writer with all changes in it; when the map is full, grow it and begin again."""
         while True:
             writer = self._begun()
-            waiting = self._changes(self._written)
+            waiting = self._done[self._written :]
             try:
                 with self._store._translated("cannot write"):
-                    writer.change(waiting)
+                    writer.change(waiting, self._handles())
             except errors.QuotaExceeded:
                 self._restart_in_larger_map()
             else:
                 self._written = len(self._done)
                 return writer
 
-    def _changes(self, start: int) -> list[_Change]:
-        handles = {**self._new_tables, **self._store._tables}
-        return [(handles[table], key, value) for table, key, value in itertools.islice(self._done, start, None)]
+    def _handles(self) -> dict[str, int]:
+        return {**self._new_tables, **self._store._tables}
 
     def _restart_in_larger_map(self) -> None:
         self._abort()
-        waiting = sum(len(key) + len(value or b"") for _, key, value in self._done)
+        waiting = sum(map(_bytes_of, self._done))
         self._store._grow(self._store._map_bytes * 2 + 2 * waiting)
 
     def _commit(self) -> None:
@@ -589,7 +600,7 @@ class Transaction:
             try:
                 with self._store._translated("cannot commit to"):
                     if self._writer is None and not self._new_tables:
-                        self._store._environment.change(self._changes(0))
+                        self._store._environment.change(self._done, self._handles())
                     else:
                         writer = self._catch_up()
                         self._writer, self._written = None, 0
@@ -613,6 +624,19 @@ class Transaction:
             self._is_open = False
             if os.getpid() == self._store._pid:
                 self._abort()
+
+
+def _bytes_of(change: _Change) -> int:
+    if len(change) == 3:
+        return len(change[1]) + len(change[2] or b"")
+    return sum(len(key) + len(value or b"") for key, value in change[1].items())
+
+
+def _checked_value(value: bytes) -> bytes:
+    """Return a value as bytes; `InvalidValue` for one that no row can have."""
+    if len(value) > VALUE_BYTES_MAX:
+        raise errors.InvalidValue(f"a value of {len(value)} bytes is longer than {VALUE_BYTES_MAX}")
+    return bytes(value)
 
 
 def _stored_rows(source: _Source, handle: int | None, start: bytes | None, stop: bytes | None, *, after: bool) -> _Page:
@@ -660,7 +684,7 @@ def _build(path: Path, map_bytes: int, *, insecure: bool) -> None:
             try:
                 writer = environment.begin()
                 table = writer.open_table(_OWN_TABLE.encode())
-                writer.change([(table, _FORMAT_KEY, sealed(_OWN_TABLE, _FORMAT_KEY, FORMAT))])
+                writer.change([(_OWN_TABLE, _FORMAT_KEY, FORMAT)], {_OWN_TABLE: table})
                 writer.commit()
             except RowsError as error:
                 if error.code not in {errno.ENOSPC, errno.EDQUOT}:

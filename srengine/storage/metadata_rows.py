@@ -43,11 +43,6 @@ def checked_key(key: bytes) -> bytes:
     return bytes(key)
 
 
-def sealed(table: str, key: bytes, value: bytes) -> bytes:
-    """Return a value as it is stored: with the checksum of its table, key and bytes behind it."""
-    return value + _check(table, key, value)
-
-
 def value_of(stored: bytes) -> bytes:
     """Return the value of what `is_sealed`."""
     return stored[:-CHECK_BYTES]

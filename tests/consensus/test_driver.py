@@ -812,6 +812,48 @@ def test_what_is_applied_is_flushed_together_and_trimmed_behind_that(tmp_path, m
     run(main())
 
 
+def test_a_long_trim_lets_others_write_between_its_steps(tmp_path, monkeypatch):
+    """P6: many entries are trimmed in steps; an entry that is proposed meanwhile is written before the last of them."""
+    monkeypatch.setattr("srengine.consensus.applying.FLUSH_S", 0.01)
+    monkeypatch.setattr("srengine.consensus.applying.TRIM_ROWS", 10)
+
+    async def main():
+        async with cluster(tmp_path, state_type=LateState, bounds=Bounds(entries_kept=0)) as c:
+            leader = await c.leader()
+            loop, log, proposed, happened = asyncio.get_running_loop(), leader.log, [], []
+            trim, begin = log.trim, log.begin
+
+            def trimming(name, floor):
+                happened.append(floor.index - log.group(name).floor.index)
+                if len(happened) == 1:
+
+                    async def propose():
+                        return await leader.propose(b"meanwhile")
+
+                    proposed.append(asyncio.run_coroutine_threadsafe(propose(), loop))
+                trim(name, floor)
+
+            def beginning(turn):
+                if happened:
+                    happened.append("turn")
+                return begin(turn)
+
+            leader.states[GROUP].not_now = 1_000_000
+            for number in range(60):
+                index, _ = await leader.propose(b"p%d" % number)
+            log.trim, log.begin = trimming, beginning
+            leader.states[GROUP].not_now = 0
+            await until(lambda: log.group(GROUP).floor.index >= index)
+            steps = [step for step in happened if step != "turn"]
+            assert len(steps) >= 6
+            assert max(steps) == 10
+            assert "turn" in happened[: len(happened) - happened[::-1].index(steps[-1])]
+            await asyncio.wrap_future(proposed[0])
+            await c.settled()
+
+    run(main())
+
+
 def test_what_memory_can_answer_is_applied_on_the_loop(tmp_path, monkeypatch):
     """Entries that a state takes at once never see the thread; those that it does not take do, in their order."""
     monkeypatch.setattr("srengine.consensus.applying.FLUSH_S", 0.01)

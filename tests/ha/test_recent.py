@@ -56,11 +56,12 @@ class Below:
         return self.rows.pop((table, key), None) is not None
 
     def change(self, rows):
-        for (table, key), value in rows.items():
-            if value is None:
-                self.delete(table, key)
-            else:
-                self.put(table, key, value)
+        for table, changed in rows.items():
+            for key, value in changed.items():
+                if value is None:
+                    self.delete(table, key)
+                else:
+                    self.put(table, key, value)
 
     def replace_tables(self, tables, rows, *, bytes_expected):
         self.rows = {place: value for place, value in self.rows.items() if place[0] not in tables}

@@ -48,12 +48,13 @@ class MemoryStore:
     def delete(self, table: str, key: bytes) -> bool:
         return self.tables.get(table, {}).pop(key, None) is not None
 
-    def change(self, rows: Mapping[tuple[str, bytes], bytes | None]) -> None:
-        for (table, key), value in rows.items():
-            if value is None:
-                self.delete(table, key)
-            else:
-                self.put(table, key, value)
+    def change(self, rows: Mapping[str, dict[bytes, bytes | None]]) -> None:
+        for table, changed in rows.items():
+            for key, value in changed.items():
+                if value is None:
+                    self.delete(table, key)
+                else:
+                    self.put(table, key, value)
 
     @contextmanager
     def transaction(self) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srengine import errors
+from srengine import errors, limits
 from srengine.storage import fences, pages
 from srengine.storage.metadata import MetadataStore
 from srengine.storage.metadata_rows import recover_metadata
@@ -162,6 +162,51 @@ def test_a_full_map_in_the_middle_of_a_scan_in_a_transaction(store):
             t.put("u", key, bytes(2000))
     assert seen == [b"%05d" % i for i in range(1000)]
     assert sum(1 for _ in store.scan("u")) == 1000
+
+
+def test_many_rows_at_once(store, monkeypatch):
+    """T01, T05: what `put` and `discard` one by one would come to, in a new table, too, while the map grows; what came
+    earlier in the transaction gives way to it, and it to what comes later.
+    """
+    fill(store, "t", [(b"gone", b"1"), (b"old", b"1")])
+    many = {b"%05d" % (number * 7 % 1000): bytes(300) for number in range(1000)}
+    with store.transaction() as t:
+        t.put("t", b"old", b"2")
+        t.put("new", b"00001", b"given way")
+        t.change({"t": {b"old": b"3", b"gone": None, b"never": None}, "new": many, "none": {b"k": None}, "empty": {}})
+        t.discard("new", b"00002")
+        assert t.get("t", b"old") == b"3"
+        assert t.get("new", b"00001") == bytes(300)
+    assert list(store.scan("t")) == [(b"old", b"3")]
+    assert dict(store.scan("new")) == {key: value for key, value in many.items() if key != b"00002"}
+    assert store.tables() == ["new", "t"]
+    monkeypatch.setattr("srengine.storage.metadata.TRANSACTION_ROWS_MAX", 3)
+    with pytest.raises(errors.InvalidValue, match="at most 3 rows"), store.transaction() as t:
+        t.put("t", b"x", b"")
+        t.change({"t": {b"a": b"", b"b": b"", b"c": None}})
+    with store.transaction() as t:
+        t.put("t", b"x", b"")
+        t.change({"t": {b"a": b"", b"b": b""}})
+    assert [key for key, _ in store.scan("t")] == [b"a", b"b", b"old", b"x"]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"t": {b"k": b"v", b"": b"v"}},
+        {"t": {b"k": b"v", b"x" * 512: None}},
+        {"t": {b"k": b"v", b"l": bytes(limits.ENTRY_BYTES_MAX + 1)}},
+        {"t": {b"k": b"v"}, "a b": {b"k": None}},
+    ],
+    ids=["empty key", "long key", "long value", "no name"],
+)
+def test_of_many_rows_all_or_none_are_taken(store, rows):
+    """T04: one that cannot be keeps all of them out, and the transaction goes on without."""
+    with store.transaction() as t:
+        t.put("t", b"before", b"v")
+        with pytest.raises(errors.InvalidValue):
+            t.change(rows)
+    assert list(store.scan("t")) == [(b"before", b"v")]
 
 
 @pytest.mark.parametrize("key", [b"", b"x" * 512])

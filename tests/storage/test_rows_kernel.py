@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from srengine._native import rows
 from srengine._native.rows import Environment, RowsError
+from srengine.storage.metadata_rows import Row, read_row
 
 MAP_BYTES = 1 << 22
 TABLES = (b"one", b"two")
@@ -90,6 +91,71 @@ def test_the_kernel_does_what_dictionaries_do(tmp_path_factory, data):
             position, after_it = (page[-1][0], True) if page else (position, after_it)
         assert found == expected
     environment.close()
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["one", "two"]), st.binary(min_size=1, max_size=3), st.none() | st.binary(max_size=40)),
+        max_size=30,
+    ),
+    st.data(),
+)
+def test_rows_by_name_are_stored_with_their_seal(tmp_path_factory, wanted, data):
+    """One by one or many of a table, in any order: the last of a key holds, and each value has its seal behind it."""
+    environment, handles = with_tables(tmp_path_factory.mktemp("rows"))
+    tables = {name.decode(): handle for name, handle in handles.items()}
+    model = {name: {} for name in tables}
+    given_rows = []
+    for name, key, value in wanted:
+        if given_rows and len(given_rows[-1]) == 2 and given_rows[-1][0] == name and data.draw(st.booleans()):
+            given_rows[-1][1][key] = value
+        else:
+            given_rows.append(data.draw(st.sampled_from([(name, key, value), (name, {key: value}), (name, {})])))
+            if given_rows[-1] == (name, {}):
+                given_rows[-1][1][key] = value
+        model[name][key] = value
+    environment.change(given_rows, tables)
+    for name, handle in tables.items():
+        expected = [Row(key, value, sound=True) for key, value in sorted(model[name].items()) if value is not None]
+        assert [read_row(name, key, stored) for key, stored in all_rows(environment, handle)] == expected
+    environment.close()
+
+
+def test_sealed_values_of_every_size(tmp_path):
+    """Also those that LMDB keeps on pages of their own, beside rows that are stored as they are."""
+    environment, handles = with_tables(tmp_path)
+    table = handles[b"one"]
+    values = {b"%06d" % size: bytes([size % 251]) * size for size in (0, 1, 8, 500, 2000, 4096, 70_000, 1_000_000)}
+    writer = environment.begin()
+    writer.change([("one", dict(reversed(values.items()))), (handles[b"two"], b"raw", b"as it is")], {"one": table})
+    writer.commit()
+    rows_read = [read_row("one", key, stored) for key, stored in all_rows(environment, table)]
+    assert rows_read == [Row(key, value, sound=True) for key, value in values.items()]
+    assert all_rows(environment, handles[b"two"]) == [(b"raw", b"as it is")]
+    stored = environment.get(table, b"000500")
+    assert not read_row("two", b"000500", stored).sound
+    assert not read_row("one", b"000501", stored).sound
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        (("unknown", b"k", b"v"), KeyError),
+        (("one", {b"k": "v"}), TypeError),
+        (("one", {"k": b"v"}), TypeError),
+        (("one", [(b"k", b"v")]), TypeError),
+        (("one", {b"k" * 600: b"v"}), RowsError),
+        (("o" * 70_000, b"k", b"v"), ValueError),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_named_rows_that_are_none_change_nothing(tmp_path, row, error):
+    """What is no row, and a table without a handle."""
+    environment, handles = with_tables(tmp_path)
+    tables = {"one": handles[b"one"], "o" * 70_000: handles[b"two"]}
+    with pytest.raises(error):
+        environment.change([("one", b"a", b"1"), row], tables)
+    assert all_rows(environment, handles[b"one"]) == []
 
 
 def test_a_page_ends_at_its_bound_of_bytes(tmp_path):
