@@ -95,7 +95,9 @@ def test_the_kernel_does_what_dictionaries_do(tmp_path_factory, data):
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["one", "two"]), st.binary(min_size=1, max_size=3), st.none() | st.binary(max_size=40)),
+        st.tuples(
+            st.sampled_from(["one", "two"]), st.binary(min_size=1, max_size=3), st.none() | st.binary(max_size=40)
+        ),
         max_size=30,
     ),
     st.data(),
