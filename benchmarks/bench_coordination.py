@@ -1,7 +1,8 @@
 """The journal against etcd: three processes of each on loopback, the same disk, the same run.
 
 Rounds alternate (etcd, ours, etcd, ours); both clusters live through all of them and the one that is not measured is
-idle. Without an etcd on the machine the rows are skipped with a notice.
+idle. *Etcd* is asked by a client that does no more than it must; *backend etcd* is what a program has of ours on top of
+the same servers, over the same connection. Without an etcd on the machine the rows are skipped with a notice.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 
 from benchmarks import coordination
-from benchmarks.coordination import Cluster, EtcdCluster, JournalCluster, percentile
+from benchmarks.coordination import Cluster, EtcdBackedCluster, EtcdCluster, JournalCluster, percentile
 from benchmarks.data import Sizes
 from benchmarks.table import Row, Target, at_least, at_most
 
@@ -59,7 +60,7 @@ EFFORTS = {
 class Pair:
     """Both clusters, running."""
 
-    etcd: Cluster
+    etcd: EtcdCluster
     ours: Cluster
 
 
@@ -79,6 +80,18 @@ def pair(place: Path) -> Iterator[Pair]:
             cluster.stop()
 
 
+@pytest.fixture(scope="module")
+def on_etcd(pair: Pair, place: Path) -> Iterator[Cluster]:
+    """Return nodes like ours whose backend is that etcd."""
+    directory = Path(tempfile.mkdtemp(prefix="on-etcd-", dir=place))
+    cluster = EtcdBackedCluster(directory, pair.etcd)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
 @pytest.fixture
 def effort(sizes: Sizes) -> Effort:
     """Return how much this run does."""
@@ -88,15 +101,17 @@ def effort(sizes: Sizes) -> Effort:
 Measure = Callable[[Cluster], Awaitable[Any]]
 
 
-def alternate(benchmark: Any, pair: Pair, measure: Measure, rounds: int) -> tuple[list[Any], list[Any]]:
-    """Return what ``rounds`` rounds of (etcd, ours) gave: (etcd's, ours)."""
+def alternate(
+    benchmark: Any, clusters: tuple[Cluster, Cluster], measure: Measure, rounds: int
+) -> tuple[list[Any], list[Any]]:
+    """Return what ``rounds`` rounds of (the other, ours) gave: (the other's, ours)."""
     theirs: list[Any] = []
     ours: list[Any] = []
 
     def work() -> None:
         for _ in range(rounds):
-            theirs.append(asyncio.run(measure(pair.etcd)))
-            ours.append(asyncio.run(measure(pair.ours)))
+            for cluster, found in zip(clusters, (theirs, ours), strict=True):
+                found.append(asyncio.run(measure(cluster)))
 
     benchmark.pedantic(work, rounds=1, iterations=1)
     return theirs, ours
@@ -112,27 +127,34 @@ def compared(name: str, target: Target | None, ours: float, theirs: float, note:
     return Row(name, target, ours / theirs, milliseconds(ours), milliseconds(theirs), note)
 
 
-def report_times(report: Report, what: str, theirs: Sequence[list[float]], ours: Sequence[list[float]]) -> None:
-    """Report median and p99 of the times of writes, each the median over the rounds."""
+def report_times(
+    report: Report, what: str, theirs: Sequence[list[float]], ours: Sequence[list[float]], *, to: str = "etcd"
+) -> None:
+    """Report median and p99 of the times of writes, each the median over the rounds, against those ``to`` another."""
     for name, share in (("median", 0.5), ("p99", 0.99)):
         mine = [percentile(taken, share) for taken in ours]
         other = [percentile(taken, share) for taken in theirs]
         ratio = statistics.median(a / b for a, b in zip(mine, other, strict=True))
         values = milliseconds(statistics.median(mine)), milliseconds(statistics.median(other))
-        report(Row(f"journal: {what}, {name} / etcd", at_most(1.0), ratio, *values))
+        report(Row(f"journal: {what}, {name} / {to}", at_most(1.0), ratio, *values))
 
 
-def report_rates(report: Report, what: str, theirs: Sequence[float], ours: Sequence[float]) -> None:
-    """Report writes a second, the median over the rounds."""
+def report_rates(
+    report: Report, what: str, theirs: Sequence[float], ours: Sequence[float], *, to: str = "etcd"
+) -> None:
+    """Report writes a second, the median over the rounds, against those ``to`` another."""
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     values = f"{statistics.median(ours):.0f}/s", f"{statistics.median(theirs):.0f}/s"
-    report(Row(f"journal: {what} / etcd", at_least(1.0), ratio, *values))
+    report(Row(f"journal: {what} / {to}", at_least(1.0), ratio, *values))
 
 
 def bench_sequential_writes(benchmark: Any, report: Report, pair: Pair, effort: Effort) -> None:
     """One client at the leader writes 128 bytes, one write after the other."""
     theirs, ours = alternate(
-        benchmark, pair, lambda cluster: coordination.sequential(cluster, effort.writes), effort.write_rounds
+        benchmark,
+        (pair.etcd, pair.ours),
+        lambda cluster: coordination.sequential(cluster, effort.writes),
+        effort.write_rounds,
     )
     report_times(report, "one sequential write over a connection", theirs, ours)
 
@@ -140,9 +162,28 @@ def bench_sequential_writes(benchmark: Any, report: Report, pair: Pair, effort: 
 def bench_concurrent_writes(benchmark: Any, report: Report, pair: Pair, effort: Effort) -> None:
     """32 clients at the leader write 128 bytes each, as fast as they are acknowledged."""
     theirs, ours = alternate(
-        benchmark, pair, lambda cluster: coordination.concurrent(cluster, CLIENTS, effort.seconds), effort.rounds
+        benchmark,
+        (pair.etcd, pair.ours),
+        lambda cluster: coordination.concurrent(cluster, CLIENTS, effort.seconds),
+        effort.rounds,
     )
     report_rates(report, f"writes a second, {CLIENTS} connections", theirs, ours)
+
+
+def bench_backends(benchmark: Any, report: Report, pair: Pair, on_etcd: Cluster, effort: Effort) -> None:
+    """Write over connections to nodes of either backend: what a client gains or loses by the choice."""
+
+    async def measure(cluster: Cluster) -> tuple[list[float], float]:
+        return (
+            await coordination.sequential(cluster, effort.writes),
+            await coordination.concurrent(cluster, CLIENTS, effort.seconds),
+        )
+
+    theirs, ours = alternate(benchmark, (on_etcd, pair.ours), measure, effort.rounds)
+    their_times, their_rates = zip(*theirs, strict=True)
+    times, rates = zip(*ours, strict=True)
+    report_times(report, "one sequential write over a connection", their_times, times, to="backend etcd")
+    report_rates(report, f"writes a second, {CLIENTS} connections", their_rates, rates, to="backend etcd")
 
 
 def bench_embedded_writes(benchmark: Any, report: Report, pair: Pair, place: Path, effort: Effort) -> None:
@@ -177,7 +218,9 @@ def bench_embedded_writes(benchmark: Any, report: Report, pair: Pair, place: Pat
 
 def bench_discovery(benchmark: Any, report: Report, pair: Pair, effort: Effort) -> None:
     """Any node is asked who leads."""
-    theirs, ours = alternate(benchmark, pair, lambda cluster: coordination.discovery(cluster, effort.questions), 1)
+    theirs, ours = alternate(
+        benchmark, (pair.etcd, pair.ours), lambda cluster: coordination.discovery(cluster, effort.questions), 1
+    )
     mine, other = percentile(ours[0], 0.99), percentile(theirs[0], 0.99)
     report(Row("journal: leader discovery, p99 / 100 ms", at_most(1.0), mine / 0.1, milliseconds(mine), "100 ms"))
     report(compared("journal: leader discovery, p99 / etcd", None, mine, other))
@@ -186,7 +229,10 @@ def bench_discovery(benchmark: Any, report: Report, pair: Pair, effort: Effort) 
 def bench_killed_leader(benchmark: Any, report: Report, pair: Pair, effort: Effort) -> None:
     """SIGKILL of the leader: the longest time without an acknowledged write."""
     theirs, ours = alternate(
-        benchmark, pair, lambda cluster: coordination.outages(cluster, signal.SIGKILL, 1), effort.kills
+        benchmark,
+        (pair.etcd, pair.ours),
+        lambda cluster: coordination.outages(cluster, signal.SIGKILL, 1),
+        effort.kills,
     )
     mine, other = (statistics.median(taken for (taken,) in each) for each in (ours, theirs))
     report(compared("journal: outage by SIGKILL of the leader / etcd", at_most(0.5), mine, other))
@@ -195,7 +241,10 @@ def bench_killed_leader(benchmark: Any, report: Report, pair: Pair, effort: Effo
 def bench_terminated_leader(benchmark: Any, report: Report, pair: Pair, effort: Effort) -> None:
     """SIGTERM of the leader: the longest time without an acknowledged write."""
     theirs, ours = alternate(
-        benchmark, pair, lambda cluster: coordination.outages(cluster, signal.SIGTERM, 1), effort.terms
+        benchmark,
+        (pair.etcd, pair.ours),
+        lambda cluster: coordination.outages(cluster, signal.SIGTERM, 1),
+        effort.terms,
     )
     mine, other = (statistics.median(taken for (taken,) in each) for each in (ours, theirs))
     allowed = max(0.2 * other, TERM_FLOOR_S)
@@ -213,7 +262,9 @@ def bench_terminated_leader(benchmark: Any, report: Report, pair: Pair, effort: 
 
 def bench_catching_up(benchmark: Any, report: Report, pair: Pair, effort: Effort) -> None:
     """Measure a follower that was killed, missed entries, and comes back."""
-    theirs, ours = alternate(benchmark, pair, lambda cluster: coordination.catch_up(cluster, effort.missed, CLIENTS), 1)
+    theirs, ours = alternate(
+        benchmark, (pair.etcd, pair.ours), lambda cluster: coordination.catch_up(cluster, effort.missed, CLIENTS), 1
+    )
     (etcd_writing, etcd_catching), (writing, catching) = theirs[0], ours[0]
     report(
         Row(

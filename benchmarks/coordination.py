@@ -125,6 +125,11 @@ class EtcdCluster:
         self._etcd = Etcd(directory, NODES)
         self._ids: list[int] = []
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Addresses for clients."""
+        return self._etcd.urls
+
     def start(self) -> None:
         self._etcd.start()
         for server in self._etcd.servers:
@@ -212,7 +217,7 @@ class JournalCluster:
 
     def __init__(self, directory: Path, backend: str = "raft", settings: dict[str, Any] | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        ports = [free_ports(3) for _ in range(NODES)]
+        self._ports = ports = [free_ports(3) for _ in range(NODES)]
         self._nodes = [
             JournalProcess(directory / f"node-{number + 1}", number, ports, backend, settings or {})
             for number in range(NODES)
@@ -292,6 +297,30 @@ class JournalCluster:
             gc.unfreeze()
             gc.set_threshold(*before[0])
             sys.setswitchinterval(before[1])
+
+
+class EtcdBackedCluster(JournalCluster):
+    """The same three processes with the other backend: their journal is in the servers of an `EtcdCluster`."""
+
+    name = "srengine on etcd"
+
+    def __init__(self, directory: Path, etcd: EtcdCluster) -> None:
+        from tests.journal_node import CLUSTER
+
+        self._servers = etcd.urls
+        super().__init__(directory, "etcd", {"servers": ",".join(etcd.urls), "cluster_id": CLUSTER})
+
+    def start(self) -> None:
+        import msgspec
+
+        from srengine.ha.backends.etcd_client import EtcdOptions
+        from srengine.ha.backends.etcd_settings import found_cluster
+        from srengine.ha.members import Bootstrap
+        from tests.journal_node import bootstrap
+
+        first = msgspec.msgpack.decode(bootstrap(self._ports).body, type=Bootstrap)
+        asyncio.run(found_cluster(EtcdOptions(self._servers), first))
+        super().start()
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

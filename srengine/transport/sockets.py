@@ -204,7 +204,7 @@ class Pump:
 
     def _read(self) -> None:
         socket = self.socket
-        more = bool(self._parts)
+        more = True  # whoever calls was told that there is something: to ask first would cost as much as to look
         for _ in range(_TURN_FRAMES):
             if self.closed or not (more or _raw_get(socket, _EVENTS) & _POLLIN):
                 return
