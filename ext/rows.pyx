@@ -8,6 +8,7 @@ The interpreter is let go around everything that may take a disk's time, once a 
 the map moves or the environment is closed, no call in a forked child.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EINVAL, ENOMEM
 from libc.stddef cimport size_t
@@ -58,6 +59,7 @@ cdef struct Change:
     bint deletes
 
 
+@cython.internal
 cdef class Changes:
     """Changes in C, which point into what the rows that they were made of hold. Those stay as they are meanwhile."""
 
