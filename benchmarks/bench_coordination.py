@@ -23,6 +23,7 @@ from benchmarks import coordination
 from benchmarks.coordination import Cluster, EtcdBackedCluster, EtcdCluster, JournalCluster, percentile
 from benchmarks.data import Sizes
 from benchmarks.table import Row, Target, at_least, at_most
+from srengine.loop import new_event_loop
 
 CLIENTS = 32
 TERM_FLOOR_S = 0.030
@@ -209,7 +210,8 @@ def bench_embedded_writes(benchmark: Any, report: Report, pair: Pair, place: Pat
         return times, rates
 
     try:
-        times, rates = benchmark.pedantic(lambda: asyncio.run(rounds()), rounds=1, iterations=1)
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:  # a node's, for both
+            times, rates = benchmark.pedantic(lambda: runner.run(rounds()), rounds=1, iterations=1)
     finally:
         cluster.stop()
     report_times(report, "one sequential write, embedded", *zip(*times, strict=True))

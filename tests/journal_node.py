@@ -33,6 +33,7 @@ from srengine.ha.metadata import MetadataMachine
 from srengine.ha.protocol import Role
 from srengine.ha.register_service import GetJournal, GetRegister, PutRegister, RegisterService
 from srengine.ha.registers import RegistersApplier
+from srengine.loop import new_event_loop
 from srengine.metrics import Metrics
 from srengine.node.interpreter import take_over_interpreter
 from srengine.storage import MetadataStore
@@ -199,4 +200,5 @@ async def run(specification: dict[str, Any], directory: Path) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     given = json.loads(sys.argv[1])
-    asyncio.run(run(given, prepare(given)))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(run(given, prepare(given)))

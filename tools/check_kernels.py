@@ -28,6 +28,7 @@ KERNEL_USERS = {
     "rows": {"storage"},
     "wal": {"storage"},
     "entries": {"consensus"},
+    "poll": {"loop"},
     "build_info": {"cli"},
 }
 """Kernel -> rooms that may import it."""

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from srengine import errors
+from srengine.loop import loop_factory
 from srengine.node.interpreter import take_over_interpreter
 from srengine.node.options import NodeOptions
 from srengine.node.runtime import Runtime
@@ -27,7 +28,8 @@ def run_node(options: NodeOptions, on_ready: Callable[[dict[str, Any]], None] | 
     ``on_ready`` gets the ready event once the node can serve. Raises why the node could not start or had to stop; must
     be called on the main thread.
     """
-    asyncio.run(_run(options, on_ready))
+    with asyncio.Runner(loop_factory=loop_factory(options.checked().busy_poll_s)) as runner:
+        runner.run(_run(options, on_ready))
 
 
 async def _run(options: NodeOptions, on_ready: Callable[[dict[str, Any]], None] | None) -> None:
@@ -125,7 +127,8 @@ class Node:
 
     def _main(self) -> None:
         try:
-            asyncio.run(self._run())
+            with asyncio.Runner(loop_factory=loop_factory(self.options.busy_poll_s)) as runner:
+                runner.run(self._run())
         except errors.Error as error:
             self._error = error
         finally:

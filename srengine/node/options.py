@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from srengine import errors, limits, types
+from srengine.loop import BUSY_S_MAX
 
 OPTIONS_FILE_BYTES_MAX: Final = 1024 * 1024
 MEMBERS_MAX: Final = 64
@@ -53,7 +54,8 @@ class NodeOptions:
     change of role may take before the process exits. ``journal_kept``: entries kept behind what is applied. Alarms
     (watch.py): ``disk_free_min`` bytes, ``waiting_max`` proposals and reads, ``rtt_s_max`` seconds to another member.
     ``scrub_bytes_s``: how much the scrub reads a second, 0: it reads nothing unasked; ``scrub_interval_s``: how often
-    each tablet is read whole.
+    each tablet is read whole. ``busy_poll_s``: how long the event loop waits busily before it sleeps, 0: never; None:
+    `loop.default_busy_s`.
     """
 
     name: str
@@ -87,6 +89,7 @@ class NodeOptions:
     rtt_s_max: float = 1.0
     scrub_bytes_s: int = limits.SCRUB_BYTES_S
     scrub_interval_s: float = limits.SCRUB_INTERVAL_S
+    busy_poll_s: float | None = None
 
     def checked(self) -> NodeOptions:
         """Return the options with every default filled in; `InvalidValue` or `UsageError` for what cannot be meant."""
@@ -110,6 +113,8 @@ class NodeOptions:
             raise errors.InvalidValue(
                 f"a scrub of {self.scrub_bytes_s} bytes a second each {self.scrub_interval_s} s is not possible"
             )
+        if self.busy_poll_s is not None and not 0 <= self.busy_poll_s <= BUSY_S_MAX:
+            raise errors.InvalidValue(f"busy_poll_s is {self.busy_poll_s:g}; it is 0 to {BUSY_S_MAX:g}")
         return replace(
             self,
             data=Path(self.data),
@@ -211,7 +216,7 @@ def checked_settings(found: dict[str, Any]) -> dict[str, Any]:
         field.name: type(field.default) if isinstance(field.default, bool | int | float) else str
         for field in fields(NodeOptions)
     }
-    kinds |= {"map_bytes": int}
+    kinds |= {"map_bytes": int, "busy_poll_s": float}
     settings: dict[str, Any] = {}
     for key, value in found.items():
         name = key.replace("-", "_")

@@ -75,7 +75,9 @@ def test_options_file(tmp_path: Path) -> None:
     file.write_text("scrub-bytes-s = 1.5\n")
     with pytest.raises(errors.InvalidValue):
         load_options_file(file)
-    for wrong in ({"scrub_bytes_s": -1}, {"scrub_interval_s": 0.0}):
+    file.write_text("busy_poll_s = 0\n")
+    assert load_options_file(file) == {"busy_poll_s": 0.0}
+    for wrong in ({"scrub_bytes_s": -1}, {"scrub_interval_s": 0.0}, {"busy_poll_s": -0.1}, {"busy_poll_s": 0.02}):
         with pytest.raises(errors.InvalidValue):
             NodeOptions("n1", tmp_path, "tcp://127.0.0.1:0", **wrong).checked()
     file.write_text('lissten = "x"')

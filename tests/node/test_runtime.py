@@ -17,6 +17,7 @@ import pytest
 from srengine import errors, limits
 from srengine.client import messages
 from srengine.ha import leader_machine as lm
+from srengine.loop import BusySelector
 from srengine.node import Node, NodeOptions, parse_initial, run_node
 from srengine.node.interpreter import SWITCH_S, YOUNG_OBJECTS
 from srengine.node.logs import JsonFormatter
@@ -73,6 +74,32 @@ def test_a_process_that_is_a_node_has_the_interpreter_to_itself(tmp_path: Path) 
         gc.set_threshold(*before)
         sys.setswitchinterval(interval)
     assert seen == [(YOUNG_OBJECTS, True, pytest.approx(SWITCH_S))]
+
+
+@pytest.mark.parametrize("busy_poll_s", [0.0, 0.002])
+def test_a_node_waits_as_it_is_told(tmp_path: Path, busy_poll_s: float) -> None:
+    """``busy_poll_s`` decides about the event loop, in the foreground and inside another program."""
+    port = free_ports()
+    address = f"tcp://127.0.0.1:{port}"
+    initial = parse_initial(f"n1={address}")
+    options = NodeOptions("n1", tmp_path / "data", address, cluster="test", initial=initial, busy_poll_s=busy_poll_s)
+    seen: list[bool] = []
+    before, interval = gc.get_threshold(), sys.getswitchinterval()
+
+    def ready(_: Any) -> None:
+        seen.append(isinstance(asyncio.get_running_loop()._selector, BusySelector))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with Node(options) as node:
+            assert node._loop is not None
+            seen.append(isinstance(node._loop._selector, BusySelector))
+        run_node(options, ready)
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
+        sys.setswitchinterval(interval)
+    assert seen == [busy_poll_s > 0] * 2
 
 
 def test_writes_that_arrive_together_share_a_transaction(tmp_path: Path) -> None:
