@@ -23,7 +23,7 @@ from benchmarks import coordination
 from benchmarks.coordination import Cluster, EtcdBackedCluster, EtcdCluster, JournalCluster, percentile
 from benchmarks.data import Sizes
 from benchmarks.table import Row, Target, at_least, at_most
-from srengine.loop import new_event_loop
+from srengine.node.loop import new_event_loop
 
 CLIENTS = 32
 TERM_FLOOR_S = 0.030

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""Waiting for the descriptors of an event loop, busily for a moment before it sleeps. See srengine/loop.py.
+"""Waiting for the descriptors of an event loop, busily for a moment before it sleeps. See srengine/node/loop.py.
 
 Linux only: elsewhere `Poller` raises OSError (ENOSYS).
 """

@@ -33,9 +33,9 @@ from srengine.ha.metadata import MetadataMachine
 from srengine.ha.protocol import Role
 from srengine.ha.register_service import GetJournal, GetRegister, PutRegister, RegisterService
 from srengine.ha.registers import RegistersApplier
-from srengine.loop import new_event_loop
 from srengine.metrics import Metrics
 from srengine.node.interpreter import take_over_interpreter
+from srengine.node.loop import new_event_loop
 from srengine.storage import MetadataStore
 from srengine.transport import Endpoint, Identity, Reply
 from srengine.types import NodeId

@@ -28,7 +28,7 @@ KERNEL_USERS = {
     "rows": {"storage"},
     "wal": {"storage"},
     "entries": {"consensus"},
-    "poll": {"loop"},
+    "poll": {"node"},
     "build_info": {"cli"},
 }
 """Kernel -> rooms that may import it."""

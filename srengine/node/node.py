@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from srengine import errors
-from srengine.loop import loop_factory
 from srengine.node.interpreter import take_over_interpreter
+from srengine.node.loop import loop_factory
 from srengine.node.options import NodeOptions
 from srengine.node.runtime import Runtime
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from srengine import errors, limits, types
-from srengine.loop import BUSY_S_MAX
+from srengine.node.loop import BUSY_S_MAX
 
 OPTIONS_FILE_BYTES_MAX: Final = 1024 * 1024
 MEMBERS_MAX: Final = 64

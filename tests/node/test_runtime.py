@@ -17,10 +17,10 @@ import pytest
 from srengine import errors, limits
 from srengine.client import messages
 from srengine.ha import leader_machine as lm
-from srengine.loop import BusySelector
 from srengine.node import Node, NodeOptions, parse_initial, run_node
 from srengine.node.interpreter import SWITCH_S, YOUNG_OBJECTS
 from srengine.node.logs import JsonFormatter
+from srengine.node.loop import BusySelector
 from srengine.node.runtime import Runtime
 from srengine.node.supervisor import Supervisor
 from srengine.storage import Batch, encode_puts

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srengine._native.poll import Poller
-from srengine.loop import BUSY_S, BusySelector, default_busy_s, loop_factory, new_event_loop
+from srengine.node.loop import BUSY_S, BusySelector, default_busy_s, loop_factory, new_event_loop
 
 pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="there is no epoll here")
 ENDS = 4
