@@ -88,6 +88,8 @@ cdef class Poller:
     cdef int room
     cdef readonly unsigned long long sleeps
     """How often it has slept so far."""
+    cdef readonly unsigned long long busy_waits
+    """How often it has waited busily so far, whether that ended asleep or not."""
 
     def __init__(self, int fd, double busy_s):
         if not 0 <= busy_s <= 1:
@@ -117,6 +119,8 @@ cdef class Poller:
         cdef int count, i, code = 0
         if timeout_s >= 0:
             timeout_ns = <int64_t>min(timeout_s * 1e9, 9e18)
+        if self.is_busy and timeout_ns != 0:
+            self.busy_waits += 1
         with nogil:
             start = sr_now_ns()
             count = wait(self.fd, self.found, self.room, timeout_ns, self.busy_ns if self.is_busy else 0, &slept)

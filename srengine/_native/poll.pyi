@@ -9,6 +9,8 @@ class Poller:
 
     sleeps: int
     """How often it has slept so far."""
+    busy_waits: int
+    """How often it has waited busily so far, whether that ended asleep or not."""
 
     def __init__(self, fd: int, busy_s: float) -> None: ...
     def wait(self, timeout_s: float) -> list[tuple[int, int]]:

@@ -47,6 +47,14 @@ def loop_factory(busy_s: float | None = None) -> Callable[[], asyncio.AbstractEv
     return partial(new_event_loop, busy_s)
 
 
+def waits_of(loop: asyncio.AbstractEventLoop) -> tuple[int, int] | None:
+    """Return how often an event loop has slept and how often it has waited busily; None for one that is not ours."""
+    selector = getattr(loop, "_selector", None)
+    if not hasattr(select, "epoll") or not isinstance(selector, BusySelector):
+        return None
+    return selector.poller.sleeps, selector.poller.busy_waits
+
+
 def default_busy_s(root: Path = Path("/")) -> float:
     """Return `BUSY_S`, or 0 where the processor time of this process is bounded. ``root``: where proc and sys are."""
     return 0.0 if _has_quota(root) else BUSY_S

@@ -9,6 +9,8 @@ metric                             what                                         
 ``srengine_node_disk_free_bytes``  free space of the data directory's file system                 ``disk_free_min``
 ``srengine_ha_waiting``            proposals and reads of this node that wait for their end       ``waiting_max``
 ``srengine_node_rtt_seconds``      a question to each other member and its answer {peer}          ``rtt_s_max``
+``srengine_node_sleeps``           how often the event loop has slept, see loop.py
+``srengine_node_busy_waits``       how often it has waited busily
 =================================  =============================================================  ==================
 """
 
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 from srengine import errors
 from srengine.ha.backends.raft import RaftBackend
 from srengine.ha.messages import JOURNAL_GROUP, Ping
+from srengine.node.loop import waits_of
 
 if TYPE_CHECKING:
     from srengine.node.runtime import Runtime
@@ -40,6 +43,7 @@ class Watch:
         while True:
             self._disk()
             self._queue()
+            self._loop()
             others = [member.name for member in self._node.members if self._node.wire.connected(member.name)]
             await asyncio.gather(*(self._ping(name) for name in others))
             await asyncio.sleep(WATCH_S)
@@ -59,6 +63,12 @@ class Watch:
         node.metrics.set("srengine_ha_waiting", waiting)
         if waiting > node.options.waiting_max:
             node.alarm("journal_busy", f"more than {node.options.waiting_max} proposals and reads wait")
+
+    def _loop(self) -> None:
+        waits = waits_of(asyncio.get_running_loop())
+        if waits is not None:
+            self._node.metrics.set("srengine_node_sleeps", waits[0])
+            self._node.metrics.set("srengine_node_busy_waits", waits[1])
 
     async def _ping(self, name: str) -> None:
         node = self._node

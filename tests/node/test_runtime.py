@@ -20,9 +20,10 @@ from srengine.ha import leader_machine as lm
 from srengine.node import Node, NodeOptions, parse_initial, run_node
 from srengine.node.interpreter import SWITCH_S, YOUNG_OBJECTS
 from srengine.node.logs import JsonFormatter
-from srengine.node.loop import BusySelector
+from srengine.node.loop import BusySelector, loop_factory
 from srengine.node.runtime import Runtime
 from srengine.node.supervisor import Supervisor
+from srengine.node.watch import Watch
 from srengine.storage import Batch, encode_puts
 from srengine.sync.leading import TabletLeader
 from tests.processes import free_ports
@@ -100,6 +101,30 @@ def test_a_node_waits_as_it_is_told(tmp_path: Path, busy_poll_s: float) -> None:
         gc.set_threshold(*before)
         sys.setswitchinterval(interval)
     assert seen == [busy_poll_s > 0] * 2
+
+
+def test_a_node_counts_its_waits(tmp_path: Path) -> None:
+    """Metrics say how often the event loop has slept and waited busily; of another loop than ours nothing is said."""
+
+    async def story(*, ours: bool) -> None:
+        runtime = await single(tmp_path / f"data-{ours}")
+        try:
+            Watch(runtime)._loop()
+            if not ours:
+                assert "srengine_node_sleeps" not in runtime.metrics.snapshot()
+                return
+            before = runtime.metrics.value("srengine_node_sleeps")
+            assert before > 0
+            await asyncio.sleep(0.05)
+            Watch(runtime)._loop()
+            assert runtime.metrics.value("srengine_node_sleeps") > before
+            assert runtime.metrics.value("srengine_node_busy_waits") > 0
+        finally:
+            await runtime.stop()
+
+    asyncio.run(story(ours=False))
+    with asyncio.Runner(loop_factory=loop_factory(0.001)) as runner:
+        runner.run(story(ours=True))
 
 
 def test_writes_that_arrive_together_share_a_transaction(tmp_path: Path) -> None:
