@@ -91,6 +91,21 @@ def test_the_same_events_as_the_standard_selector(wanted, busy_s):
             assert ready(ours) == ready(standard)
 
 
+@pytest.mark.parametrize("reads", [False, True])
+def test_an_end_is_an_event(reads):
+    """A pipe whose other end is closed says nothing but that: whoever reads or writes hears of it."""
+    reader, writer = os.pipe()
+    mine, other = (reader, writer) if reads else (writer, reader)
+    try:
+        os.close(other)
+        with selector(0.001) as ours, selectors.EpollSelector() as standard:
+            for each in (ours, standard):
+                each.register(mine, selectors.EVENT_READ if reads else selectors.EVENT_WRITE)
+            assert ready(ours) == ready(standard) != set()
+    finally:
+        os.close(mine)
+
+
 def test_a_short_wait_makes_the_next_one_busy():
     """A wait that took no longer than the bound: the next one finds what comes without having slept."""
     with sockets(1) as [(end, other)], selector(1.0) as ours:
