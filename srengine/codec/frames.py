@@ -59,6 +59,8 @@ Chunk = bytes | bytearray | memoryview
 def pack(envelopes: Sequence[Envelope], chunks: Sequence[Chunk] = ()) -> list[Chunk]:
     """Return the parts of a frame. ``chunks`` are the data of the envelopes in order; a single one is not copied."""
     body = _encoder.encode(envelopes)
+    if not chunks:
+        return [frame.sealed(body, 0, 0)]
     data: Chunk = chunks[0] if len(chunks) == 1 else b"".join(chunks)
     size = len(data)
     if not size:
@@ -92,11 +94,10 @@ def unpack(parts: Sequence[Any], *, data_bytes_max: int) -> tuple[list[Envelope]
         raise errors.FrameError(f"a frame's envelopes cannot be read: {error}") from error
     if not 1 <= len(envelopes) <= limits.ENVELOPES_MAX:
         raise errors.FrameError(f"{len(envelopes)} envelopes in one frame")
-    piece = envelopes[0]
-    if one_data and isinstance(piece, Data):
-        declared, proved = piece.size, piece.proved
+    if len(envelopes) == 1:
+        declared, proved = inline_bytes(envelopes[0]), is_proved(envelopes)
     else:
-        declared, proved = sum(map(inline_bytes, envelopes)), is_proved(envelopes)
+        declared, proved = sum(map(inline_bytes, envelopes)), False
     if (xxhash.xxh3_64_intdigest(data) if data_bytes and not proved else 0) != data_checksum:
         raise errors.FrameError("the checksum of a frame's data does not fit")
     if data_bytes != declared:
@@ -133,11 +134,10 @@ def inline_bytes(envelope: Envelope) -> int:
     Attachments travel in the frame of their envelope when together they are at most ``limits.PART_BYTES_MAX``; larger
     ones follow as `Data`.
     """
-    match envelope:
-        case Data(size=size) | Post(size=size):
-            return size
-        case Ask(sizes=sizes) | Answer(sizes=sizes):
-            total = sum(sizes)
-            return total if total <= limits.PART_BYTES_MAX else 0
-        case _:
-            return 0
+    # Not by patterns: this is asked of every envelope, and most are of the first kinds.
+    if isinstance(envelope, Post):
+        return envelope.size
+    if isinstance(envelope, Ask) or isinstance(envelope, Answer):  # noqa: SIM101  (twice as fast)
+        total = sum(envelope.sizes) if envelope.sizes else 0
+        return total if total <= limits.PART_BYTES_MAX else 0
+    return envelope.size if isinstance(envelope, Data) else 0

@@ -222,7 +222,11 @@ class Driver:
         place, it will never be applied; `TimedOut`, `Closed`, and what ended the group: not known.
         """
         group, token, future = self._begin(name, PROPOSAL, timeout_s)
-        self.step(group, Propose(token, data, configuration))
+        before, group.lone = group.lone, len(group.waiting) == 1
+        if before and group.lone:
+            self._step_now(group, Propose(token, data, configuration))
+        else:
+            self.step(group, Propose(token, data, configuration))
         decided: tuple[int, int] = await future
         return decided
 
@@ -298,6 +302,14 @@ class Driver:
         if group.failed is None:
             group.inbox.append(arrived)
             self.wake(group)
+
+    def _step_now(self, group: Group, arrived: Input) -> None:
+        """`step`, and have the turn now: nobody is there whose proposals could share it."""
+        try:
+            with self._soon:
+                self.step(group, arrived)
+        except Exception as error:  # noqa: BLE001  (the group has failed: whoever waits is told, and this is a bug)
+            self._loop.call_exception_handler({"message": "a turn failed", "exception": error})
 
     def wake(self, group: Group) -> None:
         """Give a group its part in the next turn."""

@@ -40,6 +40,8 @@ class Group:
     inbox_bytes: int = 0
     busy: bool = False
     """Its effects wait for the disk: nothing is stepped into it."""
+    lone: bool = False
+    """The last proposal found nobody else waiting: whoever writes one after the other need not wait for company."""
     locked: bool = False
     """Its log is being trimmed, reset or healed under the machine, which is left alone meanwhile."""
     deadline: float = NEVER

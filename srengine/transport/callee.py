@@ -130,6 +130,8 @@ class Callee(Connection):
             self._greet(envelope)
             return
         match envelope:
+            case Post():  # first, because there is most of it; then questions
+                self._posted(self.peer, envelope, data)
             case Ask():
                 self._asked(self.peer, envelope, data)
             case Open():
@@ -147,8 +149,6 @@ class Callee(Connection):
                 self._credited(number, pieces)
             case Cancel(request=number):
                 self._cancelled(number)
-            case Post():
-                self._posted(self.peer, envelope, data)
             case Answer() | Failure() | End() | Taken():
                 raise errors.FrameError("an answer where only questions are expected")
 

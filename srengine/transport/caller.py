@@ -92,7 +92,10 @@ class Caller(Connection):
         self._pending: dict[int, _Pending] = {}
         self._streams: dict[int, _Incoming] = {}
         self._alarm = Alarm(self.loop, self._look)
-        self._room = asyncio.Semaphore(limits.REQUESTS_IN_FLIGHT_MAX)
+        self._room = limits.REQUESTS_IN_FLIGHT_MAX
+        """How many more requests may be under way."""
+        self._queue: deque[asyncio.Future[None]] = deque()
+        """Who waits for room; done: it was given to him."""
         self._posted_bytes = 0
         """Bytes of all posts so far."""
         self._taken_bytes = 0
@@ -106,12 +109,12 @@ class Caller(Connection):
         """Ask, and return the answer. ``deadline`` is in the loop's time; see `Channel.request` for the errors."""
         kind, body = encode_message(message)
         sizes, total = sizes_of(attachments)
-        if self._room.locked():
-            await self._wait_for_room(deadline)
+        if self._room:
+            self._room -= 1
         else:
-            await self._room.acquire()
+            await self._wait_for_room(deadline)
         if self.closed is not None:
-            self._room.release()
+            self._leave_room()
             raise self._unsent()
         number = self._next_request
         self._next_request += 1
@@ -130,13 +133,30 @@ class Caller(Connection):
             raise
 
     async def _wait_for_room(self, deadline: float) -> None:
+        turn = self.loop.create_future()
+        self._queue.append(turn)
         try:
             async with asyncio.timeout_at(deadline):
-                await self._room.acquire()
-        except TimeoutError as error:
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():  # given to him while he was leaving
+                self._leave_room()
+            elif turn in self._queue:
+                self._queue.remove(turn)
+            if not isinstance(error, TimeoutError):
+                raise
             raise errors.TimedOut(
                 f"{limits.REQUESTS_IN_FLIGHT_MAX} requests are unanswered; this one was not sent", sent=False
             ) from error
+
+    def _leave_room(self) -> None:
+        """Give the room of a request to who has waited longest, or to who comes."""
+        while self._queue:
+            turn = self._queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._room += 1
 
     def _look(self, now: float) -> float:
         """End the requests whose time is over; return when the next one's is."""
@@ -161,7 +181,7 @@ class Caller(Connection):
         pending = self._pending.pop(number, None)
         if pending is None:
             return
-        self._room.release()
+        self._leave_room()
         if pending.assembly is not None and pending.assembly.reservation is not None:
             pending.assembly.reservation.release()
 

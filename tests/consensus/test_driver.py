@@ -645,6 +645,70 @@ def test_a_log_behind_its_state_begins_behind_it(tmp_path):
             prepare(log, GROUP, state)
 
 
+def test_who_proposes_alone_waits_for_no_turn_and_many_share_one(tmp_path):
+    """P6: from the third proposal on, one after the other, each is written at once; those of one turn of the loop are
+    written together.
+    """
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            loop, log, turns, waited = asyncio.get_running_loop(), leader.log, [], []
+            begin = log.begin
+
+            def beginning(turn):
+                turns.append((len(turn[GROUP].entries), bool(waited)))
+                return begin(turn)
+
+            async def alone(data):
+                waited.clear()
+                loop.call_soon(waited.append, True)
+                await leader.propose(data)
+
+            log.begin = beginning
+            for number in range(5):
+                await alone(b"p%d" % number)
+            assert turns[2:] == [(1, False)] * 3
+            for burst in range(2):
+                turns.clear()
+                await asyncio.gather(*(leader.propose(b"q%d-%d" % (burst, number)) for number in range(8)))
+            # The first of the first burst may have gone alone; after that it is known that they come in company.
+            assert [count for count, _ in turns] in ([8], [1, 7])[: 2 - burst]
+            turns.clear()
+            for number in range(3):
+                await alone(b"r%d" % number)
+            assert [count for count, _ in turns] == [1] * 3
+            assert turns[-1] == (1, False)
+            await c.settled()
+
+    run(main())
+
+
+def test_a_machine_that_fails_under_a_lone_proposal_ends_its_group(tmp_path):
+    """Who proposes gets a typed error, the loop is told of the mistake, and the group takes part no more."""
+
+    async def main():
+        async with cluster(tmp_path) as c:
+            leader = await c.leader()
+            for number in range(3):
+                await leader.propose(b"p%d" % number)
+            told = []
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+            group = leader.driver._groups[GROUP]
+
+            def fail():
+                raise ZeroDivisionError
+
+            group.machine.drain = fail
+            with pytest.raises(errors.Error, match="the machine of"):
+                await leader.propose(b"x")
+            assert [type(error) for error in told] == [ZeroDivisionError]
+            assert group.failed is not None
+            asyncio.get_running_loop().set_exception_handler(None)
+
+    run(main())
+
+
 # --- trims and installs ----------------------------------------------------------------------------------------------
 
 

@@ -185,6 +185,49 @@ def test_more_requests_than_may_be_in_flight_wait(kind):
     run(kind, scenario)
 
 
+def test_who_leaves_the_queue_takes_no_room_with_him(kind, monkeypatch):
+    """Requests that wait for room may be given up, also in the moment in which they get it; nobody else's turn is lost,
+    and everybody's is in the order of coming.
+    """
+    monkeypatch.setattr(limits, "REQUESTS_IN_FLIGHT_MAX", 2)
+
+    async def scenario(found):
+        channel = found.caller.channel(found.node.addresses["client"])
+        await channel.request(Echo(), timeout_s=5)
+        found.node.asked.clear()
+        first = [asyncio.create_task(channel.request(Echo("wait"), timeout_s=60)) for _ in range(2)]
+        await until(lambda: len(found.node.asked) == 2)
+        waiting = [asyncio.create_task(channel.request(Echo(str(number)), timeout_s=60)) for number in range(6)]
+        await asyncio.sleep(0)
+        waiting[1].cancel()
+        caller = channel._caller
+        queue, leave = list(caller._queue), caller._leave_room
+        assert len(queue) == 6
+
+        def leaving():
+            leave()
+            if queue[2].done():
+                waiting[2].cancel()  # it was given room just now, and has not run since
+
+        monkeypatch.setattr(caller, "_leave_room", leaving)
+        found.node.gate.set()
+        done = await asyncio.gather(*first, *waiting, return_exceptions=True)
+        kinds = [type(result) for result in done]
+        assert kinds[3:5] == [asyncio.CancelledError] * 2
+        assert [reply.message.text for reply in done if isinstance(reply, Reply)] == [
+            "wait",
+            "wait",
+            "0",
+            "3",
+            "4",
+            "5",
+        ]
+        assert caller._room == 2
+        assert not caller._queue
+
+    run(kind, scenario)
+
+
 def test_nobody_there_is_unreachable_at_once(kind):
     """A refused connection is Unreachable long before the time allowed is over, for every request that waits."""
 
