@@ -42,6 +42,7 @@ def test_who_asks_a_node_that_starts_waits(on, monkeypatch):
     async def scenario(cluster):
         leader = await cluster.leader()
         await leader.protocol.propose(set_to(b"before"))
+        await cluster.equal()
         away = next(node.name for node in cluster.nodes.values() if node is not leader)
         number = cluster[away].number
         await cluster.stop_node(away)
