@@ -92,7 +92,7 @@ def test_lists_of_nodes(on):
         for node in cluster.nodes.values():
             async with asyncio.timeout(WAIT_S):
                 # What is applied shows in the lists a moment later: on others than who asked for it, nobody waited.
-                while await node.protocol.get_observer_nodes() != ["o1"]:
+                while await node.protocol.get_observer_nodes() != ["o1"]:  # noqa: ASYNC110  (no event tells of it)
                     await asyncio.sleep(0.005)
             assert await node.protocol.get_electable_nodes() == ["n0", "n1", "n2"]
             await until(lambda node=node: node.protocol.observed.leader is not None)
