@@ -18,8 +18,7 @@ cdef extern from *:
     #if defined(__linux__)
     #include <sys/epoll.h>
     #else
-    typedef struct { uint32_t events; struct { int fd; } data; } sr_event_;
-    #define epoll_event sr_event_
+    struct epoll_event { uint32_t events; struct { int fd; } data; };
     static int epoll_wait(int fd, struct epoll_event *found, int room, int ms) { errno = ENOSYS; return -1; }
     #endif
     typedef struct epoll_event sr_event;

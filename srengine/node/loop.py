@@ -3,8 +3,8 @@
 A node answers in a few hundred microseconds and then waits as long for the next message, for a follower, for its
 disk. To put the processor to sleep and to wake it again takes a tenth of that each time, and a write meets it again
 and again on its way. So the loop looks for a moment (`BUSY_S`) whether something has come before it sleeps; between two
-looks everybody else on its processor goes first, and no lock is held. It does so only if the wait before took no longer
-than that: a node that is idle sleeps, and one under load uses time of its processor that nobody else wants::
+looks it yields its processor, and no lock is held. It does so only if the wait before took no longer
+than that: a node that is idle sleeps, and one under load may use a processor of its own::
 
     wait    |--- 0.2 ms ---| |- 0.3 -| |------ 40 ms ------| |------ 40 ms ------| |- 0.2 -|
             asleep           busy      busy, then asleep     asleep                asleep
@@ -27,7 +27,7 @@ from typing import Any, Final
 from srengine._native import poll as kernel
 
 BUSY_S: Final = 0.001
-"""Longer than what a node waits while others work on the same write, shorter than between heartbeats."""
+"""About as long as a node waits while others work on the same write, shorter than between heartbeats."""
 BUSY_S_MAX: Final = 0.01
 
 
